@@ -1,0 +1,239 @@
+"""Attention written plainly: the oracle that every backend is compared with.
+
+Small and slow on purpose. It computes in the dtype of its inputs, so that float64 inputs give the
+exact answer and narrower ones give the error that plain eager code makes. Every step is an
+ordinary differentiable operation, to any order; only the two products of `_Scores` and `_Mix` are
+special, because they skip invisible pairs instead of multiplying them by zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.masks import Mask, MaskShape
+from fastattn.philox import dropout_mask
+
+
+class _Scores(torch.autograd.Function):
+    """s_ij = a_i . b_j where pair (i, j) is visible, else 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
+        return torch.where(visible, a @ b.mT, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        a, b, visible = ctx.saved_tensors
+        return _Mix.apply(grad, b, visible), _Mix.apply(grad.mT, a, visible.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
+        a, b, visible = ctx.saved_tensors
+        terms = [_Scores.apply(x, y, visible) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+        return sum(terms[1:], terms[0])
+
+
+class _Mix(torch.autograd.Function):
+    """y_i = sum of w_ij x_j over the visible pairs (i, j); NaN where such an x_j is not finite."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, x: Tensor, visible: Tensor) -> Tensor:
+        finite = x.isfinite()
+        y = torch.where(visible, w, 0.0) @ torch.where(finite, x, 0.0)
+        reached = visible.to(x.dtype) @ (~finite).to(x.dtype)
+        return torch.where(reached > 0, torch.nan, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        w, x, visible = ctx.saved_tensors
+        return _Scores.apply(grad, x, visible), _Mix.apply(w.mT, grad, visible.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, dw: Tensor | None, dx: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
+        w, x, visible = ctx.saved_tensors
+        terms = [_Mix.apply(p, q, visible) for p, q in ((dw, x), (w, dx)) if p is not None and q is not None]
+        return sum(terms[1:], terms[0])
+
+
+def _visible(mask: Any, shape: MaskShape, device: torch.device) -> Tensor:
+    """The mask and the key lengths as bool, broadcastable to [B, Hq, Lq, Lk]."""
+    if mask is None:
+        visible = torch.ones(1, 1, shape.seqlen_q, shape.seqlen_k, dtype=torch.bool, device=device)
+    else:
+        visible = mask.to_dense(shape, device) if isinstance(mask, Mask) else mask
+    if shape.seqlens_k is None:
+        return visible
+    return visible & (torch.arange(shape.seqlen_k, device=device) < shape.seqlens_k.view(-1, 1, 1, 1))
+
+
+def _bias(bias: Any, shape: MaskShape, q: Tensor) -> Tensor | None:
+    if bias is None or isinstance(bias, Tensor):
+        return bias
+    return bias.to_dense(shape, q.device, torch.promote_types(q.dtype, torch.float32))
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Normalised weights p [B, Hq, Lq, Lk], lse [B, Hq, Lq] and which pairs are visible."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    shape = (*q.shape[:-1], k.shape[-2])
+    if bias is not None:
+        visible = visible & (bias != -math.inf)
+    visible = visible.expand(shape)
+    s = scale * _Scores.apply(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), visible)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
+    s = torch.where(visible, s, -math.inf)
+    empty = ~visible.any(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.view(-1, 1, 1).expand(*shape[:-1], 1)
+        s = torch.cat([s, sink.to(torch.promote_types(s.dtype, sinks.dtype))], -1)
+        empty = empty & (sink == -math.inf)
+    s = torch.where(empty, 0.0, s)  # an empty row must not reach softmax: its gradient would be NaN
+    p = torch.where(empty, 0.0, torch.softmax(s, -1))[..., : shape[-1]]
+    lse = torch.where(empty, -math.inf, torch.logsumexp(s, -1, keepdim=True)).squeeze(-1)
+    return p, lse.to(torch.promote_types(q.dtype, torch.float32)), visible
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, keep: Tensor | None, *,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    p, lse, visible = _probabilities(q, k, visible, bias, scale, softcap, sinks)
+    if keep is not None:
+        factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        p = torch.where(keep, p * factor, 0.0)
+    out = _Mix.apply(p.to(v.dtype), v.repeat_interleave(q.shape[1] // v.shape[1], 1), visible)
+    return out, lse
+
+
+def _keep(q: Tensor, seqlen_q: int, seqlen_k: int, batch: int, heads: int, p: float, seed: Any) -> Tensor | None:
+    if p == 0:
+        return None
+    if seed is None and p < 1:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+    return dropout_mask(0 if seed is None else seed, batch, heads, seqlen_q, seqlen_k, p, q.device)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Any = None, scale: float | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Any = None,
+    return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """out_i = sum_j p_ij v_j, p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over visible j.
+
+    Args:
+        q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]: one floating dtype, Hq % Hkv == 0.
+        mask: a Mask, or bool broadcastable to [B, Hq, Lq, Lk], True = attend.
+        bias: a tensor broadcastable to [B, Hq, Lq, Lk], -inf masks; or a fastattn.biases object.
+        sinks: [Hq], one more logit in each row's denominator.
+        dropout_seed: int64 tensor of one element, drawn where absent and needed.
+    Returns:
+        out [B, Hq, Lq, Dv], and lse [B, Hq, Lq] if asked (float32; float64 for float64). A row with
+        no visible key has out 0 and lse = sink, or -inf without sinks.
+    """
+    shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    keep = _keep(q, shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, dropout_p, dropout_seed)
+    out, lse = _attention(
+        q, k, v, _visible(mask, shape, q.device), _bias(bias, shape, q), keep,
+        scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, mask: Any = None, bias: Any = None, scale: float | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The whole matrix p [B, Hq, Lq, Lk] of `attention`, before dropout."""
+    shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    visible, dense_bias = _visible(mask, shape, q.device), _bias(bias, shape, q)
+    return _probabilities(q, k, visible, dense_bias, scale, softcap, sinks)[0]
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, mask: Any = None, bias: Any = None, dropout_p: float = 0.0,
+    dropout_seed: Any = None, return_lse: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """`attention` of each sequence of a packed batch, one after the other.
+
+    Args:
+        q [total_q, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv].
+        cu_seqlens_q, cu_seqlens_k: int32 [S + 1]; sequence s has tokens cu[s] to cu[s + 1] - 1.
+        mask, bias: read at each sequence's own indices.
+    Returns:
+        out [total_q, Hq, Dv], and lse [Hq, total_q] if asked.
+    """
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    lens_q, lens_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    batch, heads = len(starts_q) - 1, q.shape[1]
+    longest = [max([0, *lens.tolist()]) for lens in (lens_q, lens_k)]
+    shape = MaskShape(batch, heads, longest[0], longest[1], lens_q, lens_k)
+    per_sequence = [batch, heads, *longest]
+    visible = _visible(mask, shape, q.device).expand(per_sequence)
+    biases = _bias(bias, shape, q)
+    biases = None if biases is None else biases.expand(per_sequence)
+    keeps = _keep(q, longest[0], longest[1], batch, heads, dropout_p, dropout_seed)
+    outs, lses = [q.new_zeros(0, heads, v.shape[-1])], [q.new_zeros(heads, 0)]
+    for b in range(batch):
+        (q0, q1), (k0, k1) = starts_q[b : b + 2], starts_k[b : b + 2]
+        one = (slice(b, b + 1), slice(None), slice(q1 - q0), slice(k1 - k0))
+        out, lse = _attention(
+            *(x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])),
+            *(None if x is None else x[one] for x in (visible, biases, keeps)),
+            dropout_p=dropout_p, **options,
+        )  # fmt: skip
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    out, lse = torch.cat(outs), torch.cat(lses, -1).to(torch.promote_types(q.dtype, torch.float32))
+    return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, block_table: Tensor | None = None,
+    mask: Any = None, bias: Any = None, dropout_p: float = 0.0, dropout_seed: Any = None, return_lse: bool = False,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """`attention` over the first lengths[b] keys of each sequence's cache.
+
+    Args:
+        q [B, Hq, Lq, D], the last Lq positions of each sequence.
+        k_cache, v_cache: [B, Hkv, Lmax, D | Dv], or [pages, Hkv, page, D | Dv] with a block_table.
+        lengths: int [B], keys in the cache, those of q's own positions included.
+        block_table: int32 [B, max_pages], the page that holds keys n * page ... of a sequence.
+    Returns:
+        out [B, Hq, Lq, Dv], and lse [B, Hq, Lq] if asked.
+    """
+    if block_table is not None:
+        pages = block_table.long().clamp(0, max(k_cache.shape[0] - 1, 0))  # entries past a length may be anything
+        k_cache, v_cache = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k_cache, v_cache))
+    shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k_cache.shape[2], None, lengths)
+    keep = _keep(q, shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, dropout_p, dropout_seed)
+    out, lse = _attention(
+        q, k_cache, v_cache, _visible(mask, shape, q.device), _bias(bias, shape, q), keep,
+        dropout_p=dropout_p, **options,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
