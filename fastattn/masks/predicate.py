@@ -1,0 +1,69 @@
+"""A mask given as a function of indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.masks.base import Mask, register
+from fastattn.masks.space import MaskShape, Pairs
+
+PairFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def predicate(fn: PairFunction) -> Mask:
+    """Pairs where fn(b, h, i, j) is True.
+
+    Args:
+        fn: takes the batch entry, query head, row and column as int64 tensors of four dimensions that broadcast
+            together, and returns a bool tensor that broadcasts to their common shape. It must treat pairs one by one
+            (tensor operators and lookups such as `table[b, i]`), and is called on strips of rows cut into tiles:
+            b and h [T, 1, 1, 1], i [T, 1, 64, 1], j [T, 1, 1, 64] there, b [B, 1, 1, 1], h [1, H, 1, 1],
+            i [1, 1, Lq, 1], j [1, 1, 1, Lk] in `to_dense`. Indices are raw: no offset is added. A result that does
+            not extend along b (or h) says that the mask is the same for every batch entry (or head).
+
+    Raises:
+        TypeError: fn is not callable, or, when used, returns something else than a bool tensor.
+        ValueError: when used, fn's result does not broadcast.
+
+    Example: `predicate(lambda b, h, i, j: (i - j) % 4 == 0) & causal()` is a dilated causal mask.
+    """
+    if not callable(fn):
+        raise TypeError(f"predicate fn must be callable, got {type(fn).__name__}")
+    return Predicate(fn)
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Predicate(Mask):
+    """A function of indices."""
+
+    fn: PairFunction
+
+    def _call(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        result = self.fn(b, h, i, j)
+        if not isinstance(result, Tensor) or result.dtype != torch.bool:
+            got = result.dtype if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(f"predicate fn must return a bool tensor, got {got}")
+        want = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
+        result = result[(None,) * (4 - result.dim())]
+        if result.dim() != 4 or any(size not in (1, full) for size, full in zip(result.shape, want, strict=True)):
+            raise ValueError(f"predicate fn must return a tensor broadcastable to {list(want)}, got {list(result.shape)}")
+        return result
+
+    def _visible(self, at: Pairs) -> Tensor:
+        return self._call(at.b, at.h, at.i, at.j)
+
+    def _varies(self, shape: MaskShape, device: torch.device) -> tuple[bool, bool]:
+        if 0 in (shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k):
+            return False, False
+        # Index 0 twice along batch and head: the result extends along those that it depends on.
+        zeros = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+        result = self._call(zeros.expand(2, 1, 1, 1), zeros.expand(1, 2, 1, 1), zeros, zeros)
+        return result.shape[0] > 1, result.shape[1] > 1
+
+    def __repr__(self) -> str:
+        return f"predicate({getattr(self.fn, '__qualname__', repr(self.fn))})"
