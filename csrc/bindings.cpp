@@ -1,0 +1,242 @@
+// The Python module fastattn._C: unpack arguments, call, nothing else. Tensors come as views, the tuples
+// (address, shape, strides in elements), and have been validated by the caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "memory.h"
+#include "philox.h"
+
+namespace py = pybind11;
+using namespace fastattn;
+
+namespace {
+
+int64_t int_at(PyObject* tuple, Py_ssize_t n) {
+  const int64_t x = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, n));
+  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+struct View {
+  void* data = nullptr;
+  PyObject* shape = nullptr;  // borrowed from the tuple, which the call holds
+  PyObject* strides = nullptr;
+
+  int64_t dim(Py_ssize_t n) const { return int_at(shape, n); }
+
+  // The last dimensions of a [batch, head, row, column] tensor; missing leading ones have stride 0.
+  Tensor tensor() const {
+    Tensor t;
+    t.data = data;
+    int64_t* const stride[] = {&t.batch, &t.head, &t.row, &t.col};
+    const Py_ssize_t rank = PyTuple_GET_SIZE(strides);
+    for (Py_ssize_t n = 0; n < rank && n < 4; ++n) *stride[n] = int_at(strides, n);
+    return t;
+  }
+
+  // A [batch, head, row] tensor.
+  Tensor rows() const { return tensor(); }
+
+  // A [batch, row] tensor, or [batch] alone.
+  Tensor batch_rows() const {
+    Tensor t;
+    t.data = data;
+    t.batch = int_at(strides, 0);
+    t.row = PyTuple_GET_SIZE(strides) > 1 ? int_at(strides, 1) : 0;
+    return t;
+  }
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+View view_of(py::handle object) {
+  View v;
+  if (object.is_none()) return v;
+  PyObject* tuple = object.ptr();
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 3)
+    throw py::type_error("a view must be (address, shape, strides) or None");
+  v.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
+  v.shape = PyTuple_GET_ITEM(tuple, 1);
+  v.strides = PyTuple_GET_ITEM(tuple, 2);
+  if (!PyTuple_Check(v.shape) || !PyTuple_Check(v.strides))
+    throw py::type_error("a view's shape and strides must be tuples");
+  return v;
+}
+
+void read_block_mask(py::handle value, BlockMask& m) {
+  const py::tuple views = py::reinterpret_borrow<py::tuple>(value);
+  std::array<View, 7> v;
+  for (size_t n = 0; n < v.size(); ++n) v[n] = view_of(views[n]);
+  m.row_ptr = v[0].as<int32_t>();
+  m.row_batch = int_at(v[0].strides, 0);
+  m.row_head = int_at(v[0].strides, 1);
+  m.row_tiles = v[1].as<int32_t>();
+  m.row_bits = v[2].as<int32_t>();
+  m.col_ptr = v[3].as<int32_t>();
+  m.col_batch = int_at(v[3].strides, 0);
+  m.col_head = int_at(v[3].strides, 1);
+  m.col_tiles = v[4].as<int32_t>();
+  m.col_bits = v[5].as<int32_t>();
+  m.bits = v[6].as<uint64_t>();
+}
+
+void read_band(py::handle value, Band& band) {
+  const py::tuple bounds = py::reinterpret_borrow<py::tuple>(value);
+  int64_t* const fields[] = {&band.lo_top, &band.hi_top, &band.lo_bottom, &band.hi_bottom};
+  for (size_t n = 0; n < 4; ++n)
+    if (!bounds[n].is_none()) *fields[n] = bounds[n].cast<int64_t>();
+}
+
+// One option of a call; false where the forward pass knows no such option.
+bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
+  if (key == "softcap") {
+    p.softcap = value.cast<double>();
+  } else if (key == "sinks") {
+    p.sinks = view_of(value).data;
+  } else if (key == "band") {
+    read_band(value, p.band);
+  } else if (key == "key_starts") {
+    p.key_starts = view_of(value).batch_rows();
+  } else if (key == "key_ends") {
+    p.key_ends = view_of(value).batch_rows();
+  } else if (key == "mask") {
+    p.mask = view_of(value).tensor();
+  } else if (key == "block_mask") {
+    read_block_mask(value, p.block_mask);
+  } else if (key == "bias") {
+    const py::tuple bias = py::reinterpret_borrow<py::tuple>(value);
+    p.bias_dtype = static_cast<DType>(bias[0].cast<int>());
+    p.bias = view_of(bias[1]).tensor();
+  } else if (key == "diag") {
+    const py::tuple diag = py::reinterpret_borrow<py::tuple>(value);
+    p.diag = view_of(diag[0]).rows();
+    p.diag_lo = diag[1].cast<int64_t>();
+    p.diag_bottom_right = diag[2].cast<bool>();
+  } else if (key == "dropout") {
+    const py::tuple dropout = py::reinterpret_borrow<py::tuple>(value);
+    p.dropout_p = dropout[0].cast<double>();
+    p.dropout_seed = view_of(dropout[1]).as<const int64_t>();
+  } else if (key == "cu_seqlens") {
+    const py::tuple lengths = py::reinterpret_borrow<py::tuple>(value);
+    p.cu_seqlens_q = view_of(lengths[0]).as<const int32_t>();
+    p.cu_seqlens_k = view_of(lengths[1]).as<const int32_t>();
+  } else if (key == "seqlens_k") {
+    p.seqlens_k = view_of(value).as<const int32_t>();
+  } else if (key == "block_table") {
+    p.block_table = view_of(value).batch_rows();
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool read_backward_option(const std::string& key, py::handle value, AttentionBackwardParams& p) {
+  const View v = key == "dbias" || key == "ddiag" || key == "dsinks" ? view_of(value) : View{};
+  if (key == "dbias") {
+    p.dbias = v.tensor();
+  } else if (key == "ddiag") {
+    p.ddiag = v.rows();
+    p.num_diagonals = v.dim(2);
+  } else if (key == "dsinks") {
+    p.dsinks = v.data;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+void read_call(AttentionParams& p, int dtype, const View& q, const View& k, const View& v, const View& out,
+               const View& lse, double scale, int num_threads) {
+  p.dtype = static_cast<DType>(dtype);
+  p.num_threads = num_threads;
+  p.scale = scale;
+  p.batch = q.dim(0);
+  p.num_heads = q.dim(1);
+  p.seqlen_q = q.dim(2);
+  p.head_dim = q.dim(3);
+  p.num_heads_kv = k.dim(1);
+  p.seqlen_k = k.dim(2);
+  p.head_dim_v = v.dim(3);
+  p.q = q.tensor();
+  p.k = k.tensor();
+  p.v = v.tensor();
+  p.out = out.tensor();
+  p.lse = lse.data == nullptr ? Tensor{} : lse.rows();
+}
+
+void finish_call(AttentionParams& p) {
+  if (p.block_table.data != nullptr) p.page_size = p.seqlen_k;  // k is [pages, Hkv, page_size, D]
+}
+
+[[noreturn]] void unknown_option(const std::string& key) { throw py::key_error("unknown option '" + key + "'"); }
+
+void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, double scale,
+                   int num_threads, const std::optional<py::dict>& options) {
+  AttentionParams p;
+  read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
+  if (options)
+    for (const auto& [key, value] : *options)
+      if (!read_option(key.cast<std::string>(), value, p)) unknown_option(key.cast<std::string>());
+  finish_call(p);
+  const py::gil_scoped_release release;
+  cpu_kernels().attention_fwd(p);
+}
+
+void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                   py::handle dout, py::handle dlse, py::handle dq, py::handle dk, py::handle dv, double scale,
+                   int num_threads, const std::optional<py::dict>& options) {
+  AttentionBackwardParams p;
+  read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
+  p.dout = view_of(dout).tensor();
+  if (!dlse.is_none()) p.dlse = view_of(dlse).rows();
+  p.dq = view_of(dq).tensor();
+  p.dk = view_of(dk).tensor();
+  p.dv = view_of(dv).tensor();
+  if (options)
+    for (const auto& [key, value] : *options) {
+      const std::string name = key.cast<std::string>();
+      if (!read_option(name, value, p) && !read_backward_option(name, value, p)) unknown_option(name);
+    }
+  finish_call(p);
+  const py::gil_scoped_release release;
+  cpu_kernels().attention_bwd(p);
+}
+
+py::dict info() {
+  py::dict d;
+  const CpuKernels& kernels = cpu_kernels();
+  d["isa"] = kernels.name;
+  d["vector_bytes"] = kernels.vector_bytes;
+  d["isas"] = available_isas();
+  d["compiled"] = compiled_isas();
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fastattn.";
+  m.def("attention_fwd", attention_fwd);
+  m.def("attention_bwd", attention_bwd);
+  m.def("info", info);
+  m.def("set_isa", set_cpu_isa);
+  m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {
+    return dropout_word(static_cast<uint64_t>(seed), bh, i, j);
+  });
+  m.def("fma_peak", [](int dtype, int num_threads, double seconds) {
+    const py::gil_scoped_release release;
+    return cpu_kernels().fma_peak(static_cast<DType>(dtype), num_threads, seconds);
+  });
+  m.def("copy_bandwidth", [](int64_t bytes, int num_threads) {
+    const py::gil_scoped_release release;
+    return copy_bandwidth(bytes, num_threads);
+  });
+}

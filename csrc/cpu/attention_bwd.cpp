@@ -1,0 +1,4 @@
+#include "isa.h"
+namespace fastattn::FASTATTN_ISA {
+void attention_bwd(const AttentionBackwardParams&) {}
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,326 @@
+// The forward pass: softmax(rules(scale * Q K^T)) V with an online softmax, one pass over the keys.
+//
+// A task is up to kTaskRows query rows that share a key-value head. It walks the keys in segments of 256,
+// packs each segment's K once for all its rows, and takes the rows in groups of 12 (two micro-tiles): their
+// 12 x 256 scores stay in L1 from the product that makes them, through the softmax, to the product with V.
+// docs/kernels/cpu.md derives the steps and the sizes.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../parallel.h"
+#include "buffer.h"
+#include "dropout.h"
+#include "exact.h"
+#include "isa.h"
+#include "rows.h"
+#include "score.h"
+#include "softmax.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kSegment = 256;     // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
+constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
+constexpr int64_t kTaskRows = 256;    // rows that share a packed segment: packing costs about 2% of the products
+constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
+constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
+
+// Rows [row_begin, row_end) of one query head, within one 64-row tile; state holds them from `first`.
+struct Tile {
+  int64_t head, row_begin, row_end, first;
+};
+
+struct Task {
+  int64_t batch, head_kv;
+  int64_t tile_begin, tile_end;  // in Plan::tiles
+  int64_t rows;
+  int64_t key_begin, key_end;
+  int64_t partial;  // index of the first row's partial result, -1 where the keys are not split
+};
+
+// A row whose keys were split: its partial results lie `stride` apart, in ascending order of keys.
+struct SplitRows {
+  int64_t batch, head, rows;
+  int64_t partial, stride, splits;
+};
+
+// Depends on the threads only in how rows are grouped into tasks, which no result depends on.
+struct Plan {
+  std::vector<Tile> tiles;
+  std::vector<Task> tasks;
+  std::vector<SplitRows> split_rows;
+  int64_t partial_rows = 0;
+
+  explicit Plan(const AttentionParams& p) {
+    const int64_t group = p.num_heads / p.num_heads_kv;
+    const int64_t all_rows = p.batch * p.num_heads * p.seqlen_q;
+    const int64_t fair_rows = p.num_threads > 1 ? all_rows / (4 * p.num_threads) : kTaskRows;
+    const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, kMaskTile, kTaskRows);
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t h = 0; h < p.num_heads_kv; ++h) add(sequence_of(p, b), b, h, group, task_rows);
+  }
+
+ private:
+  void add(const Sequence& s, int64_t b, int64_t head_kv, int64_t group, int64_t task_rows) {
+    // Last rows first: under a causal mask they have the most keys, and the shortest tasks should end the run.
+    const int64_t num_tiles = (s.len_q + kMaskTile - 1) / kMaskTile;
+    int64_t begin = static_cast<int64_t>(tiles.size()), rows = 0;
+    const auto flush = [&] {
+      if (rows > 0) add_task(s, b, head_kv, begin, rows);
+      begin = static_cast<int64_t>(tiles.size());
+      rows = 0;
+    };
+    for (int64_t t = num_tiles - 1; t >= 0; --t)
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t first = t * kMaskTile, last = std::min(s.len_q, first + kMaskTile);
+        if (rows + last - first > task_rows) flush();
+        tiles.push_back({head_kv * group + g, first, last, rows});
+        rows += last - first;
+      }
+    flush();
+  }
+
+  void add_task(const Sequence& s, int64_t b, int64_t head_kv, int64_t begin, int64_t rows) {
+    const int64_t end = static_cast<int64_t>(tiles.size());
+    const int64_t splits = s.len_q > kSplitRows ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
+    if (splits == 1) {
+      tasks.push_back({b, head_kv, begin, end, rows, 0, s.len_k, -1});
+      return;
+    }
+    for (int64_t n = 0; n < splits; ++n)
+      tasks.push_back({b, head_kv, begin, end, rows, n * kSplitKeys, std::min(s.len_k, (n + 1) * kSplitKeys),
+                       partial_rows + n * rows});
+    for (int64_t t = begin; t < end; ++t)
+      split_rows.push_back({b, tiles[t].head, tiles[t].row_end - tiles[t].row_begin, partial_rows + tiles[t].first,
+                            rows, splits});
+    partial_rows += splits * rows;
+  }
+};
+
+template <class T>
+struct Scratch {
+  Buffer<T> panels, values, queries, scores, staging, sums;
+  Buffer<RowState<T>> states;
+};
+
+// Writes one row of the results. sums are the unnormalised outputs.
+template <class T>
+void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state, const T* sums) {
+  const Sequence s = sequence_of(p, b);
+  const int64_t dim = p.head_dim_v;
+  void* out = row_address_mutable<T>(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
+  T* lse = p.lse.data == nullptr ? nullptr : static_cast<T*>(p.lse.data) + p.lse.offset(b, h, s.q_begin + i);
+  const bool empty = state.max == -kInfinity<T>;
+  if (!empty && all_finite(sums, round_to_lanes<T>(dim))) {
+    store_row<T>(sums, Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
+    if (lse != nullptr) *lse = state.max + std::log(state.sum);
+    return;
+  }
+  const ExactPairs<T> pairs(p, b, h);
+  const std::vector<T> query = pairs.query(i);
+  const KeyRange keys = pairs.row_keys(i);
+  const bool has_sink = p.sinks != nullptr;
+  const T sink = has_sink ? static_cast<const T*>(p.sinks)[h] : -kInfinity<T>;
+  T max = sink;
+  std::vector<int64_t> seen;
+  std::vector<T> scores;
+  for (int64_t j = keys.begin; j < keys.end; ++j) {
+    if (!pairs.visible(i, j)) continue;
+    seen.push_back(j);
+    scores.push_back(pairs.score(query.data(), i, j));
+    if (!(scores.back() <= max)) max = scores.back();
+  }
+  T sum = has_sink ? std::exp(sink - max) : T{0};
+  std::vector<T> result(dim, T{0});
+  for (size_t n = 0; n < seen.size(); ++n) {
+    const T e = std::exp(scores[n] - max);
+    const T weight = e * pairs.kept(i, seen[n]);
+    const std::vector<T> value = pairs.value(seen[n]);
+    sum += e;
+    for (int64_t d = 0; d < dim; ++d) result[d] += weight * value[d];
+  }
+  if (seen.empty()) sum = T{1};
+  store_row<T>(result.data(), T{1} / sum, p.dtype, dim, out);
+  if (lse != nullptr) *lse = seen.empty() ? sink : max + std::log(sum);
+}
+
+template <class T>
+class TaskRunner {
+ public:
+  TaskRunner(const AttentionParams& p, const Plan& plan, const Task& task, Scratch<T>& scratch, T* partial_sums,
+             RowState<T>* partial_states)
+      : p_(p),
+        task_(task),
+        tiles_(plan.tiles.data() + task.tile_begin, plan.tiles.data() + task.tile_end),
+        seq_(sequence_of(p, task.batch)),
+        keys_(Rows::of_keys(p, p.k, task.batch, task.head_kv, seq_)),
+        values_(Rows::of_keys(p, p.v, task.batch, task.head_kv, seq_)),
+        dropout_(p),
+        width_(round_to_lanes<T>(p.head_dim_v)),
+        copy_values_(!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided()) {
+    panels_ = scratch.panels.ensure(kSegment * p.head_dim);
+    staging_ = scratch.staging.ensure(kLanes<T> * round_to_lanes<T>(p.head_dim));
+    scores_ = scratch.scores.ensure(kGroup * kSegment);
+    if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * width_);
+    sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
+    states_ = task.partial < 0 ? scratch.states.ensure(task.rows) : partial_states + task.partial;
+    if (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16)
+      queries_ = scratch.queries.ensure(task.rows * p.head_dim);
+  }
+
+  void run() {
+    start();
+    for (int64_t s0 = task_.key_begin; s0 < task_.key_end; s0 += kSegment) {
+      const int64_t s1 = std::min(task_.key_end, s0 + kSegment);
+      packed_panels_ = 0;
+      copied_tiles_ = 0;
+      for (const Tile& tile : tiles_) {
+        const ScoreRules<T> rules(p_, task_.batch, tile.head, seq_);
+        rules.for_each_run(tile.row_begin, tile.row_end, s0, s1, [&](const Run& run) {
+          for (int64_t i = tile.row_begin; i < tile.row_end; i += kGroup)
+            attend(rules, tile, run, s0, i, std::min(kGroup, tile.row_end - i));
+        });
+      }
+    }
+    if (task_.partial >= 0) return;
+    for (const Tile& tile : tiles_)
+      for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+        const int64_t r = tile.first + i - tile.row_begin;
+        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_);
+      }
+  }
+
+ private:
+  void start() {
+    std::fill(sums_, sums_ + task_.rows * width_, T{0});
+    for (const Tile& tile : tiles_) {
+      const Rows queries(p_, p_.q, task_.batch, tile.head, seq_.q_begin);
+      for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+        const int64_t r = tile.first + i - tile.row_begin;
+        states_[r] = RowState<T>{};
+        if (p_.sinks != nullptr && task_.key_begin == 0) {  // a key with a score and no value
+          states_[r] = {static_cast<const T*>(p_.sinks)[tile.head], T{1}};
+          if (states_[r].max == -kInfinity<T>) states_[r].sum = T{0};
+        }
+        if (queries_ != nullptr) load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
+      }
+    }
+  }
+
+  Block<T> query_block(const Tile& tile, int64_t i) const {
+    if (queries_ != nullptr) return {queries_ + (tile.first + i - tile.row_begin) * p_.head_dim, p_.head_dim};
+    return block_in_place<T>(Rows(p_, p_.q, task_.batch, tile.head, seq_.q_begin), i);
+  }
+
+  // Packs the panels that hold keys [begin, end) of the segment at s0, each once.
+  void pack(int64_t s0, int64_t begin, int64_t end) {
+    for (int64_t n = begin / kPanel<T>; n * kPanel<T> < end; ++n) {
+      if (packed_panels_ >> n & 1) continue;
+      packed_panels_ |= uint64_t{1} << n;
+      const int64_t first = s0 + n * kPanel<T>;
+      pack_panel<T>([&](int64_t c) { return keys_(first + c); }, p_.dtype, seq_.len_k - first, p_.head_dim,
+                    static_cast<T>(p_.scale), staging_, panels_ + n * kPanel<T> * p_.head_dim);
+    }
+  }
+
+  // The rows of V from key begin of the segment at s0, as far as `end`.
+  Block<T> value_block(int64_t s0, int64_t begin, int64_t end) {
+    if (!copy_values_) return block_in_place<T>(values_, s0 + begin);
+    for (int64_t n = begin / kMaskTile; n * kMaskTile < end; ++n) {
+      if (copied_tiles_ >> n & 1) continue;
+      copied_tiles_ |= uint64_t{1} << n;
+      const int64_t first = s0 + n * kMaskTile;
+      block_copied<T>(values_, p_.dtype, first, std::min(kMaskTile, seq_.len_k - first), p_.head_dim_v,
+                      value_copy_ + n * kMaskTile * width_);
+    }
+    return {value_copy_ + begin * width_, width_};
+  }
+
+  // Rows [i, i + rows) of a tile meet the keys of a run within the segment at s0.
+  void attend(const ScoreRules<T>& rules, const Tile& tile, const Run& run, int64_t s0, int64_t i, int64_t rows) {
+    const KeyRange hull = rules.rows_keys(i, i + rows);
+    const int64_t first = std::max(hull.begin, run.begin) - s0, last = std::min(hull.end, run.end) - s0;
+    if (first >= last) return;
+    const int64_t begin = first / kLanes<T> * kLanes<T>, end = round_to_lanes<T>(last);
+    const int64_t padded = end - begin, keys = std::min(end, seq_.len_k - s0) - begin;
+    pack(s0, begin, end);
+    const Block<T> queries = query_block(tile, i);
+    gemm_panels<T>(rows, begin, end, p_.head_dim, queries.data, queries.stride, panels_, scores_, kSegment);
+    T* sums = sums_ + (tile.first + i - tile.row_begin) * width_;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* s = scores_ + r * kSegment + begin;
+      rules.apply(run, i + r, s0 + begin, keys, padded, s, nullptr);
+      const T rescale = softmax_update<T>(s, padded, states_[tile.first + i - tile.row_begin + r]);
+      if (rescale != T{1}) scale_row<T>(sums + r * width_, width_, rescale);
+      if (dropout_.active())
+        dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, s0 + begin, keys, s);
+    }
+    const Block<T> values = value_block(s0, begin, begin + keys);
+    gemm<T, false>(rows, width_, keys, scores_ + begin, kSegment, values.data, values.stride, sums, width_, true);
+  }
+
+  const AttentionParams& p_;
+  const Task& task_;
+  const std::vector<Tile> tiles_;
+  const Sequence seq_;
+  const Rows keys_, values_;
+  const Dropout dropout_;
+  const int64_t width_;
+  const bool copy_values_;
+  T *panels_, *staging_, *scores_, *sums_, *value_copy_ = nullptr, *queries_ = nullptr;
+  RowState<T>* states_;
+  uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment
+};
+
+// Adds up a row's partial results in ascending order of keys.
+template <class T>
+void combine(const AttentionParams& p, const SplitRows& rows, int64_t i, const T* partial_sums,
+             const RowState<T>* partial_states) {
+  const int64_t width = round_to_lanes<T>(p.head_dim_v);
+  RowState<T> total;
+  for (int64_t n = 0; n < rows.splits; ++n)
+    total.max = std::max(total.max, partial_states[rows.partial + i + n * rows.stride].max);
+  std::vector<T> sums(width, T{0});
+  for (int64_t n = 0; n < rows.splits; ++n) {
+    const int64_t index = rows.partial + i + n * rows.stride;
+    const RowState<T>& part = partial_states[index];
+    if (part.max == -kInfinity<T>) continue;
+    const T factor = std::exp(part.max - total.max);
+    total.sum += factor * part.sum;
+    for (int64_t d = 0; d < width; ++d) sums[d] += factor * partial_sums[index * width + d];
+  }
+  finish_row<T>(p, rows.batch, rows.head, i, total, sums.data());
+}
+
+template <class T>
+void run_forward(const AttentionParams& p) {
+  const Plan plan(p);
+  const int64_t width = round_to_lanes<T>(p.head_dim_v);
+  Buffer<T> partial_sums;
+  Buffer<RowState<T>> partial_states;
+  if (plan.partial_rows > 0) {
+    partial_sums.ensure(plan.partial_rows * width);
+    partial_states.ensure(plan.partial_rows);
+  }
+  parallel_tasks(p.num_threads, static_cast<int64_t>(plan.tasks.size()), [&](int, int64_t n) {
+    static thread_local Scratch<T> scratch;
+    TaskRunner<T>(p, plan, plan.tasks[n], scratch, partial_sums.data(), partial_states.data()).run();
+  });
+  parallel_tasks(p.num_threads, static_cast<int64_t>(plan.split_rows.size()), [&](int, int64_t n) {
+    const SplitRows& rows = plan.split_rows[n];
+    for (int64_t i = 0; i < rows.rows; ++i)
+      combine<T>(p, rows, i, partial_sums.data(), partial_states.data());
+  });
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat64)
+    run_forward<double>(p);
+  else
+    run_forward<float>(p);
+}
+
+}  // namespace fastattn::FASTATTN_ISA

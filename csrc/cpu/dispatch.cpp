@@ -1,0 +1,99 @@
+// Chooses one instruction set's kernels, once.
+#include <cstdlib>
+#include <mutex>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace fastattn {
+
+#if defined(__x86_64__)
+namespace baseline {
+extern const CpuKernels kKernels;
+}
+namespace avx2 {
+extern const CpuKernels kKernels;
+}
+namespace avx512 {
+extern const CpuKernels kKernels;
+}
+#else
+namespace generic {
+extern const CpuKernels kKernels;
+}
+#endif
+
+namespace {
+
+struct Implementation {
+  const CpuKernels* kernels;
+  bool (*runs_here)();
+};
+
+// From the least to the most demanding: the last that runs here is the default.
+const Implementation kImplementations[] = {
+#if defined(__x86_64__)
+    {&baseline::kKernels, [] { return true; }},
+    {&avx2::kKernels,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {&avx512::kKernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+#else
+    {&generic::kKernels, [] { return true; }},
+#endif
+};
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+const CpuKernels* find(const std::string& name) {
+  for (const Implementation& i : kImplementations) {
+    if (name != i.kernels->name) continue;
+    if (i.runs_here()) return i.kernels;
+    throw std::invalid_argument("FASTATTN_CPU_ISA: this processor lacks " + name + "; it has " +
+                                join(available_isas()));
+  }
+  throw std::invalid_argument("FASTATTN_CPU_ISA must be one of " + join(compiled_isas()) + ", got '" + name + "'");
+}
+
+const CpuKernels* chosen = nullptr;
+std::mutex choosing;
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Implementation& i : kImplementations) names.emplace_back(i.kernels->name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Implementation& i : kImplementations)
+    if (i.runs_here()) names.emplace_back(i.kernels->name);
+  return names;
+}
+
+const CpuKernels& cpu_kernels() {
+  const std::lock_guard<std::mutex> lock(choosing);
+  if (chosen == nullptr) {
+    const char* forced = std::getenv("FASTATTN_CPU_ISA");
+    chosen = find(forced != nullptr && *forced != '\0' ? forced : available_isas().back());
+  }
+  return *chosen;
+}
+
+void set_cpu_isa(const std::string& name) {
+  const CpuKernels* kernels = find(name);
+  const std::lock_guard<std::mutex> lock(choosing);
+  chosen = kernels;
+}
+
+}  // namespace fastattn

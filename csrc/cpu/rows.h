@@ -1,0 +1,60 @@
+// Rows of q, k, v by (batch, head, index), whatever the layout: dense, packed sequences, or a paged cache.
+#pragma once
+
+#include "convert.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+class Rows {
+ public:
+  Rows(const AttentionParams& p, const Tensor& t, int64_t b, int64_t h, int64_t begin)
+      : p_(p), t_(t), b_(b), h_(h), size_(element_size(p.dtype)) {
+    base_ = static_cast<const char*>(t.data) + t.offset(b, h, begin) * size_;
+  }
+
+  // A cache's rows may lie in pages.
+  static Rows of_keys(const AttentionParams& p, const Tensor& t, int64_t b, int64_t h, const Sequence& s) {
+    Rows rows(p, t, b, h, s.k_begin);
+    rows.paged_ = p.block_table.data != nullptr;
+    return rows;
+  }
+
+  const void* operator()(int64_t i) const {
+    if (!paged_) return base_ + i * t_.row * size_;
+    const int32_t* pages = static_cast<const int32_t*>(p_.block_table.data) + b_ * p_.block_table.batch;
+    const int64_t page = pages[i / p_.page_size * p_.block_table.row];
+    return static_cast<const char*>(t_.data) + t_.offset(page, h_, i % p_.page_size) * size_;
+  }
+
+  // Whether row i is at operator()(0) + i * stride() elements.
+  bool strided() const { return !paged_; }
+  int64_t stride() const { return t_.row; }
+
+ private:
+  const AttentionParams& p_;
+  const Tensor& t_;
+  int64_t b_, h_, size_;
+  const char* base_;
+  bool paged_ = false;
+};
+
+// A block of rows in the accumulator's type, padded to whole vectors: where they lie if they can be read
+// there, else a copy in scratch.
+template <class T>
+struct Block {
+  const T* data;
+  int64_t stride;
+};
+
+template <class T>
+Block<T> block_in_place(const Rows& rows, int64_t first) {
+  return {static_cast<const T*>(rows(first)), rows.stride()};
+}
+
+template <class T>
+Block<T> block_copied(const Rows& rows, DType dtype, int64_t first, int64_t count, int64_t dim, T* scratch) {
+  pack_rows<T>([&](int64_t r) { return rows(first + r); }, dtype, count, dim, scratch);
+  return {scratch, round_to_lanes<T>(dim)};
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,205 @@
+// Vectors of the width of the instruction set that this file is compiled for, on GCC and Clang vector
+// extensions. Everything lives in a namespace per instruction set: an inline function shared between
+// files compiled with different flags could be linked from the wrong one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own AVX-512 header initialises its "undefined" vectors with themselves (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#ifndef FASTATTN_ISA
+#define FASTATTN_ISA generic
+#endif
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+namespace fastattn::FASTATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+template <class T>
+FASTATTN_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+
+template <class T>
+FASTATTN_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+template <class T>
+FASTATTN_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// The second operand where either is NaN, as the machine's instruction does.
+template <class T>
+FASTATTN_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm_max_ps((__m128)a, (__m128)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm_max_pd((__m128d)a, (__m128d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <class T>
+FASTATTN_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_min_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm_min_ps((__m128)a, (__m128)b);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm_min_pd((__m128d)a, (__m128d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Reductions in a fixed tree: halves are folded until one lane is left.
+template <class T>
+FASTATTN_INLINE T reduce_add(Vec<T> v) {
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int n = 0; n < width; ++n) lane[n] += lane[n + width];
+  return lane[0];
+}
+
+template <class T>
+FASTATTN_INLINE T reduce_max(Vec<T> v) {
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int n = 0; n < width; ++n) lane[n] = lane[n] > lane[n + width] ? lane[n] : lane[n + width];
+  return lane[0];
+}
+
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Int = typename IntOf<T>::type;
+
+// exp(x) for x <= about 88 (709 in double): 0 below the normal range, exact at -inf, NaN stays NaN.
+// exp(x) = 2^n * 2^f with n = round(x log2 e); n by adding 1.5 * 2^23 (2^52), which rounds to an integer
+// and leaves it in the low bits; 2^f, |f| <= 1/2, by its Taylor polynomial.
+template <class T>
+FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
+  constexpr bool kDouble = sizeof(T) == 8;
+  constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
+  constexpr T kRounder = kDouble ? static_cast<T>(6755399441055744.0) : static_cast<T>(12582912.0);
+  constexpr T kLowest = kDouble ? static_cast<T>(-708.0) : static_cast<T>(-87.0);
+  [[maybe_unused]] constexpr int kMantissa = kDouble ? 52 : 23;
+  // ln 2 in two parts, the first short enough for n * hi to be exact.
+  constexpr T kLn2Hi = kDouble ? static_cast<T>(0.693147180369123816490) : static_cast<T>(0.693359375);
+  constexpr T kLn2Lo = kDouble ? static_cast<T>(1.90821492927058770002e-10) : static_cast<T>(-2.12194440e-4);
+  const Vec<T> clamped = vmax<T>(splat<T>(kLowest), x);  // NaN passes: it is the second operand
+  const Vec<T> shifted = clamped * kLog2e + kRounder;
+  const Vec<T> n = shifted - kRounder;
+  const Vec<T> r = (clamped - n * kLn2Hi) - n * kLn2Lo;
+  Vec<T> p;
+  if constexpr (kDouble) {
+    p = splat<T>(1.0 / 6227020800.0);
+    constexpr double kInverse[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
+                                   1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
+                                   1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
+                                   1.0};
+    for (double c : kInverse) p = p * r + static_cast<T>(c);
+  } else {
+    // Minimax on |r| <= ln(2)/2: relative error below 2^-24.
+    p = splat<T>(static_cast<T>(1.9875691500e-4));
+    constexpr float kCoefficient[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                      5.0000001201e-1f};
+    for (float c : kCoefficient) p = p * r + static_cast<T>(c);
+    p = p * (r * r) + r + static_cast<T>(1);
+  }
+#if defined(__AVX512F__)
+  Vec<T> y;
+  if constexpr (kDouble)
+    y = (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+  else
+    y = (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return x < kLowest ? Vec<T>{} : y;
+#else
+  const Vec<Int<T>> exponent = (Vec<Int<T>>)shifted << kMantissa;  // the low bits of shifted hold n
+  const Vec<T> y = (Vec<T>)((Vec<Int<T>>)p + exponent);
+  // A NaN's bits moved by a garbage exponent need not be a NaN any more: it is chosen explicitly.
+  return x < kLowest ? Vec<T>{} : (x != x ? x : y);
+#endif
+}
+
+// tanh(x). Near 0 by an odd minimax polynomial, since 1 - 2/(exp(2x)+1) cancels there.
+FASTATTN_INLINE Vec<float> vtanh(Vec<float> x) {
+  const Vec<float> z = x * x;
+  Vec<float> p = splat<float>(-5.70498872745e-3f);
+  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) p = p * z + c;
+  const Vec<float> small = p * z * x + x;
+  const Vec<float> magnitude = x < 0.0f ? -x : x;
+  const Vec<float> e = vexp<float>(vmin<float>(splat<float>(40.0f), magnitude + magnitude));
+  const Vec<float> large = 1.0f - 2.0f / (e + 1.0f);
+  return magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+}
+
+FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) {
+  for (int n = 0; n < kLanes<double>; ++n) x[n] = std::tanh(x[n]);
+  return x;
+}
+
+// v where bit n of bits is set, else otherwise, in lane n.
+template <class T>
+FASTATTN_INLINE Vec<T> select_bits(uint32_t bits, Vec<T> v, Vec<T> otherwise) {
+  Vec<Int<T>> lane_bit;
+  for (int n = 0; n < kLanes<T>; ++n) lane_bit[n] = Int<T>{1} << n;
+  return (lane_bit & static_cast<Int<T>>(bits)) != 0 ? v : otherwise;
+}
+
+}  // namespace fastattn::FASTATTN_ISA
