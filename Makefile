@@ -1,0 +1,79 @@
+# Each target makes .venv, installs the pinned requirements and builds the native core first, where that has not
+# been done. A machine needs Python >= 3.10 and a C++ compiler; make the first call with another interpreter by
+# `make PYTHON=python3.12 ...`, and give pip further options by `make PIP_FLAGS=...`.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BENCH_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := $(VENV)/.stamp-requirements
+INSTALLED := $(VENV)/.stamp-installed
+CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
+
+.DELETE_ON_ERROR:
+.PHONY: help build test test-all test-install test-aarch64 bench demo lint format clean
+
+help:
+	@echo "make build         build the native core in place"
+	@echo "make demo          train a small language model with and without fastattn and compare"
+	@echo "make test          the test suite"
+	@echo "make test-all      the same with the slow tests, every way to install, and aarch64 under qemu"
+	@echo "make bench         measure against PyTorch (BENCH_FLAGS=... for options)"
+	@echo "make lint          ruff, mypy, clang-format"
+	@echo "make format        rewrite the sources as lint wants them"
+	@echo "make clean         remove what was built (and not .venv)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: fastattn needs Python 3.10 or newer; try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(REQUIREMENTS): requirements/dev.txt requirements/constraints.txt | $(BIN)/python
+	$(PIP) install --quiet $(PIP_FLAGS) -r requirements/dev.txt
+	@touch $@
+
+# Registers the package in place. The native core is not built here but by CMake below, which can go on from
+# what it built before.
+$(INSTALLED): pyproject.toml setup.py fastattn/_version.py $(REQUIREMENTS)
+	FASTATTN_NATIVE=0 $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+build: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/build_in_place.sh
+
+test: build
+	$(BIN)/python -m pytest
+
+test-all: build test-aarch64 test-install
+	$(BIN)/python -m pytest -m ''
+
+test-aarch64: $(REQUIREMENTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test_aarch64.sh
+
+test-install: $(REQUIREMENTS)
+	bash scripts/check_install.sh
+
+bench: build
+	$(BIN)/python -m fastattn bench $(BENCH_FLAGS)
+
+demo: build
+	$(BIN)/python -m fastattn demo
+
+lint: $(REQUIREMENTS)
+	$(BIN)/ruff check $(PY_PATHS)
+	$(BIN)/ruff format --check $(PY_PATHS)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(REQUIREMENTS)
+	$(BIN)/ruff check --fix $(PY_PATHS)
+	$(BIN)/ruff format $(PY_PATHS)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info fastattn/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f $(INSTALLED)

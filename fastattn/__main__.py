@@ -1,0 +1,8 @@
+"""`python -m fastattn`: see `fastattn.cli`."""
+
+import sys
+
+from fastattn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
