@@ -1,0 +1,25 @@
+"""fastattn: one attention call for PyTorch, exact and fast."""
+
+from fastattn import biases, masks
+from fastattn._version import __version__
+from fastattn.dispatch import Explanation
+from fastattn.functional import attention, decode_attention, explain, varlen_attention
+from fastattn.combine import merge
+from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.spec import AttentionSpec
+from fastattn.weights import attention_weights
+
+__all__ = [
+    "AttentionSpec",
+    "Explanation",
+    "__version__",
+    "attention",
+    "attention_weights",
+    "biases",
+    "decode_attention",
+    "explain",
+    "masks",
+    "merge",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

@@ -1,0 +1,139 @@
+"""Gradients in eager mode, and the choice of the route by which a lowered call reaches its kernels.
+
+Three routes to the same kernels: a direct call where no gradient is wanted, a ctx-style autograd.Function where one
+is, and fastattn.ops (library ops) or fastattn.functorch (a Function with vmap rules) where a tracer or a transform
+watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn.lowering import DIFFERENTIABLE, Operands, Params
+
+Gradients = tuple["Tensor | None", ...]
+
+DOUBLE_BACKWARD = "fastattn's kernels have no double backward: call with backend='reference', which has derivatives of every order"
+FORWARD_MODE = (
+    "fastattn's kernels have no forward-mode derivative: call with backend='reference', which has it"
+)
+
+
+class Kernels(Protocol):
+    """What a backend with kernels of its own offers beside `supports`."""
+
+    name: str
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        operands: Operands,
+        params: Params,
+        needs: Sequence[bool],
+    ) -> Gradients: ...
+
+
+def attention(
+    kernels: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a lowered call on a backend's kernels, by the route that the surroundings ask for."""
+    if torch.compiler.is_compiling() or is_traced(q, k, v):
+        from fastattn import ops
+
+        return ops.attention(kernels.name, q, k, v, operands, params)
+    if torch._C._are_functorch_transforms_active():
+        from fastattn import functorch
+
+        return functorch.attention(kernels, q, k, v, operands, params)
+    if forward_ad._current_level >= 0 and _has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
+        raise NotImplementedError(FORWARD_MODE)
+    if not torch.is_grad_enabled() or not _wants_gradient(q, k, v, operands):
+        return kernels.forward(q, k, v, operands, params, need_lse)
+    out, lse = _Attention.apply(q, k, v, *operands, kernels, params)
+    return out, lse
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether something other than plain eager mode would see the tensors: a dispatch mode, a subclass, a trace."""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return any(t is not None and t.requires_grad for t in operands[:DIFFERENTIABLE])
+
+
+class _Attention(torch.autograd.Function):
+    """out and lse with gradients to q, k, v, bias, diag and sinks."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *fields, kernels, params = rest
+        operands = Operands(*fields)
+        out, lse = kernels.forward(q, k, v, operands, params, True)
+        ctx.save_for_backward(q, k, v, out, lse, *operands)
+        ctx.kernels, ctx.params = kernels, params
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        unused = (None,) * (len(Operands._fields) - DIFFERENTIABLE + 2)
+        if dout is None and dlse is None:
+            return (None,) * (3 + DIFFERENTIABLE) + unused
+        q, k, v, out, lse, *fields = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs = ctx.needs_input_grad[: 3 + DIFFERENTIABLE]
+        if torch.is_grad_enabled():  # create_graph=True: leave a node that says why it goes no further
+            grads = _AttentionBackward.apply(
+                ctx.kernels, ctx.params, needs, q, k, v, out, lse, dout, dlse, *fields
+            )
+        else:
+            operands = Operands(*fields)
+            grads = ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
+        return grads + unused
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """The gradients of `_Attention`, whose own gradients raise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Any,
+        params: Params,
+        needs: Sequence[bool],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *rest: Any,
+    ) -> Gradients:
+        out, lse, dout, dlse, *fields = rest
+        return kernels.backward(q, k, v, out, lse, dout, dlse, Operands(*fields), params, needs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(DOUBLE_BACKWARD)

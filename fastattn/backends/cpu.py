@@ -1,0 +1,307 @@
+"""The C++ kernels on CPU tensors: allocate, describe the tensors as views, call fastattn._C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.lowering import BLOCK_FIELDS, NO_OPERANDS, Operands, Params
+from fastattn.spec import AttentionSpec
+
+try:
+    from fastattn import _C  # type: ignore[attr-defined]
+
+    _missing: str | None = None
+except ImportError as error:
+    _C = None
+    _missing = f"the native core fastattn._C is not there ({error})"
+
+name = "cpu"
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# (data pointer, shape, strides), as fastattn._C reads a tensor
+View = tuple[int, Sequence[int], Sequence[int]]
+
+
+def available() -> bool:
+    """Whether the native core is built."""
+    return _C is not None
+
+
+def supports(spec: AttentionSpec) -> str | None:
+    """None, or every reason why this backend cannot run the call."""
+    reasons = []
+    if _missing is not None:
+        reasons.append(_missing)
+    if spec.device != "cpu":
+        reasons.append(f"it runs on cpu tensors, not {spec.device}")
+    if spec.paged and spec.needs_grad:
+        reasons.append("paged caches have no backward pass")
+    return "; ".join(reasons) or None
+
+
+def output_like(q: Tensor, head_dim_v: int) -> Tensor:
+    """Uninitialised [..., head_dim_v] in q's dtype and stride order, the last dimension contiguous."""
+    if q.is_contiguous():
+        return q.new_empty((*q.shape[:-1], head_dim_v))
+    leading = range(q.dim() - 1)
+    order = sorted(leading, key=q.stride, reverse=True)
+    out = q.new_empty([q.shape[dim] for dim in order] + [head_dim_v])
+    return out.permute([order.index(dim) for dim in leading] + [q.dim() - 1])
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """Uninitialised lse: [B, Hq, Lq], or [Hq, total_q] of a packed q."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+    return q.new_empty(shape, dtype=dtype)
+
+
+def dense_last(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is contiguous, otherwise a contiguous copy."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def small(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """out of a dense call without options or gradient; the caller vouches for shapes and contiguous last dimensions."""
+    shape, shape_v = q.shape, v.shape
+    if shape_v[3] == shape[3] and q.is_contiguous():
+        out = torch.empty_like(q)
+    else:
+        out = output_like(q, shape_v[3])
+    _C.attention_fwd(
+        DTYPE_CODES[q.dtype],
+        (q.data_ptr(), shape, q.stride()),
+        (k.data_ptr(), k.shape, k.stride()),
+        (v.data_ptr(), shape_v, v.stride()),
+        (out.data_ptr(), out.shape, out.stride()),
+        None,
+        scale,
+        torch.get_num_threads(),
+        None,
+    )
+    return out
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """out and lse of a lowered call.
+
+    Args:
+        q, k, v: as in fastattn.call.Call.
+        operands, params: see fastattn.lowering.
+        need_lse: whether lse is wanted.
+    Returns:
+        out in q's dtype and stride order; lse float32 (float64 for float64), [B, Hq, Lq] or [Hq, total_q], or None.
+    """
+    out = output_like(q, v.shape[-1])
+    lse = lse_like(q) if need_lse else None
+    if 0 in q.shape[:-1]:
+        return out, lse
+    if _no_keys(k, v, operands):
+        return out.zero_(), _empty_lse(lse, operands)
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    seq = _Layout(q, k, operands, params)
+    _C.attention_fwd(
+        DTYPE_CODES[q.dtype],
+        seq.query(q),
+        seq.key(k),
+        seq.key(v),
+        seq.query(out),
+        None if lse is None else seq.rows(lse),
+        params.scale,
+        torch.get_num_threads(),
+        seq.options(operands, params),
+    )
+    return out, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    operands: Operands,
+    params: Params,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; the last three None unless `needs` asks.
+
+    Args:
+        q, k, v, out, lse: inputs and results of `forward`.
+        dout, dlse: gradients of out and lse; dlse may be None.
+        needs: six flags, of which the last three are read: q, k and v always get theirs.
+    """
+    dq, dk, dv = (output_like(t, t.shape[-1]) for t in (q, k, v))
+    extra = _extra_gradients(operands, needs)
+    if 0 in q.shape[:-1] or _no_keys(k, v, operands):
+        for grad in (dq, dk, dv):
+            grad.zero_()
+        return dq, dk, dv, *_finish(extra, operands, dlse)
+    q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
+    seq = _Layout(q, k, operands, params)
+    options = seq.options(operands, params) or {}
+    options.update(seq.gradient_views(extra))
+    _C.attention_bwd(
+        DTYPE_CODES[q.dtype],
+        seq.query(q),
+        seq.key(k),
+        seq.key(v),
+        seq.query(out),
+        seq.rows(lse),
+        seq.query(dout),
+        None if dlse is None else seq.rows(dlse),
+        seq.query(dq),
+        seq.key(dk),
+        seq.key(dv),
+        params.scale,
+        torch.get_num_threads(),
+        options or None,
+    )
+    return dq, dk, dv, *_finish(extra, operands, None)
+
+
+def _no_keys(k: Tensor, v: Tensor, operands: Operands) -> bool:
+    table = operands.block_table
+    return k.numel() == 0 or v.numel() == 0 or (table is not None and table.numel() == 0)
+
+
+def _empty_lse(lse: Tensor | None, operands: Operands) -> Tensor | None:
+    """lse of rows that see nothing: the sink where there is one, else -inf."""
+    if lse is None:
+        return None
+    lse.fill_(-torch.inf)
+    if operands.sinks is not None:
+        heads = operands.sinks[:, None]
+        lse.copy_((heads if lse.dim() == 2 else heads[None]).expand_as(lse))
+    return lse
+
+
+def _extra_gradients(operands: Operands, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Zeros for dbias, ddiag and dsinks, in the accumulate dtype, where asked."""
+    grads: list[Tensor | None] = []
+    for tensor, need in zip((operands.bias, operands.diag, operands.sinks), needs[3:], strict=True):
+        if tensor is None or not need:
+            grads.append(None)
+        else:
+            dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            grads.append(torch.zeros(tensor.shape, dtype=dtype))
+    return grads
+
+
+def _finish(extra: list[Tensor | None], operands: Operands, dlse: Tensor | None) -> list[Tensor | None]:
+    """Gradients in their tensors' dtypes; where no kernel ran, lse of an empty row still passes its gradient on."""
+    dbias, ddiag, dsinks = extra
+    if dbias is not None and operands.bias is not None:
+        dbias = dbias.to(operands.bias.dtype)
+    if dsinks is not None and dlse is not None:
+        dsinks = dlse.sum(1) if dlse.dim() == 2 else dlse.sum((0, 2))
+    return [dbias, ddiag, dsinks]
+
+
+class _Layout:
+    """How one call's tensors look to the kernels: a packed tensor is S overlapping views, moved by cu_seqlens."""
+
+    def __init__(self, q: Tensor, k: Tensor, operands: Operands, params: Params) -> None:
+        self.packed = operands.cu_seqlens_q is not None
+        self.heads = q.shape[1]
+        if operands.cu_seqlens_q is not None:
+            self.batch = operands.cu_seqlens_q.shape[0] - 1
+            self.seqlen_q, self.seqlen_k = params.max_seqlen_q, params.max_seqlen_k
+        else:
+            self.batch, self.seqlen_q, self.seqlen_k = q.shape[0], q.shape[2], k.shape[2]
+        if operands.block_table is not None:
+            self.seqlen_k *= operands.block_table.shape[1]
+
+    def query(self, tensor: Tensor) -> View:
+        return self._view(tensor, self.seqlen_q)
+
+    def key(self, tensor: Tensor) -> View:
+        return self._view(tensor, self.seqlen_k)
+
+    def _view(self, tensor: Tensor, seqlen: int) -> View:
+        if not self.packed:
+            # A last dimension of one element may carry any stride; kernels want to read 1.
+            return tensor.data_ptr(), tensor.shape, (*tensor.stride()[:3], 1)
+        _, heads, dim = tensor.shape
+        step, head, _ = tensor.stride()
+        return tensor.data_ptr(), (self.batch, heads, seqlen, dim), (0, head, step, 1)
+
+    def rows(self, lse: Tensor) -> View:
+        if not self.packed:
+            return view(lse)
+        head, step = lse.stride()
+        return lse.data_ptr(), (self.batch, lse.shape[0], self.seqlen_q), (0, head, step)
+
+    def scores(self, tensor: Tensor) -> View:
+        """A [B, Hq, Lq, Lk] view with stride 0 where the tensor broadcasts."""
+        return view(tensor.expand(self.batch, self.heads, self.seqlen_q, self.seqlen_k))
+
+    def options(self, operands: Operands, params: Params) -> dict[str, Any] | None:
+        """The options dict of fastattn._C, or None where there is nothing to say."""
+        options: dict[str, Any] = {}
+        if params.softcap is not None:
+            options["softcap"] = params.softcap
+        if params.band is not None:
+            options["band"] = params.band
+        if params.dropout_p > 0 and operands.seed is not None:
+            options["dropout"] = (params.dropout_p, (operands.seed.data_ptr(), (1,), (1,)))
+        if operands is not NO_OPERANDS:
+            self._masks(operands, options)
+            self._tensors(operands, params, options)
+        return options or None
+
+    def _masks(self, operands: Operands, options: dict[str, Any]) -> None:
+        for key in ("key_starts", "key_ends"):
+            bound = getattr(operands, key)
+            if bound is not None:
+                options[key] = view(bound.expand(self.batch, self.seqlen_q))
+        if operands.mask is not None:
+            options["mask"] = self.scores(operands.mask)
+        if operands.row_ptr is not None and operands.col_ptr is not None:
+            pointers = {
+                "row_ptr": operands.row_ptr.expand(self.batch, self.heads, -1),
+                "col_ptr": operands.col_ptr.expand(self.batch, self.heads, -1),
+            }
+            options["block_mask"] = tuple(view(pointers.get(f, getattr(operands, f))) for f in BLOCK_FIELDS)
+
+    def _tensors(self, operands: Operands, params: Params, options: dict[str, Any]) -> None:
+        if operands.bias is not None:
+            options["bias"] = (DTYPE_CODES[operands.bias.dtype], self.scores(operands.bias))
+        if operands.diag is not None:
+            diag = operands.diag.expand(self.batch, self.heads, -1)
+            options["diag"] = (view(diag), params.diag_lo, params.diag_bottom_right)
+        if operands.sinks is not None:
+            options["sinks"] = view(operands.sinks)
+        if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
+            options["cu_seqlens"] = (view(operands.cu_seqlens_q), view(operands.cu_seqlens_k))
+        if operands.seqlens_k is not None:
+            options["seqlens_k"] = view(operands.seqlens_k)
+        if operands.block_table is not None:
+            options["block_table"] = view(operands.block_table)
+
+    def gradient_views(self, extra: list[Tensor | None]) -> dict[str, Any]:
+        """Where the kernels write dbias, ddiag and dsinks."""
+        dbias, ddiag, dsinks = extra
+        views: dict[str, Any] = {}
+        if dbias is not None:
+            views["dbias"] = self.scores(dbias)
+        if ddiag is not None:
+            views["ddiag"] = view(ddiag.expand(self.batch, self.heads, ddiag.shape[2]))
+        if dsinks is not None:
+            views["dsinks"] = view(dsinks)
+        return views
+
+
+def view(tensor: Tensor) -> View:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()

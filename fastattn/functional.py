@@ -1,0 +1,352 @@
+"""The public calls that run attention: dense, packed (varlen) and cached (decode)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fastattn import dispatch
+from fastattn.backends import cpu
+from fastattn.biases import Bias
+from fastattn.call import Call
+from fastattn.dispatch import Explanation
+from fastattn.masks import Mask
+from fastattn.validation import check_tensor, check_values, validate
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """out_i = sum_j p_ij v_j with p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over the visible keys j.
+
+    >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
+    >>> attention(q, k, v, mask=torch.tensor([[True, False], [True, True]]), scale=0.0)
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+
+    Args:
+        q: [B, Hq, Lq, D], float32, bfloat16, float16 or float64. Any strides; a last dimension that is not
+            contiguous costs a copy.
+        k: [B, Hkv, Lk, D], q's dtype. Hq must be a multiple of Hkv: query head h reads head h // (Hq / Hkv).
+        v: [B, Hkv, Lk, Dv], q's dtype.
+        mask: a fastattn.masks.Mask, or bool broadcastable to [B, Hq, Lq, Lk], True = attend.
+        bias: a tensor of q's dtype or float32, broadcastable to [B, Hq, Lq, Lk], neither scaled nor capped, whose -inf
+            masks; or a fastattn.biases.Bias.
+        scale: any finite number; 1 / sqrt(D) where None.
+        softcap: positive; scores become softcap * tanh(score / softcap).
+        sinks: [Hq], one more logit in each row's softmax that carries no value.
+        dropout_p: probability with which each weight is dropped after the softmax.
+        dropout_seed: int64, one element, on q's device; drawn from the device's default generator where it is needed
+            and absent.
+        return_lse: whether to return lse too.
+        backend: force one of fastattn.dispatch.BACKENDS; None chooses.
+    Returns:
+        out [B, Hq, Lq, Dv] in q's dtype and stride order; with return_lse also lse [B, Hq, Lq], float32 (float64 for
+        float64), the natural logarithm of each row's softmax denominator, not changed by dropout. A row with no
+        visible key has out 0, gradients 0, and lse = its sink, or -inf without sinks.
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
+    """
+    if (
+        mask is None
+        and bias is None
+        and softcap is None
+        and sinks is None
+        and dropout_seed is None
+        and not return_lse
+        and backend is None
+        and dropout_p == 0.0
+        and _is_plain(q, k, v)
+    ):
+        if scale is None:
+            return cpu.small(q, k, v, 1.0 / math.sqrt(q.shape[3]))
+        if type(scale) is float and scale - scale == 0.0:  # finite
+            return cpu.small(q, k, v, scale)
+    if has_torch_function_variadic(q, k, v):
+        return handle_torch_function(
+            attention,
+            (q, k, v),
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            return_lse=return_lse,
+            backend=backend,
+        )
+    call = Call(
+        "attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
+    )
+    return run(call)
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether eager mode on the CPU kernels, without gradient and with nobody watching, runs q, k and v as they are.
+
+    False sends the call down the full path, which validates it: so nothing here needs to raise, and each test may
+    refuse more than it must. Ordered so that a tracer leaves at the first test.
+    """
+    if torch.compiler.is_compiling() or not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
+        return False
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    dtype = q.dtype
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and dtype is k.dtype and dtype is v.dtype):
+        return False
+    shape, shape_k, shape_v = q.shape, k.shape, v.shape
+    if not (len(shape) == 4 and len(shape_k) == 4 and len(shape_v) == 4):
+        return False
+    batch, heads, seqlen_q, head_dim = shape
+    batch_k, heads_kv, seqlen_k, head_dim_k = shape_k
+    batch_v, heads_v, seqlen_v, head_dim_v = shape_v
+    return (
+        batch == batch_k == batch_v
+        and head_dim == head_dim_k
+        and seqlen_k == seqlen_v
+        and heads_kv == heads_v
+        and batch * heads * heads_kv * seqlen_q * seqlen_k * head_dim * head_dim_v > 0
+        and (heads == heads_kv or heads % heads_kv == 0)
+        and q.stride(3) == 1
+        and k.stride(3) == 1
+        and v.stride(3) == 1
+        and dtype in cpu.DTYPE_CODES
+        and cpu.available()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._is_any_autocast_enabled()
+        and dispatch.forced_by_environment() is None
+    )
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`attention` of each sequence of a packed batch by itself.
+
+    Sequence s has the tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. Mask, bias and dropout are read at each
+    sequence's own row and column indices, with the sequence as the batch entry.
+
+    Args:
+        q: [total_q, Hq, D]; k: [total_k, Hkv, D]; v: [total_k, Hkv, Dv].
+        cu_seqlens_q, cu_seqlens_k: int32 [S + 1], from 0, never decreasing, to the number of tokens.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; computed where None (in compiled code, which may not
+            look at values, the number of tokens stands in).
+        mask: a fastattn.masks.Mask; a dense tensor raises NotImplementedError.
+        bias: a fastattn.biases.Bias; a tensor raises NotImplementedError.
+        scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend: as in `attention`.
+    Returns:
+        out [total_q, Hq, Dv]; with return_lse also lse [Hq, total_q]. Empty rows as in `attention`.
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got. Rules on the values
+        of cu_seqlens raise on CPU.
+    """
+    call = Call(
+        "varlen", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
+    )
+    call.cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
+    call.max_seqlen_q = _longest(max_seqlen_q, "cu_seqlens_q", cu_seqlens_q, q)
+    call.max_seqlen_k = _longest(max_seqlen_k, "cu_seqlens_k", cu_seqlens_k, k)
+    return run(call)
+
+
+def _longest(given: int | None, name: str, cu_seqlens: Tensor, packed: Tensor) -> int:
+    """The given maximal length, or the one that cu_seqlens shows; an upper bound where values cannot be read."""
+    if given is not None:
+        return given
+    check_tensor(name, cu_seqlens)
+    if not _has_values(cu_seqlens):
+        return packed.shape[0]
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        return 0
+    return max(0, int((cu_seqlens[1:] - cu_seqlens[:-1]).max()))
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of the last Lq tokens of each entry over its cache, of which the first lengths[b] keys are valid.
+
+    The cache already holds the new tokens' keys and values: query i stands at position lengths[b] - Lq + i. No mask is
+    implied beyond the lengths: with Lq > 1, pass mask=causal() so that a new token does not see those after it.
+
+    Args:
+        q: [B, Hq, Lq, D].
+        k_cache, v_cache: [B, Hkv, Lmax, D] and [B, Hkv, Lmax, Dv]; with a block_table, pages [pages, Hkv, page, D] and
+            [pages, Hkv, page, Dv].
+        lengths: int32 or int64 [B], from 0 to the capacity (Lmax, or max_pages * page).
+        block_table: int32 [B, max_pages]; entry n of row b names the page of keys n * page to (n + 1) * page - 1.
+            Entries beyond a length are never read.
+        mask: a fastattn.masks.Mask (bottom-right alignment counts from lengths[b]), or bool broadcastable to
+            [B, Hq, Lq, capacity].
+        bias: a fastattn.biases.Bias, or a tensor broadcastable to [B, Hq, Lq, capacity].
+        scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend: as in `attention`.
+    Returns:
+        out [B, Hq, Lq, Dv]; with return_lse also lse [B, Hq, Lq]. Empty rows as in `attention`.
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got. Rules on the values
+        of lengths and block_table raise on CPU.
+    """
+    call = Call(
+        "decode",
+        q,
+        k_cache,
+        v_cache,
+        mask,
+        bias,
+        scale,
+        softcap,
+        sinks,
+        dropout_p,
+        dropout_seed,
+        return_lse,
+        backend,
+    )
+    call.lengths, call.block_table = lengths, block_table
+    return run(call)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    **options: Any,
+) -> Explanation:
+    """Which backend runs a call, and why each other one does not; nothing is computed.
+
+    Args:
+        q, k, v: as in `attention`; with cu_seqlens_q and cu_seqlens_k as in `varlen_attention`; with lengths (and
+            block_table) as in `decode_attention`.
+        options: any of that function's other arguments.
+    Returns:
+        An Explanation, whose str() is a small table.
+    Raises:
+        TypeError, ValueError, NotImplementedError: as the call itself would.
+    """
+    op = "attention"
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        op = "varlen"
+        options["max_seqlen_q"] = _longest(options.get("max_seqlen_q"), "cu_seqlens_q", cu_seqlens_q, q)  # type: ignore[arg-type]
+        options["max_seqlen_k"] = _longest(options.get("max_seqlen_k"), "cu_seqlens_k", cu_seqlens_k, k)  # type: ignore[arg-type]
+    elif lengths is not None:
+        op = "decode"
+    call = Call(op, q, k, v, **options)
+    call.cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
+    call.lengths, call.block_table = lengths, block_table
+    _autocast(call)
+    validate(call)
+    return dispatch.explain(call)
+
+
+def run(call: Call) -> Any:
+    """Validate and run a call; out, or (out, lse) where the call asks for it."""
+    _autocast(call)
+    validate(call)
+    if call.op != "attention" and _has_values(
+        call.cu_seqlens_q, call.cu_seqlens_k, call.lengths, call.block_table
+    ):
+        check_values(call)
+    head_dim_v = call.v.shape[-1]
+    if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
+        call.scale = call.scale_value()
+        call.q, call.k = F.pad(call.q, (0, 1)), F.pad(call.k, (0, 1))
+    if head_dim_v == 0:
+        call.v = F.pad(call.v, (0, 1))
+    drops_all = call.dropout_p == 1
+    if drops_all:
+        call.dropout_p = 0.0
+    elif call.dropout_p > 0 and call.dropout_seed is None:
+        call.dropout_seed = dispatch.draw_seed(call.q.device)
+    out, lse = dispatch.run(call)
+    if head_dim_v == 0:
+        out = out[..., :0]
+    if drops_all:
+        # Zeros that keep their place in the graph; unlike a product with 0 it passes no NaN.
+        out = out.masked_fill(torch.ones((), dtype=torch.bool, device=out.device), 0)
+    return (out, lse) if call.return_lse else out
+
+
+def _has_values(*tensors: Tensor | None) -> bool:
+    """Whether the contents of the tensors may be read: plain CPU tensors outside any trace."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(t is None or (type(t) is Tensor and t.is_cpu) for t in tensors)
+
+
+def _autocast(call: Call) -> None:
+    """Cast q, k, v (and a bias neither of their new dtype nor float32) as PyTorch's call does under autocast."""
+    if not isinstance(call.q, Tensor):
+        return
+    device = call.q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return
+    dtype = torch.get_autocast_dtype(device)
+    call.q, call.k, call.v = _cast(call.q, dtype), _cast(call.k, dtype), _cast(call.v, dtype)
+    if isinstance(call.bias, Tensor) and call.bias.dtype != torch.float32:
+        call.bias = _cast(call.bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor

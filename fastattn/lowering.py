@@ -1,0 +1,129 @@
+"""From a Call to what kernels read: flat tensors (Operands) and plain numbers (Params)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.call import Call
+from fastattn.spec import accumulate_dtype
+
+
+class Operands(NamedTuple):
+    """Every tensor of a kernel call beside q, k and v; None = absent. Gradients reach the first three.
+
+    B is the batch size, or the number of sequences S of a varlen call, whose lengths are maxima.
+    """
+
+    bias: Tensor | None = None  # q's dtype or float32, 4-D, broadcasts to [B, Hq, Lq, Lk]
+    diag: Tensor | None = None  # accumulate dtype, [1|B, Hq, n]; entry of r = j - i - offset at r - diag_lo
+    sinks: Tensor | None = None  # accumulate dtype, [Hq]
+    seed: Tensor | None = None  # int64, one element
+    mask: Tensor | None = None  # bool, 4-D, broadcasts to [B, Hq, Lq, Lk]
+    key_starts: Tensor | None = None  # int32 [1|B, 1|Lq]
+    key_ends: Tensor | None = None  # int32 [1|B, 1|Lq]
+    row_ptr: Tensor | None = None  # the seven tensors of a BlockMask
+    row_tiles: Tensor | None = None
+    row_bits: Tensor | None = None
+    col_ptr: Tensor | None = None
+    col_tiles: Tensor | None = None
+    col_bits: Tensor | None = None
+    bits: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None  # int32 [S + 1]
+    cu_seqlens_k: Tensor | None = None  # int32 [S + 1]
+    seqlens_k: Tensor | None = None  # int32 [B]
+    block_table: Tensor | None = None  # int32 [B, max_pages]
+
+
+DIFFERENTIABLE = 3  # leading fields of Operands that gradients reach
+BLOCK_FIELDS = Operands._fields[7:14]
+NO_OPERANDS = Operands()
+
+Band = tuple[int | None, int | None, int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Params:
+    """Every number of a kernel call.
+
+    band is (lo_top, hi_top, lo_bottom, hi_bottom): i + lo_top <= j <= i + hi_top, and the same about
+    i + offset for the bottom pair; None = unbounded. max_seqlen_q and max_seqlen_k are read in varlen calls only.
+    """
+
+    scale: float
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    band: Band | None = None
+    diag_lo: int = 0
+    diag_bottom_right: bool = True
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+def lower(call: Call) -> tuple[Operands, Params]:
+    """Kernel form of a validated call; builds block lists and bias diagonals where the call needs them."""
+    scale = call.scale_value()
+    if call.op == "attention" and call.mask is None and call.bias is None and call.sinks is None:
+        return Operands(seed=_seed(call)), Params(scale, call.softcap, call.dropout_p)
+    tensors: dict[str, Tensor | None] = {"seed": _seed(call)}
+    band = lower_mask(call, tensors)
+    diag_lo, bottom_right = _lower_bias(call, tensors)
+    if call.sinks is not None:
+        tensors["sinks"] = call.sinks.to(accumulate_dtype(call.q.dtype)).contiguous()
+    if call.lengths is not None:
+        tensors["seqlens_k"] = call.lengths.to(torch.int32).contiguous()
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table"):
+        index = getattr(call, name)
+        tensors[name] = None if index is None else index.contiguous()
+    params = Params(
+        scale, call.softcap, call.dropout_p, band, diag_lo, bottom_right, call.max_seqlen_q, call.max_seqlen_k
+    )
+    return Operands(**tensors), params
+
+
+def _seed(call: Call) -> Tensor | None:
+    return call.dropout_seed if call.dropout_p > 0 else None
+
+
+def to_4d(tensor: Tensor) -> Tensor:
+    return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
+
+
+def lower_mask(call: Call, tensors: dict[str, Tensor | None]) -> Band | None:
+    """Put the mask's tensors into `tensors` and return its band."""
+    if call.mask is None:
+        return None
+    if isinstance(call.mask, Tensor):
+        tensors["mask"] = to_4d(call.mask)
+        return None
+    lowered = call.mask.lower(call.mask_shape(), call.q.device)
+    tensors["key_starts"], tensors["key_ends"] = lowered.key_starts, lowered.key_ends
+    tensors["mask"] = lowered.dense
+    if lowered.block is not None:
+        for name in BLOCK_FIELDS:
+            tensors[name] = getattr(lowered.block, name)
+    band = (lowered.lo_top, lowered.hi_top, lowered.lo_bottom, lowered.hi_bottom)
+    return None if all(bound is None for bound in band) else band
+
+
+def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, bool]:
+    """Put the bias's tensor into `tensors`; returns (diag_lo, diag_bottom_right)."""
+    bias = call.bias
+    if bias is None:
+        return 0, True
+    if isinstance(bias, Tensor):
+        tensors["bias"] = to_4d(bias)
+        return 0, True
+    seqlen_q, seqlen_k = call.seqlens()
+    bottom_right = bias.align == "bottom_right"
+    # r = j - i - offset; the smallest is at the last row of the first key, the largest at the first row of the last
+    # key. With offset = len_k - len_q they are 1 - len_k and len_q - 1, and longest where the lengths are.
+    lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
+    diagonals = bias.diagonals(call.num_heads(), lo, hi)
+    if diagonals.dim() == 2:
+        diagonals = diagonals[None]
+    tensors["diag"] = diagonals.to(accumulate_dtype(call.q.dtype)).contiguous()
+    return lo, bottom_right

@@ -1,0 +1,287 @@
+"""Every rule on the arguments of a call, with the error that names the argument, the rule and the value got."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.call import Call
+from fastattn.spec import FLOAT_DTYPES, dtype_name
+
+_DTYPES = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
+_LAYOUTS = {
+    "attention": ("[batch, heads, length, head_dim]",) * 3,
+    "varlen": ("[tokens, heads, head_dim]",) * 3,
+    "decode": ("[batch, heads, length, head_dim]",) * 3,
+    "paged": ("[batch, heads, length, head_dim]",) + ("[pages, heads, page, head_dim]",) * 2,
+}
+
+
+def validate(call: Call) -> None:
+    """Check shapes, dtypes, devices and numbers of one call; normalise `dropout_p`, `scale` and `softcap` to float.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a shape, device or number that breaks a rule.
+        NotImplementedError: a combination that has no meaning yet (dense masks in varlen calls).
+    """
+    _check_qkv(call)
+    _check_numbers(call)
+    if call.op == "varlen":
+        _check_cu_seqlens(call)
+    elif call.op == "decode":
+        _check_cache(call)
+    batch, heads = call.batch(), call.num_heads()
+    want = (batch, heads, *call.seqlens())
+    _check_mask(call, want)
+    _check_bias(call, want)
+    if call.sinks is not None:
+        check_sinks(call.sinks, heads, call.q)
+    _check_seed(call)
+
+
+def check_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """`value` as a dense tensor on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise NotImplementedError(f"{name} must be a dense tensor, got a nested one: use varlen_attention")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
+    return value
+
+
+def _check_qkv(call: Call) -> None:
+    layouts = _LAYOUTS["paged" if call.block_table is not None else call.op]
+    device = call.q.device if isinstance(call.q, Tensor) else None
+    names = ("q", "k", "v") if call.op != "decode" else ("q", "k_cache", "v_cache")
+    for name, layout, value in zip(names, layouts, (call.q, call.k, call.v), strict=True):
+        check_tensor(name, value, device)
+        dims = layout.count(",") + 1
+        if value.dim() != dims:
+            raise ValueError(f"{name} must be {dims}-D {layout}, got shape {_shape(value)}")
+        if name == "q":
+            if value.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"q must be one of {_DTYPES}, got {dtype_name(value.dtype)}")
+        elif value.dtype != call.q.dtype:
+            raise TypeError(
+                f"{name} must have q's dtype {dtype_name(call.q.dtype)}, got {dtype_name(value.dtype)}"
+            )
+    _check_qkv_shapes(call, *names)
+
+
+def _check_qkv_shapes(call: Call, name_q: str, name_k: str, name_v: str) -> None:
+    q, k, v = call.q, call.k, call.v
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{name_k} must have {name_q}'s head_dim {q.shape[-1]}, got {k.shape[-1]}")
+    if call.op != "varlen" and call.block_table is None:
+        for name, value in ((name_k, k), (name_v, v)):
+            if value.shape[0] != q.shape[0]:
+                raise ValueError(f"{name} must have {name_q}'s batch size {q.shape[0]}, got {value.shape[0]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        want = (*k.shape[:-1], "head_dim_v")
+        raise ValueError(
+            f"{name_v} must have shape ({', '.join(map(str, want))}) like {name_k}, got {_shape(v)}"
+        )
+    heads, heads_kv = call.num_heads(), call.num_heads_kv()
+    if heads_kv == 0 or heads == 0:
+        if heads != heads_kv:
+            raise ValueError(
+                f"{name_q} and {name_k} must both have heads, or neither: got {heads} and {heads_kv}"
+            )
+    elif heads % heads_kv != 0:
+        raise ValueError(f"{name_q}'s heads must be a multiple of {name_k}'s {heads_kv}, got {heads}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` as a finite Python float."""
+    if isinstance(value, torch.SymFloat | torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _check_numbers(call: Call) -> None:
+    if call.scale is not None:
+        call.scale = check_number("scale", call.scale)
+    if call.softcap is not None:
+        call.softcap = check_number("softcap", call.softcap)
+        if call.softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {call.softcap}")
+    call.dropout_p = check_number("dropout_p", call.dropout_p)
+    if not 0 <= call.dropout_p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {call.dropout_p}")
+
+
+def _check_seed(call: Call) -> None:
+    if call.dropout_seed is None:
+        return
+    seed = check_tensor("dropout_seed", call.dropout_seed, call.q.device)
+    if seed.dtype != torch.int64:
+        raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {dtype_name(seed.dtype)}")
+    if seed.numel() != 1:
+        raise ValueError(f"dropout_seed must have one element, got shape {_shape(seed)}")
+
+
+def check_sinks(value: Any, heads: int, q: Tensor) -> None:
+    sinks = check_tensor("sinks", value, q.device)
+    if sinks.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"sinks must be one of {_DTYPES}, got {dtype_name(sinks.dtype)}")
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), one per query head, got {_shape(sinks)}")
+
+
+def broadcasts(shape: torch.Size, want: tuple[int, ...]) -> bool:
+    """Whether `shape` broadcasts to exactly `want`."""
+    if len(shape) > len(want):
+        return False
+    return all(n == 1 or n == m for n, m in zip(reversed(shape), reversed(want), strict=False))
+
+
+def _check_mask(call: Call, want: tuple[int, ...]) -> None:
+    from fastattn.masks import Mask
+
+    mask = call.mask
+    if mask is None or isinstance(mask, Mask):
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
+    check_tensor("mask", mask, call.q.device)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool (True = attend), got {dtype_name(mask.dtype)}: pass additive masks as bias"
+        )
+    if call.op == "varlen":
+        raise NotImplementedError(
+            "mask must be a fastattn.masks.Mask in varlen_attention, got a dense tensor"
+        )
+    if not broadcasts(mask.shape, want):
+        raise ValueError(f"mask must broadcast to {want}, got {_shape(mask)}")
+
+
+def _check_bias(call: Call, want: tuple[int, ...]) -> None:
+    from fastattn.biases import Bias
+
+    bias = call.bias
+    if bias is None:
+        return
+    if isinstance(bias, Bias):
+        bias.check(call.mask_shape(), call.q.device)
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or a fastattn.biases.Bias, got {type(bias).__name__}")
+    check_tensor("bias", bias, call.q.device)
+    if bias.dtype != call.q.dtype and bias.dtype != torch.float32:
+        raise TypeError(
+            f"bias must have q's dtype {dtype_name(call.q.dtype)} or float32, got {dtype_name(bias.dtype)}"
+        )
+    if call.op == "varlen":
+        raise NotImplementedError("bias must be a fastattn.biases.Bias in varlen_attention, got a tensor")
+    if not broadcasts(bias.shape, want):
+        raise ValueError(f"bias must broadcast to {want}, got {_shape(bias)}")
+
+
+def _check_index(name: str, value: Any, dims: int, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
+    check_tensor(name, value, q.device)
+    if value.dtype not in dtypes:
+        names = " or ".join(dtype_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {names}, got {dtype_name(value.dtype)}")
+    if value.dim() != dims:
+        raise ValueError(f"{name} must be {dims}-D, got shape {_shape(value)}")
+
+
+def _check_cu_seqlens(call: Call) -> None:
+    for name, value in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
+        _check_index(name, value, 1, (torch.int32,), call.q)
+        if value is not None and value.shape[0] < 1:
+            raise ValueError(f"{name} must have one element more than there are sequences, got shape (0,)")
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        sizes = call.cu_seqlens_q.shape[0], call.cu_seqlens_k.shape[0]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"cu_seqlens_k must have as many elements as cu_seqlens_q, {sizes[0]}, got {sizes[1]}"
+            )
+    for name, longest in (("max_seqlen_q", call.max_seqlen_q), ("max_seqlen_k", call.max_seqlen_k)):
+        if isinstance(longest, torch.SymInt):
+            continue
+        if isinstance(longest, bool) or not isinstance(longest, int):
+            raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
+        if longest < 0:
+            raise ValueError(f"{name} must not be negative, got {longest}")
+
+
+def _check_cache(call: Call) -> None:
+    _check_index("lengths", call.lengths, 1, (torch.int32, torch.int64), call.q)
+    batch = call.batch()
+    if call.lengths is not None and call.lengths.shape[0] != batch:
+        raise ValueError(
+            f"lengths must have shape ({batch},), one per batch entry, got {_shape(call.lengths)}"
+        )
+    if call.block_table is None:
+        return
+    _check_index("block_table", call.block_table, 2, (torch.int32,), call.q)
+    if call.block_table.shape[0] != batch:
+        raise ValueError(
+            f"block_table must have {batch} rows, one per batch entry, got {_shape(call.block_table)}"
+        )
+
+
+def check_values(call: Call) -> None:
+    """The rules on the contents of index tensors; only for concrete CPU tensors, whose values are free to read.
+
+    Raises:
+        ValueError: lengths, offsets or pages that point outside their tensors.
+    """
+    if call.op == "varlen":
+        check_cu_seqlens_values("cu_seqlens_q", call.cu_seqlens_q, call.q.shape[0], call.max_seqlen_q, "q")
+        check_cu_seqlens_values("cu_seqlens_k", call.cu_seqlens_k, call.k.shape[0], call.max_seqlen_k, "k")
+    elif call.op == "decode":
+        check_cache_values(call.lengths, call.block_table, call.seqlens()[1], call.k.shape)
+
+
+def check_cu_seqlens_values(name: str, cu: Tensor | None, total: int, longest: int, packed: str) -> None:
+    values = cu.tolist() if cu is not None else [0]
+    if values[0] != 0:
+        raise ValueError(f"{name} must start with 0, got {values[0]}")
+    for index, (low, high) in enumerate(zip(values, values[1:], strict=False)):
+        if high < low:
+            raise ValueError(f"{name} must not decrease, got {low} then {high} at index {index}")
+        if high - low > longest:
+            maximum = name.replace("cu_seqlens", "max_seqlen")
+            raise ValueError(f"{maximum} must be at least the longest sequence, {high - low}, got {longest}")
+    if values[-1] != total:
+        raise ValueError(f"{name} must end with {packed}'s number of tokens {total}, got {values[-1]}")
+
+
+def check_cache_values(
+    lengths: Tensor | None, table: Tensor | None, capacity: int, shape: torch.Size
+) -> None:
+    values = lengths.tolist() if lengths is not None else []
+    for index, value in enumerate(values):
+        if not 0 <= value <= capacity:
+            raise ValueError(
+                f"lengths must be between 0 and the capacity {capacity}, got {value} at index {index}"
+            )
+    if table is None:
+        return
+    pages, page = shape[0], shape[2]
+    for index, (value, row) in enumerate(zip(values, table.tolist(), strict=True)):
+        used = -(-value // page) if page else 0
+        for entry in row[:used]:
+            if not 0 <= entry < pages:
+                raise ValueError(
+                    f"block_table must name pages between 0 and {pages - 1}, got {entry} in row {index}"
+                )
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)
