@@ -2,9 +2,9 @@
 
 from fastattn import biases, masks
 from fastattn._version import __version__
+from fastattn.combine import merge
 from fastattn.dispatch import Explanation
 from fastattn.functional import attention, decode_attention, explain, varlen_attention
-from fastattn.combine import merge
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.spec import AttentionSpec
 from fastattn.weights import attention_weights

@@ -1,8 +1,8 @@
 """Gradients in eager mode, and the choice of the route by which a lowered call reaches its kernels.
 
-Three routes to the same kernels: a direct call where no gradient is wanted, a ctx-style autograd.Function where one
-is, and fastattn.ops (library ops) or fastattn.functorch (a Function with vmap rules) where a tracer or a transform
-watches.
+Three routes to the same kernels: a direct call where no gradient is wanted, a ctx-style autograd.Function
+where one is, and fastattn.ops (library ops) or fastattn.functorch (a Function with vmap rules) where a
+tracer or a transform watches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
 
-DOUBLE_BACKWARD = "fastattn's kernels have no double backward: call with backend='reference', which has derivatives of every order"
+DOUBLE_BACKWARD = (
+    "fastattn's kernels have no double backward: call with backend='reference', "
+    "which has derivatives of every order"
+)
 FORWARD_MODE = (
     "fastattn's kernels have no forward-mode derivative: call with backend='reference', which has it"
 )
@@ -69,7 +72,7 @@ def attention(
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether something other than plain eager mode would see the tensors: a dispatch mode, a subclass, a trace."""
+    """Whether something beside plain eager mode sees the tensors: a dispatch mode, a subclass, a trace."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
     return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)

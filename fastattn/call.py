@@ -1,4 +1,4 @@
-"""Call: the arguments of one public call, gathered so that validation, dispatch and backends can share them."""
+"""Call: the arguments of one public call, gathered for validation, dispatch and backends to share."""
 
 from __future__ import annotations
 

@@ -12,10 +12,11 @@ from fastattn.validation import check_tensor
 
 
 def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-    """out = sum_n exp(lse_n - lse) out_n with lse = log(sum_n exp(lse_n)): attention over the union of the key sets.
+    """out = sum_n exp(lse_n - lse) out_n with lse = log(sum_n exp(lse_n)): attention over the union of the
+    key sets.
 
-    Exact, where each part is attention of the same queries over keys that no other part has. Sinks belong into one part
-    only. Differentiable in outs and lses.
+    Exact, where each part is attention of the same queries over keys that no other part has. Sinks belong
+    into one part only. Differentiable in outs and lses.
 
     >>> out, lse = merge([torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)], [torch.zeros(1, 1, 1)] * 2)
     >>> out, lse.exp()
@@ -71,7 +72,8 @@ def _check(outs: list[Tensor], lses: list[Tensor]) -> None:
     out, lse = outs[0], lses[0]
     if out.dim() not in (3, 4):
         raise ValueError(
-            f"outs must be [batch, heads, length, head_dim_v] or [tokens, heads, head_dim_v], got {tuple(out.shape)}"
+            "outs must be [batch, heads, length, head_dim_v] or [tokens, heads, head_dim_v], "
+            f"got {tuple(out.shape)}"
         )
     want = tuple(out.shape[:3]) if out.dim() == 4 else (out.shape[1], out.shape[0])
     if tuple(lse.shape) != want:

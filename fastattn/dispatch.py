@@ -40,12 +40,13 @@ BACKENDS: dict[str, Callable[[], Any] | str] = {
     "reference": _reference,
 }
 
-_warned_reference = False
+_warned: set[str] = set()  # backends whose slowness was mentioned
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the meaning of the call, the backend that runs it, and each backend's reason if it has one.
+    """What `explain` found: the meaning of the call, the backend that runs it, and each backend's reason if
+    it has one.
 
     `backend` is None where a backend was forced that cannot run the call.
     """
@@ -121,7 +122,6 @@ def choose(call: Call) -> Any:
         ValueError: a backend was forced whose name is unknown.
         NotImplementedError: a backend was forced that cannot run the call; the message has every reason.
     """
-    global _warned_reference
     forced = forced_backend(call.backend)
     if forced is None and call.q.device.type == "cpu" and cpu.available() and call.block_table is None:
         return cpu  # it supports all of these: no spec is needed to know
@@ -130,8 +130,8 @@ def choose(call: Call) -> Any:
         raise NotImplementedError(
             f"backend {forced!r} cannot run {choice.spec}: {choice.reasons[forced or '']}"
         )
-    if choice.backend == "reference" and forced is None and not _warned_reference:
-        _warned_reference = True
+    if choice.backend == "reference" and forced is None and not _warned:
+        _warned.add("reference")
         why = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items() if reason is not None)
         warnings.warn(
             f"fastattn runs {choice.spec} on its slow reference implementation ({why}). "

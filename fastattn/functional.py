@@ -35,7 +35,8 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """out_i = sum_j p_ij v_j with p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over the visible keys j.
+    """out_i = sum_j p_ij v_j with p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over the visible keys
+    j.
 
     >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
     >>> attention(q, k, v, mask=torch.tensor([[True, False], [True, True]]), scale=0.0)
@@ -48,20 +49,20 @@ def attention(
         k: [B, Hkv, Lk, D], q's dtype. Hq must be a multiple of Hkv: query head h reads head h // (Hq / Hkv).
         v: [B, Hkv, Lk, Dv], q's dtype.
         mask: a fastattn.masks.Mask, or bool broadcastable to [B, Hq, Lq, Lk], True = attend.
-        bias: a tensor of q's dtype or float32, broadcastable to [B, Hq, Lq, Lk], neither scaled nor capped, whose -inf
-            masks; or a fastattn.biases.Bias.
+        bias: a tensor of q's dtype or float32, broadcastable to [B, Hq, Lq, Lk], neither scaled nor capped,
+            whose -inf masks; or a fastattn.biases.Bias.
         scale: any finite number; 1 / sqrt(D) where None.
         softcap: positive; scores become softcap * tanh(score / softcap).
         sinks: [Hq], one more logit in each row's softmax that carries no value.
         dropout_p: probability with which each weight is dropped after the softmax.
-        dropout_seed: int64, one element, on q's device; drawn from the device's default generator where it is needed
-            and absent.
+        dropout_seed: int64, one element, on q's device; drawn from the device's default generator where it
+            is needed and absent.
         return_lse: whether to return lse too.
         backend: force one of fastattn.dispatch.BACKENDS; None chooses.
     Returns:
-        out [B, Hq, Lq, Dv] in q's dtype and stride order; with return_lse also lse [B, Hq, Lq], float32 (float64 for
-        float64), the natural logarithm of each row's softmax denominator, not changed by dropout. A row with no
-        visible key has out 0, gradients 0, and lse = its sink, or -inf without sinks.
+        out [B, Hq, Lq, Dv] in q's dtype and stride order; with return_lse also lse [B, Hq, Lq], float32
+        (float64 for float64), the natural logarithm of each row's softmax denominator, not changed by
+        dropout. A row with no visible key has out 0, gradients 0, and lse = its sink, or -inf without sinks.
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
@@ -104,10 +105,11 @@ def attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether eager mode on the CPU kernels, without gradient and with nobody watching, runs q, k and v as they are.
+    """Whether eager mode on the CPU kernels, without gradient and with nobody watching, runs q, k and v as
+    they are.
 
-    False sends the call down the full path, which validates it: so nothing here needs to raise, and each test may
-    refuse more than it must. Ordered so that a tracer leaves at the first test.
+    False sends the call down the full path, which validates it: so nothing here needs to raise, and each
+    test may refuse more than it must. Ordered so that a tracer leaves at the first test.
     """
     if torch.compiler.is_compiling() or not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
         return False
@@ -171,16 +173,16 @@ def varlen_attention(
     Args:
         q: [total_q, Hq, D]; k: [total_k, Hkv, D]; v: [total_k, Hkv, Dv].
         cu_seqlens_q, cu_seqlens_k: int32 [S + 1], from 0, never decreasing, to the number of tokens.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; computed where None (in compiled code, which may not
-            look at values, the number of tokens stands in).
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; computed where None (in compiled code,
+            which may not look at values, the number of tokens stands in).
         mask: a fastattn.masks.Mask; a dense tensor raises NotImplementedError.
         bias: a fastattn.biases.Bias; a tensor raises NotImplementedError.
         scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend: as in `attention`.
     Returns:
         out [total_q, Hq, Dv]; with return_lse also lse [Hq, total_q]. Empty rows as in `attention`.
     Raises:
-        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got. Rules on the values
-        of cu_seqlens raise on CPU.
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got. Rules on
+        the values of cu_seqlens raise on CPU.
     """
     call = Call(
         "varlen", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
@@ -192,7 +194,7 @@ def varlen_attention(
 
 
 def _longest(given: int | None, name: str, cu_seqlens: Tensor, packed: Tensor) -> int:
-    """The given maximal length, or the one that cu_seqlens shows; an upper bound where values cannot be read."""
+    """The given maximal length, or the one in cu_seqlens; an upper bound where values cannot be read."""
     if given is not None:
         return given
     check_tensor(name, cu_seqlens)
@@ -220,18 +222,20 @@ def decode_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Attention of the last Lq tokens of each entry over its cache, of which the first lengths[b] keys are valid.
+    """Attention of the last Lq tokens of each entry over its cache, of which the first lengths[b] keys are
+    valid.
 
-    The cache already holds the new tokens' keys and values: query i stands at position lengths[b] - Lq + i. No mask is
-    implied beyond the lengths: with Lq > 1, pass mask=causal() so that a new token does not see those after it.
+    The cache already holds the new tokens' keys and values: query i stands at position lengths[b] - Lq + i.
+    No mask is implied beyond the lengths: with Lq > 1, pass mask=causal() so that a new token does not see
+    those after it.
 
     Args:
         q: [B, Hq, Lq, D].
-        k_cache, v_cache: [B, Hkv, Lmax, D] and [B, Hkv, Lmax, Dv]; with a block_table, pages [pages, Hkv, page, D] and
-            [pages, Hkv, page, Dv].
+        k_cache, v_cache: [B, Hkv, Lmax, D] and [B, Hkv, Lmax, Dv]; with a block_table, pages [pages, Hkv,
+            page, D] and [pages, Hkv, page, Dv].
         lengths: int32 or int64 [B], from 0 to the capacity (Lmax, or max_pages * page).
-        block_table: int32 [B, max_pages]; entry n of row b names the page of keys n * page to (n + 1) * page - 1.
-            Entries beyond a length are never read.
+        block_table: int32 [B, max_pages]; entry n of row b names the page of keys n * page to (n + 1) * page
+            - 1. Entries beyond a length are never read.
         mask: a fastattn.masks.Mask (bottom-right alignment counts from lengths[b]), or bool broadcastable to
             [B, Hq, Lq, capacity].
         bias: a fastattn.biases.Bias, or a tensor broadcastable to [B, Hq, Lq, capacity].
@@ -239,8 +243,8 @@ def decode_attention(
     Returns:
         out [B, Hq, Lq, Dv]; with return_lse also lse [B, Hq, Lq]. Empty rows as in `attention`.
     Raises:
-        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got. Rules on the values
-        of lengths and block_table raise on CPU.
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got. Rules on
+        the values of lengths and block_table raise on CPU.
     """
     call = Call(
         "decode",
@@ -275,8 +279,8 @@ def explain(
     """Which backend runs a call, and why each other one does not; nothing is computed.
 
     Args:
-        q, k, v: as in `attention`; with cu_seqlens_q and cu_seqlens_k as in `varlen_attention`; with lengths (and
-            block_table) as in `decode_attention`.
+        q, k, v: as in `attention`; with cu_seqlens_q and cu_seqlens_k as in `varlen_attention`; with lengths
+            (and block_table) as in `decode_attention`.
         options: any of that function's other arguments.
     Returns:
         An Explanation, whose str() is a small table.
@@ -334,7 +338,7 @@ def _has_values(*tensors: Tensor | None) -> bool:
 
 
 def _autocast(call: Call) -> None:
-    """Cast q, k, v (and a bias neither of their new dtype nor float32) as PyTorch's call does under autocast."""
+    """Cast q, k, v (and a bias that is not float32) as PyTorch's call does under autocast."""
     if not isinstance(call.q, Tensor):
         return
     device = call.q.device.type

@@ -50,7 +50,8 @@ class Params:
     """Every number of a kernel call.
 
     band is (lo_top, hi_top, lo_bottom, hi_bottom): i + lo_top <= j <= i + hi_top, and the same about
-    i + offset for the bottom pair; None = unbounded. max_seqlen_q and max_seqlen_k are read in varlen calls only.
+    i + offset for the bottom pair; None = unbounded. max_seqlen_q and max_seqlen_k are read in varlen calls
+    only.
     """
 
     scale: float
@@ -119,8 +120,9 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
         return 0, True
     seqlen_q, seqlen_k = call.seqlens()
     bottom_right = bias.align == "bottom_right"
-    # r = j - i - offset; the smallest is at the last row of the first key, the largest at the first row of the last
-    # key. With offset = len_k - len_q they are 1 - len_k and len_q - 1, and longest where the lengths are.
+    # r = j - i - offset; the smallest is at the last row of the first key, the largest at the first row of
+    # the last key. With offset = len_k - len_q they are 1 - len_k and len_q - 1, and longest where the
+    # lengths are.
     lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
     diagonals = bias.diagonals(call.num_heads(), lo, hi)
     if diagonals.dim() == 2:

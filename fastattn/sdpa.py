@@ -26,15 +26,15 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """PyTorch's call of the same name: signature, shapes and meaning.
 
-    Deliberate differences: attn_mask together with is_causal=True always raises; a NaN or infinity in a masked key or
-    value does not reach the rows that mask it; scale <= 0 is right with is_causal too; dropout drops other elements
-    (with the same probability); no case falls back to an N x N path.
+    Deliberate differences: attn_mask together with is_causal=True always raises; a NaN or infinity in a
+    masked key or value does not reach the rows that mask it; scale <= 0 is right with is_causal too; dropout
+    drops other elements (with the same probability); no case falls back to an N x N path.
 
     Args:
         query: [..., Hq, L, E], two dimensions or more.
         key: [..., H, S, E]; value: [..., H, S, Ev]. Leading dimensions broadcast.
-        attn_mask: bool (True = attend), query's dtype or float32 (additive), broadcastable to [..., Hq, L, S]; or
-            torch.nn.attention.bias.causal_upper_left / causal_lower_right.
+        attn_mask: bool (True = attend), query's dtype or float32 (additive), broadcastable to [..., Hq, L,
+            S]; or torch.nn.attention.bias.causal_upper_left / causal_lower_right.
         dropout_p: applied whenever it is positive, as in PyTorch.
         is_causal: top-left aligned where L and S differ.
         scale: 1 / sqrt(E) where None.

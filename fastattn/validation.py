@@ -1,7 +1,8 @@
-"""Every rule on the arguments of a call, with the error that names the argument, the rule and the value got."""
+"""Every rule on the arguments of a call, with an error that names the argument, the rule and the value."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from typing import Any
@@ -22,7 +23,8 @@ _LAYOUTS = {
 
 
 def validate(call: Call) -> None:
-    """Check shapes, dtypes, devices and numbers of one call; normalise `dropout_p`, `scale` and `softcap` to float.
+    """Check shapes, dtypes, devices and numbers of one call; normalise `dropout_p`, `scale` and `softcap` to
+    float.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -236,7 +238,8 @@ def _check_cache(call: Call) -> None:
 
 
 def check_values(call: Call) -> None:
-    """The rules on the contents of index tensors; only for concrete CPU tensors, whose values are free to read.
+    """The rules on the contents of index tensors; only for concrete CPU tensors, whose values are free to
+    read.
 
     Raises:
         ValueError: lengths, offsets or pages that point outside their tensors.
@@ -252,7 +255,7 @@ def check_cu_seqlens_values(name: str, cu: Tensor | None, total: int, longest: i
     values = cu.tolist() if cu is not None else [0]
     if values[0] != 0:
         raise ValueError(f"{name} must start with 0, got {values[0]}")
-    for index, (low, high) in enumerate(zip(values, values[1:], strict=False)):
+    for index, (low, high) in enumerate(itertools.pairwise(values)):
         if high < low:
             raise ValueError(f"{name} must not decrease, got {low} then {high} at index {index}")
         if high - low > longest:

@@ -36,9 +36,9 @@ def attention_weights(
 ) -> Tensor:
     """p_ij = exp(s_ij - lse_i), the weight that `attention` gives key j in query i, for chosen i and j.
 
-    The same arguments mean the same as in `attention`; weights are those before dropout. Differentiable in q, k, bias
-    and sinks. Time and memory: chosen rows cost R * Lk each; chosen columns of all rows cost one fused pass and
-    Lq * C; all of both cost the whole matrix.
+    The same arguments mean the same as in `attention`; weights are those before dropout. Differentiable in
+    q, k, bias and sinks. Time and memory: chosen rows cost R * Lk each; chosen columns of all rows cost one
+    fused pass and Lq * C; all of both cost the whole matrix.
 
     >>> q = k = torch.eye(2).view(1, 1, 2, 2)
     >>> attention_weights(q, k, rows=[1], mask=torch.tensor([[True, False], [True, True]]), scale=0.0)
@@ -46,14 +46,14 @@ def attention_weights(
 
     Args:
         q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D].
-        rows: the R queries: int tensor [R], sequence of ints, slice, or one int (R = 1); negative ones count from the
-            end; None for all.
+        rows: the R queries: int tensor [R], sequence of ints, slice, or one int (R = 1); negative ones count
+            from the end; None for all.
         cols: the C keys, likewise.
         mask, bias, scale, softcap, sinks: as in `attention`.
         backend: of the fused pass.
     Returns:
-        [B, Hq, R, C], float32 (float64 for float64). A row sums to 1 over all keys, to less where there are sinks, and
-        to 0 where it has no visible key.
+        [B, Hq, R, C], float32 (float64 for float64). A row sums to 1 over all keys, to less where there are
+        sinks, and to 0 where it has no visible key.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
     """

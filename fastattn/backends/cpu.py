@@ -69,7 +69,7 @@ def dense_last(tensor: Tensor) -> Tensor:
 
 
 def small(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """out of a dense call without options or gradient; the caller vouches for shapes and contiguous last dimensions."""
+    """out of a dense call without options or gradient; the caller vouches for shapes and strides."""
     shape, shape_v = q.shape, v.shape
     if shape_v[3] == shape[3] and q.is_contiguous():
         out = torch.empty_like(q)
@@ -99,7 +99,8 @@ def forward(
         operands, params: see fastattn.lowering.
         need_lse: whether lse is wanted.
     Returns:
-        out in q's dtype and stride order; lse float32 (float64 for float64), [B, Hq, Lq] or [Hq, total_q], or None.
+        out in q's dtype and stride order; lse float32 (float64 for float64), [B, Hq, Lq] or [Hq, total_q],
+        or None.
     """
     out = output_like(q, v.shape[-1])
     lse = lse_like(q) if need_lse else None
@@ -135,7 +136,8 @@ def backward(
     params: Params,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; the last three None unless `needs` asks.
+    """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; the last three None unless `needs`
+    asks.
 
     Args:
         q, k, v, out, lse: inputs and results of `forward`.
@@ -200,7 +202,7 @@ def _extra_gradients(operands: Operands, needs: Sequence[bool]) -> list[Tensor |
 
 
 def _finish(extra: list[Tensor | None], operands: Operands, dlse: Tensor | None) -> list[Tensor | None]:
-    """Gradients in their tensors' dtypes; where no kernel ran, lse of an empty row still passes its gradient on."""
+    """Gradients in their tensors' dtypes; where no kernel ran, dlse is what reaches the sinks."""
     dbias, ddiag, dsinks = extra
     if dbias is not None and operands.bias is not None:
         dbias = dbias.to(operands.bias.dtype)
@@ -210,7 +212,7 @@ def _finish(extra: list[Tensor | None], operands: Operands, dlse: Tensor | None)
 
 
 class _Layout:
-    """How one call's tensors look to the kernels: a packed tensor is S overlapping views, moved by cu_seqlens."""
+    """How one call's tensors look to kernels: a packed tensor is S overlapping views, moved by cu_seqlens."""
 
     def __init__(self, q: Tensor, k: Tensor, operands: Operands, params: Params) -> None:
         self.packed = operands.cu_seqlens_q is not None

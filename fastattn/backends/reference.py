@@ -16,7 +16,7 @@ name = "reference"
 
 def supports(spec: AttentionSpec) -> None:
     """It runs every call, in O(N^2) memory."""
-    return None
+    return
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """PyTorch's own scaled_dot_product_attention, where its semantics agree with ours; any device.
 
-One difference remains that no description of a call can show: PyTorch lets a NaN or an infinity in a masked key or
-value reach the rows that mask it.
+One difference remains that no description of a call can show: PyTorch lets a NaN or an infinity in a masked
+key or value reach the rows that mask it.
 """
 
 from __future__ import annotations
