@@ -120,7 +120,11 @@ def _probabilities(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, keep: Tensor | None, *,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    reverse_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if reverse_keys:
+        k, v = k.flip(-2), v.flip(-2)
+        visible, bias, keep = (None if x is None else x.flip(-1) for x in (visible, bias, keep))
     p, lse, visible = _probabilities(q, k, visible, bias, scale, softcap, sinks)
     if keep is not None:
         factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
@@ -138,9 +142,8 @@ def _keep(q: Tensor, seqlen_q: int, seqlen_k: int, batch: int, heads: int, p: fl
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Any = None, scale: float | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Any = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Any = None, bias: Any = None, dropout_p: float = 0.0,
+    dropout_seed: Any = None, return_lse: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """out_i = sum_j p_ij v_j, p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over visible j.
 
@@ -148,8 +151,10 @@ def attention(
         q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]: one floating dtype, Hq % Hkv == 0.
         mask: a Mask, or bool broadcastable to [B, Hq, Lq, Lk], True = attend.
         bias: a tensor broadcastable to [B, Hq, Lq, Lk], -inf masks; or a fastattn.biases object.
-        sinks: [Hq], one more logit in each row's denominator.
         dropout_seed: int64 tensor of one element, drawn where absent and needed.
+        options: scale (1 / sqrt(D) by default); softcap; sinks [Hq], one more logit in each row's
+            denominator; reverse_keys, which adds the keys up in the opposite order: the same answer
+            but for rounding, which is how tests measure the rounding of float64.
     Returns:
         out [B, Hq, Lq, Dv], and lse [B, Hq, Lq] if asked (float32; float64 for float64). A row with
         no visible key has out 0 and lse = sink, or -inf without sinks.
@@ -157,8 +162,7 @@ def attention(
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     keep = _keep(q, shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, dropout_p, dropout_seed)
     out, lse = _attention(
-        q, k, v, _visible(mask, shape, q.device), _bias(bias, shape, q), keep,
-        scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+        q, k, v, _visible(mask, shape, q.device), _bias(bias, shape, q), keep, dropout_p=dropout_p, **options
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
