@@ -46,15 +46,14 @@ class ExactPairs {
 
   // False where the mask, or a bias of -inf, hides key j from row i.
   bool visible(int64_t i, int64_t j) const {
-    T lane[kLanes<T>] = {}, slopes[kLanes<T>];
-    return apply_rules(i, j, lane, slopes) && lane[0] != -kInfinity<T>;
+    return rules_.visible(i, j);
   }
 
   // The score of a visible pair; slope, where not nullptr, gets its derivative by scale * q·k.
   T score(const T* query, int64_t i, int64_t j, T* slope = nullptr) const {
     const std::vector<T> k = load_vector<T>(k_(j), p_.dtype, p_.head_dim, p_.scale);
     T lane[kLanes<T>] = {dot(query, k.data(), p_.head_dim)}, slopes[kLanes<T>] = {1};
-    apply_rules(i, j, lane, slopes);
+    rules_.apply_pair(i, j, lane, slopes);
     if (slope != nullptr) *slope = slopes[0];
     return lane[0];
   }
@@ -67,16 +66,6 @@ class ExactPairs {
   }
 
  private:
-  // False where no run of visible keys holds j.
-  bool apply_rules(int64_t i, int64_t j, T* lane, T* slopes) const {
-    bool found = false;
-    rules_.for_each_run(i, i + 1, j, j + 1, [&](const Run& run) {
-      rules_.apply(run, i, j, 1, 1, lane, slopes);
-      found = true;
-    });
-    return found;
-  }
-
   const AttentionParams& p_;
   const Sequence seq_;
   const ScoreRules<T> rules_;

@@ -14,6 +14,7 @@ template <class T>
 double chains(double seconds, std::atomic<int>& sink) {
   constexpr int kChains = 12, kSteps = 4096;
   Vec<T> acc[kChains];
+#pragma GCC unroll 12
   for (int n = 0; n < kChains; ++n) acc[n] = splat<T>(static_cast<T>(n));
   Vec<T> a = splat<T>(static_cast<T>(0.999)), b = splat<T>(static_cast<T>(0.001));
   int64_t rounds = 0;
@@ -28,6 +29,7 @@ double chains(double seconds, std::atomic<int>& sink) {
     ++rounds;
     elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
+#pragma GCC unroll 12
   for (int n = 1; n < kChains; ++n) acc[0] += acc[n];
   if (reduce_add<T>(acc[0]) == T{0}) sink.fetch_add(1);
   return 2.0 * kLanes<T> * kChains * kSteps * static_cast<double>(rounds) / elapsed;

@@ -117,8 +117,6 @@ class ScoreRules {
     return {std::max(rows.begin, hull.begin), std::min(rows.end, hull.end)};
   }
 
-  bool changes_scores() const { return p_.softcap > 0 || p_.bias.data != nullptr || p_.diag.data != nullptr; }
-
   // Whether a score's derivative by scale * q·k is other than 1.
   bool has_slope() const { return p_.softcap > 0; }
 
@@ -141,7 +139,26 @@ class ScoreRules {
     if (run.tile_bits != nullptr) apply_bits(run, i, j0, n, s);
   }
 
-  bool has_bool_or_bits() const { return p_.mask.data != nullptr || p_.block_mask.row_ptr != nullptr; }
+  // The same for one pair, in lane 0 of a vector's worth of lanes; false where no run holds it.
+  bool apply_pair(int64_t i, int64_t j, T* lane, T* slope) const {
+    bool found = false;
+    for_each_run(i, i + 1, j, j + 1, [&](const Run& run) {
+      apply(run, i, j, 1, 1, lane, slope);
+      found = true;
+    });
+    return found;
+  }
+
+  // False where the mask, or a bias of -inf, hides key j from row i.
+  bool visible(int64_t i, int64_t j) const {
+    T lane[kLanes<T>] = {}, slope[kLanes<T>];
+    return apply_pair(i, j, lane, slope) && lane[0] != -kInfinity<T>;
+  }
+
+  // Index into the diagonals of the pair (i, j).
+  int64_t diagonal_of(int64_t i, int64_t j) const {
+    return j - i - (p_.diag_bottom_right ? seq_.offset() : 0) - p_.diag_lo;
+  }
 
  private:
   int64_t key_bound(const Tensor& bounds, int64_t i) const {
@@ -206,13 +223,6 @@ class ScoreRules {
     }
   }
 
- public:
-  // Index into the diagonals of the pair (i, j).
-  int64_t diagonal_of(int64_t i, int64_t j) const {
-    return j - i - (p_.diag_bottom_right ? seq_.offset() : 0) - p_.diag_lo;
-  }
-
- private:
   const AttentionParams& p_;
   const int64_t b_, h_;
   const Sequence seq_;

@@ -1,0 +1,179 @@
+// The shared heart of the backward kernels: from Q, dO and one 64-key tile to the probabilities P and the
+// scores' gradient dS = P * (dP - delta), with P = exp(S - lse) recomputed and dP = dO V^T.
+#pragma once
+
+#include <vector>
+
+#include "buffer.h"
+#include "dropout.h"
+#include "exact.h"
+#include "rows.h"
+#include "score.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int64_t kKeyTile = kMaskTile;    // keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128
+constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
+
+// Per query row of the whole call: lse (made +inf for an empty row, so that P = exp(S - lse) = 0) and
+// delta = dO·O - dlse, by [head][row].
+template <class T>
+class RowGradients {
+ public:
+  explicit RowGradients(const AttentionBackwardParams& p);
+
+  const T* lse(int64_t b, int64_t h) const { return lse_.data() + index(b, h); }
+  const T* delta(int64_t b, int64_t h) const { return delta_.data() + index(b, h); }
+
+ private:
+  int64_t index(int64_t b, int64_t h) const {
+    return h * rows_ + (p_.cu_seqlens_q != nullptr ? p_.cu_seqlens_q[b] : b * p_.seqlen_q);
+  }
+
+  const AttentionBackwardParams& p_;
+  int64_t rows_;
+  Buffer<T> lse_, delta_;
+};
+
+// Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
+template <class T>
+struct GradScratch {
+  Buffer<T> key_panels, value_panels, staging, keys, queries, douts, probabilities, gradients;
+};
+
+template <class T>
+class GradTile {
+ public:
+  GradTile(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h, GradScratch<T>& scratch)
+      : p_(p),
+        seq_(sequence_of(p, b)),
+        rules_(p, b, h, seq_),
+        queries_(p, p.q, b, h, seq_.q_begin),
+        douts_(p, p.dout, b, h, seq_.q_begin),
+        keys_(Rows::of_keys(p, p.k, b, h / (p.num_heads / p.num_heads_kv), seq_)),
+        values_(Rows::of_keys(p, p.v, b, h / (p.num_heads / p.num_heads_kv), seq_)),
+        dropout_(p),
+        bh_(static_cast<uint32_t>(b * p.num_heads + h)),
+        lse_(rows.lse(b, h)),
+        delta_(rows.delta(b, h)) {
+    const int64_t width = std::max(round_to_lanes<T>(p.head_dim), round_to_lanes<T>(p.head_dim_v));
+    key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
+    value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
+    staging_ = scratch.staging.ensure(kLanes<T> * width);
+    key_copy_ = scratch.keys.ensure(kKeyTile * width);
+    query_copy_ = scratch.queries.ensure(kMaskTile * width);
+    dout_copy_ = scratch.douts.ensure(kMaskTile * width);
+    probabilities_ = scratch.probabilities.ensure(kMaskTile * kKeyTile);
+    gradients_ = scratch.gradients.ensure(kMaskTile * kKeyTile);
+  }
+
+  const Sequence& sequence() const { return seq_; }
+  const ScoreRules<T>& rules() const { return rules_; }
+  const T* probabilities() const { return probabilities_; }  // [64][64], dropped and rescaled
+  const T* gradients() const { return gradients_; }          // [64][64]
+  const Block<T>& query_block() const { return query_block_; }
+  const Block<T>& dout_block() const { return dout_block_; }
+
+  void load_keys(int64_t j0, int64_t j1) {
+    j0_ = j0;
+    j1_ = j1;
+    pack_panels<T>([&](int64_t c) { return keys_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim,
+                   static_cast<T>(p_.scale), staging_, key_panels_);
+    pack_panels<T>([&](int64_t c) { return values_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim_v, T{1}, staging_,
+                   value_panels_);
+  }
+
+  // The tile's rows of K, to multiply dS with.
+  Block<T> key_block() const {
+    if (readable_in_place<T>(p_.dtype, p_.head_dim)) return block_in_place<T>(keys_, j0_);
+    return block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
+  }
+
+  void load_queries(int64_t i0, int64_t i1) {
+    query_block_ = readable_in_place<T>(p_.dtype, p_.head_dim)
+                       ? block_in_place<T>(queries_, i0)
+                       : block_copied<T>(queries_, p_.dtype, i0, i1 - i0, p_.head_dim, query_copy_);
+    dout_block_ = readable_in_place<T>(p_.dtype, p_.head_dim_v)
+                      ? block_in_place<T>(douts_, i0)
+                      : block_copied<T>(douts_, p_.dtype, i0, i1 - i0, p_.head_dim_v, dout_copy_);
+    i0_ = i0;
+  }
+
+  // The keys of the tile, rounded out to whole vectors and relative to it, that rows [i, i + rows) may see.
+  KeyRange columns(int64_t i, int64_t rows) const {
+    const KeyRange hull = rules_.rows_keys(i, i + rows);
+    const int64_t first = std::max(hull.begin, j0_) - j0_, last = std::min(hull.end, j1_) - j0_;
+    if (first >= last) return {0, 0};
+    return {first / kLanes<T> * kLanes<T>, round_to_lanes<T>(last)};
+  }
+
+  // P and dS of rows [i, i + rows), zero outside `range`. With of_bias, dS is the gradient of what is added
+  // to the capped score; else that of scale * q·k.
+  void compute(const int32_t* tile_bits, int64_t i, int64_t rows, const KeyRange& range, bool of_bias) {
+    const Run run{j0_, j1_, tile_bits};
+    const int64_t r0 = i - i0_, n = range.end - range.begin, keys = std::min(range.end, j1_ - j0_) - range.begin;
+    T* p0 = probabilities_ + r0 * kKeyTile;
+    T* ds0 = gradients_ + r0 * kKeyTile;
+    gemm_panels<T>(rows, range.begin, range.end, p_.head_dim, query_block_.data + r0 * query_block_.stride,
+                   query_block_.stride, key_panels_, p0, kKeyTile);
+    gemm_panels<T>(rows, range.begin, range.end, p_.head_dim_v, dout_block_.data + r0 * dout_block_.stride,
+                   dout_block_.stride, value_panels_, ds0, kKeyTile);
+    T slope[kKeyTile], kept[kKeyTile];
+    const bool sloped = rules_.has_slope() && !of_bias;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* prob = p0 + r * kKeyTile + range.begin;
+      T* ds = ds0 + r * kKeyTile + range.begin;
+      rules_.apply(run, i + r, j0_ + range.begin, keys, n, prob, sloped ? slope : nullptr);
+      if (dropout_.active()) {
+        std::fill(kept, kept + n, dropout_.template keep_scale<T>());
+        dropout_.drop(bh_, i + r, j0_ + range.begin, keys, kept);
+      }
+      const T lse = lse_[i + r], delta = delta_[i + r];
+      for (int64_t c = 0; c < n; c += kLanes<T>) {
+        Vec<T> e = vexp<T>(load(prob + c) - lse);
+        Vec<T> d = load(ds + c);
+        if (dropout_.active()) {
+          const Vec<T> k = load(kept + c);
+          d = e * (d * k - delta);
+          e = e * k;
+        } else {
+          d = e * (d - delta);
+        }
+        if (sloped) d *= load(slope + c);
+        store(prob + c, e);
+        store(ds + c, d);
+      }
+      clear_outside(p0 + r * kKeyTile, range);
+      clear_outside(ds0 + r * kKeyTile, range);
+    }
+  }
+
+  // A group of rows that sees none of the tile.
+  void clear(int64_t i, int64_t rows) {
+    const int64_t first = (i - i0_) * kKeyTile;
+    std::fill(probabilities_ + first, probabilities_ + first + rows * kKeyTile, T{0});
+    std::fill(gradients_ + first, gradients_ + first + rows * kKeyTile, T{0});
+  }
+
+ private:
+  static void clear_outside(T* row, const KeyRange& range) {
+    std::fill(row, row + range.begin, T{0});
+    std::fill(row + range.end, row + kKeyTile, T{0});
+  }
+
+  const AttentionBackwardParams& p_;
+  const Sequence seq_;
+  const ScoreRules<T> rules_;
+  const Rows queries_, douts_, keys_, values_;
+  const Dropout dropout_;
+  const uint32_t bh_;
+  const T *lse_, *delta_;
+  T *key_panels_, *value_panels_, *staging_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
+  Block<T> query_block_{}, dout_block_{};
+  int64_t i0_ = 0, j0_ = 0, j1_ = 0;
+};
+
+template <class T>
+void bias_gradients(const AttentionBackwardParams& p, const RowGradients<T>& rows);
+
+}  // namespace fastattn::FASTATTN_ISA
