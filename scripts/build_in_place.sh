@@ -10,9 +10,9 @@ if ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! com
 fi
 python="$(command -v python)"
 log=build/configure.log
-if [ ! -f build/dev/build.ninja ] || ! grep -qxF "Python_EXECUTABLE:UNINITIALIZED=$python" build/dev/CMakeCache.txt; then
+if ! grep -qsxF "_Python_EXECUTABLE:INTERNAL=$python" build/dev/CMakeCache.txt || [ ! -f build/dev/build.ninja ]; then
   rm -rf build/dev
   mkdir -p build
-  cmake -S . -B build/dev -G Ninja "-DPython_EXECUTABLE:UNINITIALIZED=$python" >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
+  cmake -S . -B build/dev -G Ninja "-DPython_EXECUTABLE=$python" >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
 fi
 ninja -C build/dev --quiet
