@@ -1,0 +1,148 @@
+"""Library ops with flat schemas: how torch.compile, export and dispatch modes see fastattn's kernels.
+
+fastattn::attention_forward and fastattn::attention_backward take every field of Operands and Params by name;
+`backend` names whose kernels run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.autograd import DOUBLE_BACKWARD
+from fastattn.backends import cpu
+from fastattn.lowering import DIFFERENTIABLE, Operands, Params
+
+_OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
+_PARAMS = (
+    "float scale, float? softcap, float dropout_p, SymInt?[] band, SymInt diag_lo, bool diag_bottom_right, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k"
+)
+_FORWARD = f"(str backend, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_PARAMS}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(str backend, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
+    f"{_OPERANDS}, {_PARAMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_COUNT = len(Operands._fields)
+
+# Kernels read memory by its strides, so a compiler may not choose others than eager mode has.
+_library = torch.library.Library("fastattn", "DEF")
+_library.define(f"attention_forward{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
+_library.define(f"attention_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
+
+_KERNELS: dict[str, Any] = {cpu.name: cpu}
+
+
+def attention(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a lowered call through the op."""
+    return torch.ops.fastattn.attention_forward(backend, q, k, v, *operands, *_flat(params))
+
+
+def _flat(params: Params) -> tuple[Any, ...]:
+    band = list(params.band) if params.band is not None else []
+    return (
+        params.scale,
+        params.softcap,
+        params.dropout_p,
+        band,
+        params.diag_lo,
+        params.diag_bottom_right,
+        params.max_seqlen_q,
+        params.max_seqlen_k,
+    )
+
+
+def _params(flat: Sequence[Any]) -> Params:
+    scale, softcap, dropout_p, band, *rest = flat
+    return Params(scale, softcap, dropout_p, tuple(band) if band else None, *rest)  # type: ignore[arg-type]
+
+
+def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    operands = Operands(*rest[:_COUNT])
+    _check_values(q, k, operands, _params(rest[_COUNT:]))
+    out, lse = _KERNELS[backend].forward(q, k, v, operands, _params(rest[_COUNT:]), True)
+    return out, lse
+
+
+def _check_values(q: Tensor, k: Tensor, operands: Operands, params: Params) -> None:
+    """Rules on values, which no trace could check."""
+    from fastattn import validation
+
+    if not q.is_cpu:
+        return
+    if operands.cu_seqlens_q is not None:
+        validation.check_cu_seqlens_values(
+            "cu_seqlens_q", operands.cu_seqlens_q, q.shape[0], params.max_seqlen_q, "q"
+        )
+        validation.check_cu_seqlens_values(
+            "cu_seqlens_k", operands.cu_seqlens_k, k.shape[0], params.max_seqlen_k, "k"
+        )
+    if operands.seqlens_k is not None:
+        table = operands.block_table
+        capacity = k.shape[2] * (1 if table is None else table.shape[1])
+        validation.check_cache_values(operands.seqlens_k, table, capacity, k.shape)
+
+
+def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    out, lse, dout, dlse = rest[:4]
+    operands, needs = Operands(*rest[4 : 4 + _COUNT]), rest[-1]
+    grads = _KERNELS[backend].backward(
+        q, k, v, out, lse, dout, dlse, operands, _params(rest[4 + _COUNT : -1]), needs
+    )
+    # A schema's outputs cannot be absent, nor can they alias one another.
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _forward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return cpu.output_like(q, v.shape[-1]), cpu.lse_like(q)
+
+
+def _backward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grads = [cpu.output_like(t, t.shape[-1]) for t in (q, k, v)]
+    for tensor, need in zip(rest[4 : 4 + DIFFERENTIABLE], rest[-1][3:], strict=True):
+        if tensor is None or not need:
+            grads.append(q.new_empty(0))
+        else:
+            grads.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+    return tuple(grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    backend, q, k, v, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, *rest[:_COUNT])
+    ctx.backend, ctx.flat = backend, rest[_COUNT:]
+    ctx.needs = [need for need in ctx.needs_input_grad[1 : 4 + DIFFERENTIABLE]]
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *operands = ctx.saved_tensors
+    unused = (None,) * (_COUNT - DIFFERENTIABLE + len(ctx.flat))
+    if dout is None and dlse is None:
+        return (None,) * (4 + DIFFERENTIABLE) + unused
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = torch.ops.fastattn.attention_backward(
+        ctx.backend, q, k, v, out, lse, dout, dlse, *operands, *ctx.flat, ctx.needs
+    )
+    wanted = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
+    return (None, *wanted, *unused)
+
+
+def _no_gradient(ctx: Any, *grads: Tensor | None) -> Any:
+    raise NotImplementedError(DOUBLE_BACKWARD)
+
+
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::attention_forward", _forward_fake, lib=_library)
+torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "fastattn::attention_forward", _gradient, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("fastattn::attention_backward", _no_gradient, lib=_library)
