@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn.lowering import DIFFERENTIABLE, Operands, Params
+from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
 
@@ -65,9 +65,19 @@ def attention(
         return functorch.attention(kernels, q, k, v, operands, params)
     if forward_ad._current_level >= 0 and _has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
         raise NotImplementedError(FORWARD_MODE)
+    return eager(kernels, q, k, v, operands, params, need_lse)
+
+
+def eager(
+    kernels: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` where nothing but plain autograd watches."""
     if not torch.is_grad_enabled() or not _wants_gradient(q, k, v, operands):
         return kernels.forward(q, k, v, operands, params, need_lse)
-    out, lse = _Attention.apply(q, k, v, *operands, kernels, params)
+    # One tuple for what has no gradient: apply() walks its arguments one by one.
+    out, lse = _Attention.apply(
+        q, k, v, *operands[:DIFFERENTIABLE], operands[DIFFERENTIABLE:], kernels, params
+    )
     return out, lse
 
 
@@ -85,16 +95,28 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return True
-    return any(t is not None and t.requires_grad for t in operands[:DIFFERENTIABLE])
+    return operands is not NO_OPERANDS and any(
+        t is not None and t.requires_grad for t in operands[:DIFFERENTIABLE]
+    )
 
 
 class _Attention(torch.autograd.Function):
     """out and lse with gradients to q, k, v, bias, diag and sinks."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *fields, kernels, params = rest
-        operands = Operands(*fields)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        diag: Tensor | None,
+        sinks: Tensor | None,
+        fixed: tuple[Tensor | None, ...],
+        kernels: Any,
+        params: Params,
+    ) -> tuple[Tensor, Tensor]:
+        operands = Operands(bias, diag, sinks, *fixed)
         out, lse = kernels.forward(q, k, v, operands, params, True)
         ctx.save_for_backward(q, k, v, out, lse, *operands)
         ctx.kernels, ctx.params = kernels, params
@@ -103,7 +125,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        unused = (None,) * (len(Operands._fields) - DIFFERENTIABLE + 2)
+        unused = (None, None, None)
         if dout is None and dlse is None:
             return (None,) * (3 + DIFFERENTIABLE) + unused
         q, k, v, out, lse, *fields = ctx.saved_tensors

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastattn import dispatch
+from fastattn import autograd, dispatch
 from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.dispatch import Explanation
+from fastattn.lowering import lower
 from fastattn.masks import Mask
-from fastattn.validation import check_tensor, check_values, validate
+from fastattn.validation import check_tensor, check_values, validate, validate_options
 
 
 def attention(
@@ -66,22 +67,23 @@ def attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
+    is_plain = backend is None and _is_plain(q, k, v)
     if (
-        mask is None
+        is_plain
+        and mask is None
         and bias is None
         and softcap is None
         and sinks is None
         and dropout_seed is None
         and not return_lse
-        and backend is None
         and dropout_p == 0.0
-        and _is_plain(q, k, v)
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
     ):
         if scale is None:
             return cpu.small(q, k, v, 1.0 / math.sqrt(q.shape[3]))
         if type(scale) is float and scale - scale == 0.0:  # finite
             return cpu.small(q, k, v, scale)
-    if has_torch_function_variadic(q, k, v):
+    if not is_plain and has_torch_function_variadic(q, k, v):
         return handle_torch_function(
             attention,
             (q, k, v),
@@ -101,19 +103,16 @@ def attention(
     call = Call(
         "attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
     )
-    return run(call)
+    return _run_plain(call) if is_plain else run(call)
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether eager mode on the CPU kernels, without gradient and with nobody watching, runs q, k and v as
-    they are.
+    """Whether eager mode on the CPU kernels, with nothing but autograd watching, runs q, k and v as they are.
 
     False sends the call down the full path, which validates it: so nothing here needs to raise, and each
     test may refuse more than it must. Ordered so that a tracer leaves at the first test.
     """
     if torch.compiler.is_compiling() or not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
-        return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     dtype = q.dtype
     if not (q.is_cpu and k.is_cpu and v.is_cpu and dtype is k.dtype and dtype is v.dtype):
@@ -300,6 +299,18 @@ def explain(
     _autocast(call)
     validate(call)
     return dispatch.explain(call)
+
+
+def _run_plain(call: Call) -> Any:
+    """`run` of a dense call whose q, k and v are plain."""
+    validate_options(call)
+    if call.dropout_p == 1:
+        return run(call)
+    if call.dropout_p > 0 and call.dropout_seed is None:
+        call.dropout_seed = dispatch.draw_seed(call.q.device)
+    operands, params = lower(call)
+    out, lse = autograd.eager(cpu, call.q, call.k, call.v, operands, params, call.return_lse)
+    return (out, lse) if call.return_lse else out
 
 
 def run(call: Call) -> Any:

@@ -101,7 +101,7 @@ def _vmap(
     heads: int,
     foldable: bool,
 ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
-    """Results and their out_dims of `call` over `size` examples; the first `heads` tensors have a batch dimension."""
+    """Results and their out_dims of `call` over `size` examples; the first `heads` tensors have a batch."""
     operands = Operands(*tensors[heads:])
     operand_dims = in_dims[heads:]
     # Dropout draws by batch index, packed sequences have no batch dimension, sinks and lists of tiles are
@@ -132,7 +132,7 @@ def _batch_of(q: Tensor | None, dim: int | None) -> int:
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int, *, always: bool) -> Tensor | None:
-    """[size, batch or 1, ...] as [size * batch, ...]; a shared tensor that broadcasts over the batch stays as it is."""
+    """[size, batch or 1, ...] as [size * batch, ...]; a tensor shared by the batch stays as it is."""
     if tensor is None:
         return None
     if dim is None:

@@ -67,26 +67,25 @@ class Params:
 def lower(call: Call) -> tuple[Operands, Params]:
     """Kernel form of a validated call; builds block lists and bias diagonals where the call needs them."""
     scale = call.scale_value()
+    tensors: dict[str, Tensor | None] = {}
+    if call.dropout_p > 0:
+        tensors["seed"] = call.dropout_seed
     if call.op == "attention" and call.mask is None and call.bias is None and call.sinks is None:
-        return Operands(seed=_seed(call)), Params(scale, call.softcap, call.dropout_p)
-    tensors: dict[str, Tensor | None] = {"seed": _seed(call)}
+        operands = Operands(**tensors) if tensors else NO_OPERANDS
+        return operands, Params(scale, call.softcap, call.dropout_p)
     band = lower_mask(call, tensors)
     diag_lo, bottom_right = _lower_bias(call, tensors)
     if call.sinks is not None:
         tensors["sinks"] = call.sinks.to(accumulate_dtype(call.q.dtype)).contiguous()
     if call.lengths is not None:
         tensors["seqlens_k"] = call.lengths.to(torch.int32).contiguous()
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table"):
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table") if call.op != "attention" else ():
         index = getattr(call, name)
         tensors[name] = None if index is None else index.contiguous()
     params = Params(
         scale, call.softcap, call.dropout_p, band, diag_lo, bottom_right, call.max_seqlen_q, call.max_seqlen_k
     )
-    return Operands(**tensors), params
-
-
-def _seed(call: Call) -> Tensor | None:
-    return call.dropout_seed if call.dropout_p > 0 else None
+    return Operands(**tensors) if tensors else NO_OPERANDS, params
 
 
 def to_4d(tensor: Tensor) -> Tensor:
@@ -101,8 +100,12 @@ def lower_mask(call: Call, tensors: dict[str, Tensor | None]) -> Band | None:
         tensors["mask"] = to_4d(call.mask)
         return None
     lowered = call.mask.lower(call.mask_shape(), call.q.device)
-    tensors["key_starts"], tensors["key_ends"] = lowered.key_starts, lowered.key_ends
-    tensors["mask"] = lowered.dense
+    if lowered.key_starts is not None:
+        tensors["key_starts"] = lowered.key_starts
+    if lowered.key_ends is not None:
+        tensors["key_ends"] = lowered.key_ends
+    if lowered.dense is not None:
+        tensors["mask"] = lowered.dense
     if lowered.block is not None:
         for name in BLOCK_FIELDS:
             tensors[name] = getattr(lowered.block, name)

@@ -116,7 +116,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     backend, q, k, v, *rest = inputs
     ctx.save_for_backward(q, k, v, *output, *rest[:_COUNT])
     ctx.backend, ctx.flat = backend, rest[_COUNT:]
-    ctx.needs = [need for need in ctx.needs_input_grad[1 : 4 + DIFFERENTIABLE]]
+    ctx.needs = list(ctx.needs_input_grad[1 : 4 + DIFFERENTIABLE])
     ctx.set_materialize_grads(False)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.biases import Bias
 from fastattn.call import Call
+from fastattn.masks import Mask
 from fastattn.spec import FLOAT_DTYPES, dtype_name
 
 _DTYPES = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
@@ -32,18 +34,24 @@ def validate(call: Call) -> None:
         NotImplementedError: a combination that has no meaning yet (dense masks in varlen calls).
     """
     _check_qkv(call)
-    _check_numbers(call)
     if call.op == "varlen":
         _check_cu_seqlens(call)
     elif call.op == "decode":
         _check_cache(call)
-    batch, heads = call.batch(), call.num_heads()
-    want = (batch, heads, *call.seqlens())
-    _check_mask(call, want)
-    _check_bias(call, want)
+    validate_options(call)
+
+
+def validate_options(call: Call) -> None:
+    """The part of `validate` that is left once q, k, v and the lengths are known to be right."""
+    _check_numbers(call)
+    if call.mask is not None:
+        _check_mask(call)
+    if call.bias is not None:
+        _check_bias(call)
     if call.sinks is not None:
-        check_sinks(call.sinks, heads, call.q)
-    _check_seed(call)
+        check_sinks(call.sinks, call.num_heads(), call.q)
+    if call.dropout_seed is not None:
+        _check_seed(call.dropout_seed, call.q.device)
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
@@ -119,15 +127,14 @@ def _check_numbers(call: Call) -> None:
         call.softcap = check_number("softcap", call.softcap)
         if call.softcap <= 0:
             raise ValueError(f"softcap must be positive, got {call.softcap}")
-    call.dropout_p = check_number("dropout_p", call.dropout_p)
+    if type(call.dropout_p) is not float:
+        call.dropout_p = check_number("dropout_p", call.dropout_p)
     if not 0 <= call.dropout_p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {call.dropout_p}")
 
 
-def _check_seed(call: Call) -> None:
-    if call.dropout_seed is None:
-        return
-    seed = check_tensor("dropout_seed", call.dropout_seed, call.q.device)
+def _check_seed(value: Any, device: torch.device) -> None:
+    seed = check_tensor("dropout_seed", value, device)
     if seed.dtype != torch.int64:
         raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {dtype_name(seed.dtype)}")
     if seed.numel() != 1:
@@ -142,6 +149,10 @@ def check_sinks(value: Any, heads: int, q: Tensor) -> None:
         raise ValueError(f"sinks must have shape ({heads},), one per query head, got {_shape(sinks)}")
 
 
+def _scores_shape(call: Call) -> tuple[int, ...]:
+    return call.batch(), call.num_heads(), *call.seqlens()
+
+
 def broadcasts(shape: torch.Size, want: tuple[int, ...]) -> bool:
     """Whether `shape` broadcasts to exactly `want`."""
     if len(shape) > len(want):
@@ -149,11 +160,9 @@ def broadcasts(shape: torch.Size, want: tuple[int, ...]) -> bool:
     return all(n == 1 or n == m for n, m in zip(reversed(shape), reversed(want), strict=False))
 
 
-def _check_mask(call: Call, want: tuple[int, ...]) -> None:
-    from fastattn.masks import Mask
-
+def _check_mask(call: Call) -> None:
     mask = call.mask
-    if mask is None or isinstance(mask, Mask):
+    if isinstance(mask, Mask):
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
@@ -166,16 +175,13 @@ def _check_mask(call: Call, want: tuple[int, ...]) -> None:
         raise NotImplementedError(
             "mask must be a fastattn.masks.Mask in varlen_attention, got a dense tensor"
         )
+    want = _scores_shape(call)
     if not broadcasts(mask.shape, want):
         raise ValueError(f"mask must broadcast to {want}, got {_shape(mask)}")
 
 
-def _check_bias(call: Call, want: tuple[int, ...]) -> None:
-    from fastattn.biases import Bias
-
+def _check_bias(call: Call) -> None:
     bias = call.bias
-    if bias is None:
-        return
     if isinstance(bias, Bias):
         bias.check(call.mask_shape(), call.q.device)
         return
@@ -188,6 +194,7 @@ def _check_bias(call: Call, want: tuple[int, ...]) -> None:
         )
     if call.op == "varlen":
         raise NotImplementedError("bias must be a fastattn.biases.Bias in varlen_attention, got a tensor")
+    want = _scores_shape(call)
     if not broadcasts(bias.shape, want):
         raise ValueError(f"bias must broadcast to {want}, got {_shape(bias)}")
 
