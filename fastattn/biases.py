@@ -15,9 +15,11 @@ from fastattn.masks.space import Align, MaskShape, check_align, check_device, de
 
 BiasType = TypeVar("BiasType", bound="Bias")
 
+SUM_LENGTH = 4096
+
 
 class Bias:
-    """A bias that depends on batch entry, head and r = j - i - offset, the key's position relative to the query's.
+    """A bias by batch entry, head and r = j - i - offset, the key's position relative to the query's.
 
     offset = len_k - len_q for align "bottom_right", 0 for "top_left". Biases are immutable.
     A subclass is a frozen dataclass with a field `align` that defines `values` and `_check`.
@@ -26,10 +28,9 @@ class Bias:
     align: Align
 
     def diagonals(self, heads: int, lo: int, hi: int) -> Tensor:
-        """The bias at every relative position lo <= r <= hi: [1|B, heads, hi - lo + 1], entry d at r = lo + d.
+        """The bias at relative positions lo <= r <= hi: [1|B, heads, hi - lo + 1], entry d at r = lo + d.
 
-        Built from differentiable operations in O(heads * (hi - lo)), so that autograd carries gradients to the
-        parameters. float32, or float64 where the parameters are.
+        Differentiable, O(heads * (hi - lo)), so that autograd carries gradients to the parameters. float32, or float64 where the parameters are.
 
         Raises:
             ValueError: the parameters are for another number of heads.
@@ -63,7 +64,9 @@ class Bias:
         check_device(f"bias {type(self).__name__}", self.parameter, device)
         self._check_heads(shape.heads)
         if self.batch not in (1, shape.batch):
-            raise ValueError(f"bias {type(self).__name__} must have batch size {shape.batch} (or 1), got {self.batch}")
+            raise ValueError(
+                f"bias {type(self).__name__} must have batch size {shape.batch} (or 1), got {self.batch}"
+            )
 
     @property
     def parameter(self) -> Tensor:
@@ -81,7 +84,7 @@ class Bias:
         raise NotImplementedError
 
     def values(self, relative: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The bias [1|B, heads, *relative.shape] at integer relative positions j - i - offset, of dtype or the default."""
+        """The bias at int64 relative positions: [1|B, heads, *relative.shape], of dtype or the parameter's."""
         raise NotImplementedError
 
     def _check_heads(self, heads: int) -> None:
@@ -116,7 +119,9 @@ def register(cls: type[BiasType]) -> type[BiasType]:
             object.__setattr__(bias, name, value)
         return bias
 
-    pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"fastattn.biases.{cls.__name__}")
+    pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"fastattn.biases.{cls.__name__}"
+    )
     return cls
 
 
@@ -159,9 +164,13 @@ class ALiBi(Bias):
 
     def values(self, relative: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = self._accumulation_dtype(dtype)
-        slopes = self.slopes.to(dtype)
-        slopes = slopes[None] if slopes.dim() == 1 else slopes
-        return -slopes[(..., *(None,) * relative.dim())] * relative.abs().to(dtype)
+        slopes = self.slopes.to(dtype).reshape(self.batch, self.heads, 1, 1)
+        # In rows, so that the slopes' gradient adds up row by row: torch would split one long sum among threads.
+        length = relative.numel()
+        rows = -(-length // SUM_LENGTH)
+        distance = torch.nn.functional.pad(relative.flatten().abs(), (0, rows * SUM_LENGTH - length))
+        values = -slopes.expand(-1, -1, rows, 1) * distance.view(rows, SUM_LENGTH).to(dtype)
+        return values.flatten(2)[..., :length].unflatten(2, relative.shape)
 
 
 def alibi_slopes(
@@ -191,8 +200,8 @@ def alibi_slopes(
 class RelativePosition(Bias):
     """table[bucket(j - i - offset), h]: T5's learned bias of bucketed distance.
 
-    Half of the buckets (of each direction's buckets, when bidirectional) hold one distance each; the others grow
-    logarithmically up to max_distance, beyond which all distances share the last bucket.
+    Half of a direction's buckets hold one distance each; the others grow logarithmically up to max_distance,
+    beyond which all distances share the last bucket.
 
     Args:
         table: floating point [num_buckets, H], as T5's `relative_attention_bias.weight`.
@@ -202,8 +211,8 @@ class RelativePosition(Bias):
 
     Raises:
         TypeError: table is not a floating-point tensor.
-        ValueError: other dimensions, too few buckets, a max_distance that the exact buckets already cover, unknown
-            align, or, when used, another number of heads.
+        ValueError: other dimensions, too few buckets, a max_distance that the exact buckets already cover,
+            unknown align, or, when used, another number of heads.
 
     Example: with 32 buckets, bidirectional, r = -3 has bucket 3, r = 3 bucket 19, r = -1000 bucket 15.
 
@@ -220,11 +229,14 @@ class RelativePosition(Bias):
         check_align(self.align)
         least = 4 if self.bidirectional else 2
         if self.table.shape[0] < least:
-            raise ValueError(f"RelativePosition table must have at least {least} buckets, got {self.table.shape[0]}")
+            raise ValueError(
+                f"RelativePosition table must have at least {least} buckets, got {self.table.shape[0]}"
+            )
         exact = self.table.shape[0] // least
         if self.max_distance <= exact:
+            got = self.max_distance
             raise ValueError(
-                f"RelativePosition max_distance must exceed the {exact} exact distances, got {self.max_distance}"
+                f"RelativePosition max_distance must exceed the {exact} exact distances, got {got}"
             )
 
     @property
@@ -237,24 +249,23 @@ class RelativePosition(Bias):
 
     def buckets(self, relative: Tensor) -> Tensor:
         """Bucket of each relative position j - i - offset: int64 of relative's shape."""
-        count = self.table.shape[0]
-        if self.bidirectional:
-            count //= 2
-            start = torch.where(relative > 0, count, 0)
-            distance = relative.abs()
-        else:
-            start = torch.zeros_like(relative)
-            distance = (-relative).clamp(min=0)
+        count = self.table.shape[0] // 2 if self.bidirectional else self.table.shape[0]
         exact = count // 2
-        # In float32 and in this order, since the last bit decides which bucket a boundary distance falls into.
+        distance = torch.arange(self.max_distance + 1, device=relative.device)
+        # In float32 and this order, since the last bit decides into which bucket a boundary distance falls.
         ratio = torch.log(distance.float() / exact) / math.log(self.max_distance / exact)
         # The logarithm of 0 is cut off before it is made an integer; `where` then does not choose it.
         coarse = exact + (ratio * (count - exact)).clamp(min=0).long()
-        return start + torch.where(distance < exact, distance, coarse.clamp(max=count - 1))
+        bucket = torch.where(distance < exact, distance, coarse.clamp(max=count - 1))
+        if not self.bidirectional:
+            return bucket[(-relative).clamp(0, self.max_distance)]
+        start = torch.where(relative > 0, count, 0)
+        return start + bucket[relative.abs().clamp(max=self.max_distance)]
 
     def values(self, relative: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = self._accumulation_dtype(dtype)
-        chosen = self.table.to(dtype)[self.buckets(relative)]
+        # Unlike an index, an embedding adds up its gradient in one order for any number of threads.
+        chosen = torch.nn.functional.embedding(self.buckets(relative), self.table.to(dtype))
         return chosen.movedim(-1, 0)[None]
 
 
@@ -264,4 +275,6 @@ def _check_parameter(name: str, value: object, dims: tuple[int, ...]) -> None:
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if value.dim() not in dims:
-        raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}"
+        )

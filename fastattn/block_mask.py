@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,10 @@ TILE = 64
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
-    """Visible pairs as lists of 64x64 tiles: nq = ceil(seqlen_q / 64), nk = ceil(seqlen_k / 64), T bit tiles.
+    """Visible pairs as lists of 64x64 tiles: nq = ceil(seqlen_q / 64), nk = ceil(seqlen_k / 64).
 
-    The leading dimensions Bm and Hm are the batch size or 1, the number of query heads or 1. All tensors are int32.
-    A pair outside its sequence is never visible: bits there are 0, and a reader clips full tiles to the lengths.
+    The leading dimensions Bm and Hm are the batch size or 1, the number of query heads or 1. All tensors are
+    int32. A pair outside its sequence is not visible: its bit is 0, and readers clip full tiles to the lengths.
 
     Args:
         row_ptr: [Bm, Hm, nq + 1], offsets into row_tiles and row_bits.
@@ -25,7 +27,8 @@ class BlockMask:
         col_ptr: [Bm, Hm, nk + 1], offsets into col_tiles and col_bits.
         col_tiles: [nnz], query-tile index, ascending within a column of tiles.
         col_bits: [nnz], as row_bits.
-        bits: [T, 64, 2], for each row of a tile the little-endian 64-bit word whose bit c says that column c is visible.
+        bits: [T, 64, 2], the distinct partial tiles: for each row a little-endian 64-bit word, whose bit c says
+            whether column c is visible.
         seqlen_q, seqlen_k: the lengths it was built for.
     """
 
@@ -69,8 +72,8 @@ class BlockMask:
 def pack(visible: Tensor) -> Tensor:
     """Bits of bool [..., 64] as one int64 word [...]: bit c is column c.
 
-    Eight bools are eight bytes of 0 or 1. Byte k sits at bit 8k; the multiplier's bit 56 - 7k moves it to bit 56 + k,
-    and no other product reaches the top byte, so that byte holds the eight bits in order.
+    Eight bools are eight bytes of 0 or 1. Byte k sits at bit 8k; the multiplier's bit 56 - 7k moves it to bit
+    56 + k, and nothing else reaches the top byte, which so holds the eight bits in order.
     """
     octets = visible.contiguous().view(torch.uint8).view(torch.int64)
     octets = ((octets * 0x0102040810204080) >> 56) & 0xFF
@@ -86,8 +89,8 @@ def _flatten(mask: BlockMask) -> tuple[list[Tensor], tuple[int, int]]:
     return [getattr(mask, name) for name in _TENSORS], (mask.seqlen_q, mask.seqlen_k)
 
 
-def _unflatten(tensors: object, lengths: tuple[int, int]) -> BlockMask:
-    return BlockMask(*tensors, *lengths)  # type: ignore[misc]
+def _unflatten(tensors: Iterable[Any], lengths: tuple[int, int]) -> BlockMask:
+    return BlockMask(*tensors, *lengths)
 
 
 _TENSORS = tuple(field.name for field in fields(BlockMask) if not field.name.startswith("seqlen"))

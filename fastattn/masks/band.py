@@ -16,7 +16,8 @@ def causal(*, align: Align = "bottom_right") -> Mask:
     """Keys j <= i + offset: each query sees keys up to its own position.
 
     Args:
-        align: "bottom_right" (offset = seqlen_k - seqlen_q, the last query sees the last key) or "top_left" (0).
+        align: "bottom_right" (offset = seqlen_k - seqlen_q: the last query sees the last key) or "top_left"
+            (offset 0).
 
     Raises:
         ValueError: unknown align.
@@ -69,7 +70,11 @@ class Band(Mask):
             result = result & (at.j <= position + self.hi)
         return result
 
-    def _analytic(self, shape: MaskShape, device: torch.device) -> LoweredMask:
+    @property
+    def needs_blocks(self) -> bool:
+        return False
+
+    def _direct(self, shape: MaskShape, device: torch.device) -> LoweredMask:
         if self.align == "top_left":
             return LoweredMask(lo_top=self.lo, hi_top=self.hi)
         return LoweredMask(lo_bottom=self.lo, hi_bottom=self.hi)

@@ -17,7 +17,7 @@ def blocks(layout: Tensor, block_size: int) -> Mask:
     """Pairs with layout[b, h, i // block_size, j // block_size].
 
     Args:
-        layout: bool [nQ, nK] or [B|1, H|1, nQ, nK], with nQ = ceil(Lq / block_size), nK = ceil(Lk / block_size).
+        layout: bool [nQ, nK] or [B|1, H|1, nQ, nK]; nQ = ceil(Lq / block_size), nK = ceil(Lk / block_size).
         block_size: side of a block, >= 1.
 
     Raises:
@@ -55,8 +55,8 @@ class Blocks(Mask):
         want = [-(-length // self.block_size) for length in (shape.seqlen_q, shape.seqlen_k)]
         if list(layout.shape[2:]) != want:
             raise ValueError(
-                f"blocks layout must have {want} blocks of {self.block_size} for {shape.seqlen_q}x{shape.seqlen_k}, "
-                f"got {list(layout.shape[2:])}"
+                f"blocks layout must have {want} blocks of {self.block_size} "
+                f"for {shape.seqlen_q}x{shape.seqlen_k}, got {list(layout.shape[2:])}"
             )
         return layout
 
@@ -79,7 +79,7 @@ class Blocks(Mask):
 
 
 class _BlocksTiler(Tiler):
-    """Sums of the layout over all blocks above and to the left give the number of set blocks in any rectangle."""
+    """Sums of the layout above and to the left of each block count the set blocks of any rectangle."""
 
     def __init__(self, layout: Tensor, block_size: int, seqlen_k: int) -> None:
         self.size = block_size

@@ -43,7 +43,9 @@ class Dense(Mask):
     def _tensor(self, shape: MaskShape, device: torch.device) -> Tensor:
         """The tensor with four dimensions, not expanded."""
         if shape.seqlens_q is not None:
-            raise NotImplementedError("dense masks have no meaning in a packed (varlen) call: use another mask")
+            raise NotImplementedError(
+                "dense masks have no meaning in a packed (varlen) call: use another mask"
+            )
         tensor = check_device("mask", self.tensor, device)
         tensor = tensor[(None,) * (4 - tensor.dim())]
         want = (shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k)
@@ -55,7 +57,15 @@ class Dense(Mask):
         tensor = self._tensor(at.shape, at.j.device)
         return tensor if at.complete else lookup(tensor, at.b, at.h, at.i, at.j)
 
-    def _analytic(self, shape: MaskShape, device: torch.device) -> LoweredMask:
+    @property
+    def needs_blocks(self) -> bool:
+        return False
+
+    @property
+    def is_dense(self) -> bool:
+        return True
+
+    def _direct(self, shape: MaskShape, device: torch.device) -> LoweredMask:
         return LoweredMask(dense=self._tensor(shape, device))
 
     def _check(self, shape: MaskShape, device: torch.device) -> None:

@@ -57,7 +57,9 @@ class Documents(Mask):
             ids = ids[None] if ids.dim() == 1 else ids
             check_batch(f"documents {name}", ids.shape[0], shape.batch)
             if ids.shape[1] != length:
-                given = " (q_ids, since no k_ids were given)" if name == "k_ids" and self.k_ids is None else ""
+                given = (
+                    " (q_ids, since no k_ids were given)" if name == "k_ids" and self.k_ids is None else ""
+                )
                 raise ValueError(f"documents {name} must have length {length}, got {ids.shape[1]}{given}")
             result.append(ids)
         return result[0], result[1]
@@ -96,6 +98,6 @@ class _DocumentsTiler(Tiler):
 
     def words(self, tiles: Tiles) -> Tensor:
         q_ids, k_ids = lookup(self.q_ids, tiles.b, tiles.i), lookup(self.k_ids, tiles.b, tiles.j)
-        # One column or row of a mask that is a single row or column: ids then have no dimension to compare along.
+        # A lone id has lost its dimension in the lookup.
         q_ids, k_ids = (ids.expand(tiles.i.shape) for ids in (q_ids, k_ids))
         return pack(q_ids[:, :, None] == k_ids[:, None, :])

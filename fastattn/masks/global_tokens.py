@@ -30,13 +30,14 @@ def global_tokens(index_or_bool: Tensor | int | Sequence[int], *, align: Align =
     """Pairs whose key j, or whose query's position i + offset, is a global position.
 
     Args:
-        index_or_bool: global key positions: int [G] (or Python ints), or bool [Lk] or [B, Lk] (B may be 1), True = global.
-            Positions that a call does not have are ignored.
+        index_or_bool: global key positions: int [G] (or Python ints), or bool [Lk] or [B, Lk] (B may be 1),
+            True = global. Positions that a call does not have are ignored.
         align: which position a row stands at, as for `causal`.
 
     Raises:
         TypeError: neither integers nor bool.
-        ValueError: other dimensions, a negative index, unknown align, or, when used, sizes that do not fit the call.
+        ValueError: other dimensions, a negative index, unknown align, or, when used, sizes that do not fit the
+            call.
 
     Example: `global_tokens([0])` on 3x3 is [[1, 1, 1], [1, 0, 0], [1, 0, 0]].
     """
@@ -61,7 +62,7 @@ class GlobalTokens(Mask):
     align: Align
 
     def _flags(self, shape: MaskShape, device: torch.device) -> Tensor:
-        """Whether each position is global: bool [B|1, P], P the number of positions that rows or keys stand at."""
+        """Whether each position at which a row or key can stand is global: bool [B|1, P]."""
         name = "global_tokens index_or_bool"
         # Rows aligned at the top left can stand beyond the last key.
         count = max(shape.seqlen_q, shape.seqlen_k) if self.align == "top_left" else shape.seqlen_k
@@ -86,11 +87,12 @@ class GlobalTokens(Mask):
         return _GlobalTiler(self._flags(shape, device), self.align)
 
     def _check(self, shape: MaskShape, device: torch.device) -> None:
-        positions = self.positions
-        if isinstance(positions, Tensor) and positions.dtype != torch.bool and positions.device.type == "cpu":
-            if positions.numel() and int(positions.min()) < 0:
-                raise ValueError(f"global_tokens index_or_bool must be >= 0, got {int(positions.min())}")
-        self._flags(shape, device)
+        flags, positions = self._flags(shape, device), self.positions
+        # Elsewhere than on the CPU the check would wait for the device; negative positions are then ignored.
+        if isinstance(positions, Tensor) and positions.dtype != torch.bool and flags.device.type == "cpu":
+            least = int(positions.min()) if positions.numel() else 0
+            if least < 0:
+                raise ValueError(f"global_tokens index_or_bool must be >= 0, got {least}")
 
     def _varies(self, shape: MaskShape, device: torch.device) -> tuple[bool, bool]:
         return self._flags(shape, device).shape[0] > 1, False

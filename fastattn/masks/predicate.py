@@ -18,12 +18,13 @@ def predicate(fn: PairFunction) -> Mask:
     """Pairs where fn(b, h, i, j) is True.
 
     Args:
-        fn: takes the batch entry, query head, row and column as int64 tensors of four dimensions that broadcast
-            together, and returns a bool tensor that broadcasts to their common shape. It must treat pairs one by one
-            (tensor operators and lookups such as `table[b, i]`), and is called on strips of rows cut into tiles:
-            b and h [T, 1, 1, 1], i [T, 1, 64, 1], j [T, 1, 1, 64] there, b [B, 1, 1, 1], h [1, H, 1, 1],
-            i [1, 1, Lq, 1], j [1, 1, 1, Lk] in `to_dense`. Indices are raw: no offset is added. A result that does
-            not extend along b (or h) says that the mask is the same for every batch entry (or head).
+        fn: takes the batch entry, query head, row and column as int64 tensors of four dimensions that
+            broadcast together, and returns a bool tensor that broadcasts to their common shape. Indices are raw:
+            no offset is added. It must judge each pair by itself (tensor operators, and lookups such as
+            `table[b, i]`), since it is called for strips of rows cut into tiles, b and h [T, 1, 1, 1],
+            i [T, 1, 64, 1], j [T, 1, 1, 64]; and in `to_dense` for all pairs at once, b [B, 1, 1, 1],
+            h [1, H, 1, 1], i [1, 1, Lq, 1], j [1, 1, 1, Lk]. A result that does not extend along b (or h) says
+            that the mask is the same for every batch entry (or head).
 
     Raises:
         TypeError: fn is not callable, or, when used, returns something else than a bool tensor.
@@ -50,8 +51,12 @@ class Predicate(Mask):
             raise TypeError(f"predicate fn must return a bool tensor, got {got}")
         want = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
         result = result[(None,) * (4 - result.dim())]
-        if result.dim() != 4 or any(size not in (1, full) for size, full in zip(result.shape, want, strict=True)):
-            raise ValueError(f"predicate fn must return a tensor broadcastable to {list(want)}, got {list(result.shape)}")
+        if result.dim() != 4 or any(
+            size not in (1, full) for size, full in zip(result.shape, want, strict=True)
+        ):
+            raise ValueError(
+                f"predicate fn must return a tensor broadcastable to {list(want)}, got {list(result.shape)}"
+            )
         return result
 
     def _visible(self, at: Pairs) -> Tensor:

@@ -67,7 +67,8 @@ class KeyRange(Mask):
         check_batch(name, bounds.shape[0], shape.batch)
         if bounds.shape[1] not in (1, shape.seqlen_q):
             raise ValueError(
-                f"{name} must have one entry per query ({shape.seqlen_q}) in dimension 1 (or 1), got {bounds.shape[1]}"
+                f"{name} must have one entry per query in dimension 1, {shape.seqlen_q} (or 1), "
+                f"got {bounds.shape[1]}"
             )
         return bounds
 
@@ -82,11 +83,13 @@ class KeyRange(Mask):
         result = at.j < _at_rows(ends, at)
         return result if starts is None else result & (at.j >= _at_rows(starts, at))
 
-    def _analytic(self, shape: MaskShape, device: torch.device) -> LoweredMask:
+    @property
+    def needs_blocks(self) -> bool:
+        return False
+
+    def _direct(self, shape: MaskShape, device: torch.device) -> LoweredMask:
         ends, starts = self._ends(shape, device), self._starts(shape, device)
-        return LoweredMask(
-            key_ends=_as_int32(ends), key_starts=None if starts is None else _as_int32(starts)
-        )
+        return LoweredMask(key_ends=_as_int32(ends), key_starts=None if starts is None else _as_int32(starts))
 
     def _tiler(self, shape: MaskShape, device: torch.device) -> Tiler:
         return _RangeTiler(self._ends(shape, device).long(), self._starts(shape, device))

@@ -1,4 +1,4 @@
-"""The index space of a mask: which batches, heads, rows and columns there are, and how rows align with keys."""
+"""The index space of a mask: its batch entries, heads, rows and columns, and how rows align with keys."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class MaskShape:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """(batch, head, row, column) indices, int64, four dimensions each, that broadcast together.
+    """Indices of batch entry, head, row and column: int64, four dimensions each, that broadcast together.
 
-    `complete` says that they are the whole index space in order: [B,1,1,1], [1,H,1,1], [1,1,Lq,1], [1,1,1,Lk].
+    `complete`: they are the whole index space in order, [B,1,1,1], [1,H,1,1], [1,1,Lq,1], [1,1,1,Lk].
     """
 
     shape: MaskShape
@@ -77,8 +77,8 @@ class Pairs:
             view[dim] = size
             return torch.arange(size, device=device).view(view)
 
-        sizes = (shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k)
-        return Pairs(shape, *(axis(size, dim) for dim, size in enumerate(sizes)), complete=True)
+        b, h = axis(shape.batch, 0), axis(shape.heads, 1)
+        return Pairs(shape, b, h, axis(shape.seqlen_q, 2), axis(shape.seqlen_k, 3), complete=True)
 
     def position(self, align: Align) -> Tensor:
         """Key position that each row stands at: i + offset."""
@@ -110,7 +110,9 @@ def as_ints(name: str, value: Tensor | int | Sequence[int], dims: tuple[int, ...
         if not is_integer(value):
             raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
         if value.dim() not in dims:
-            raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}")
+            raise ValueError(
+                f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}"
+            )
         return value
     items = (value,) if isinstance(value, int) else value
     if not isinstance(items, (list, tuple, range)) or not all(type(item) is int for item in items):
@@ -120,10 +122,14 @@ def as_ints(name: str, value: Tensor | int | Sequence[int], dims: tuple[int, ...
 
 def check_device(name: str, value: Tensor, device: torch.device) -> Tensor:
     """Return `value`, which must lie on the call's device."""
-    other = value.device
-    if other.type != device.type or (device.index is not None and other.index not in (None, device.index)):
-        raise ValueError(f"{name} must be on the call's device {device}, got {other}")
+    if not same_device(value.device, device):
+        raise ValueError(f"{name} must be on the call's device {device}, got {value.device}")
     return value
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices agree, where one without an index agrees with all of its type."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def ints_on(name: str, value: Ints, device: torch.device) -> Tensor:

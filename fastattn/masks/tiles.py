@@ -19,11 +19,14 @@ from fastattn.masks.space import Align, MaskShape, Pairs
 STRIP_TILES = 1 << 18
 # Unknown tiles evaluated at once: 2048 * 4096 pairs, 8 MB as bool.
 BATCH_TILES = 2048
+# Odd 64-bit constants with well spread bits (from the golden ratio, and from splitmix64), for hashing.
+_ODD_A = 0x1E3779B97F4A7C15
+_ODD_B = 0x3F58476D1CE4E5B9
 
 
 @dataclass(frozen=True, eq=False)
 class TileRows:
-    """A strip of R rows of tiles, each against all nk key tiles; row and column ranges are inclusive and in bounds."""
+    """A strip of R rows of tiles, each against all nk key tiles. First and last are inclusive and in bounds."""
 
     shape: MaskShape
     b: Tensor  # int64 [R, 1]
@@ -85,7 +88,7 @@ class Tiles:
 
 
 class Tiler:
-    """What one mask knows about tiles; this one knows nothing of whole tiles and asks the mask pair by pair."""
+    """What a mask knows about tiles: this one knows nothing of whole tiles and asks the mask pair by pair."""
 
     def __init__(self, visible: Callable[[Pairs], Tensor]) -> None:
         self.visible = visible
@@ -93,7 +96,7 @@ class Tiler:
     def classify(self, rows: TileRows) -> tuple[Tensor, Tensor]:
         """(some, every), bool, broadcastable to [R, nk].
 
-        `some` False: no pair of the tile is visible. `every` True: all pairs of the tile are. Otherwise unknown.
+        `some` False: no pair of the tile is visible. `every` True: all of them are. Otherwise unknown.
         """
         unknown = torch.ones(1, 1, dtype=torch.bool, device=rows.row.device)
         return unknown, ~unknown
@@ -122,7 +125,7 @@ def range_words(first: Tensor, stop: Tensor) -> Tensor:
 
 
 def tile_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of each run of 64 along the last dimension: [..., n] to two of [..., ceil(n / 64)]."""
+    """Minima and maxima of the runs of 64 along the last dimension: [..., n] to [..., ceil(n / 64)] each."""
     length = values.shape[-1]
     count = -(-length // TILE)
     index = torch.arange(count * TILE, device=values.device).clamp_(max=max(length - 1, 0))
@@ -232,16 +235,16 @@ def _merge_bits(parts: list[tuple[Tensor, Tensor]], device: torch.device) -> tup
 def _distinct(words: Tensor) -> tuple[Tensor, Tensor]:
     """Unique rows of int64 [n, 64], and for each row its index among them.
 
-    Rows are compared by a 64-bit hash; that equal hashes mean equal rows is then checked, at the cost of one pass.
+    Rows are compared by a 64-bit hash, then it is checked that equal hashes meant equal rows.
     """
     if words.shape[0] == 0:
         return words, words.new_zeros(0)
     step = torch.arange(1, TILE + 1, device=words.device)
-    # Odd multipliers with well mixed bits (Weyl sequence of the golden ratio, then a multiply and shift).
-    mix = (step * -0x61C8864680B583EB) | 1
-    mix = ((mix ^ (mix >> 29)) * 0x3F58476D1CE4E5B9) | 1
-    mixed = words ^ (words >> 31)
-    codes = (mixed * mix).sum(1)
+    # Each word is scrambled so that no bit is lost at the top, then weighted by its row's own odd number.
+    mixed = words * _ODD_A
+    mixed ^= mixed >> 32
+    mixed *= (step * _ODD_B) | 1
+    codes = mixed.sum(1)
     _, inverse = torch.unique(codes, return_inverse=True)
     count = int(inverse.max()) + 1
     chosen = torch.zeros(count, dtype=torch.int64, device=words.device)
