@@ -14,13 +14,13 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help build test test-all test-install test-aarch64 bench demo lint format clean
+.PHONY: help build test test-all test-install test-native bench demo lint format clean
 
 help:
 	@echo "make build         build the native core in place"
 	@echo "make demo          train a small language model with and without fastattn and compare"
 	@echo "make test          the test suite"
-	@echo "make test-all      the same with the slow tests, every way to install, and aarch64 under qemu"
+	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and aarch64 under qemu"
 	@echo "make bench         measure against PyTorch (BENCH_FLAGS=... for options)"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite the sources as lint wants them"
@@ -48,11 +48,11 @@ build: $(INSTALLED)
 test: build
 	$(BIN)/python -m pytest
 
-test-all: build test-aarch64 test-install
+test-all: build test-native test-install
 	$(BIN)/python -m pytest -m ''
 
-test-aarch64: $(REQUIREMENTS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test_aarch64.sh
+test-native: $(REQUIREMENTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test_native.sh
 
 test-install: $(REQUIREMENTS)
 	bash scripts/check_install.sh

@@ -1,0 +1,219 @@
+// Runs the CPU kernels without Python and compares them with loops: under qemu for other processors (see
+// scripts/test_aarch64.sh) and under the sanitizers. Every instruction set of the build that runs here is
+// tried.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using fastattn::AttentionBackwardParams;
+using fastattn::DType;
+
+struct Case {
+  const char* name;
+  int64_t batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  int64_t lo = -fastattn::kUnbounded, hi = fastattn::kUnbounded;  // band, aligned bottom right
+  double softcap = 0;
+  bool has_sinks = false;
+  int num_threads = 1;
+};
+
+const Case kCases[] = {
+    {"one", 1, 1, 1, 1, 1, 1, 1},
+    {"dense", 2, 2, 2, 67, 131, 64, 64},
+    {"causal gqa", 1, 4, 2, 97, 97, 40, 24, -fastattn::kUnbounded, 0, 0, false, 2},
+    {"window softcap sinks", 1, 2, 1, 101, 150, 33, 65, -30, 7, 5.0, true, 2},
+    {"long", 1, 1, 1, 300, 700, 128, 128, -fastattn::kUnbounded, 0},
+    {"empty rows", 1, 1, 1, 90, 50, 16, 16, -fastattn::kUnbounded, 0, 0, true},
+};
+
+// Contiguous [batch, heads, rows, cols].
+template <typename T>
+struct Array {
+  int64_t heads, rows, cols;
+  std::vector<T> data;
+
+  Array(int64_t batch, int64_t num_heads, int64_t num_rows, int64_t num_cols)
+      : heads(num_heads), rows(num_rows), cols(num_cols), data(batch * num_heads * num_rows * num_cols) {}
+
+  T& at(int64_t b, int64_t h, int64_t i, int64_t c) { return data[((b * heads + h) * rows + i) * cols + c]; }
+  const T& at(int64_t b, int64_t h, int64_t i, int64_t c) const {
+    return data[((b * heads + h) * rows + i) * cols + c];
+  }
+  fastattn::Tensor view() { return {data.data(), heads * rows * cols, rows * cols, cols, 1}; }
+};
+
+template <typename T>
+struct Problem {
+  Array<T> q, k, v, out, lse, dout, dlse, dq, dk, dv, sinks, dsinks;
+
+  Problem(const Case& c, unsigned seed)
+      : q(c.batch, c.num_heads, c.seqlen_q, c.head_dim),
+        k(c.batch, c.num_heads_kv, c.seqlen_k, c.head_dim),
+        v(c.batch, c.num_heads_kv, c.seqlen_k, c.head_dim_v),
+        out(c.batch, c.num_heads, c.seqlen_q, c.head_dim_v),
+        lse(c.batch, c.num_heads, c.seqlen_q, 1),
+        dout(c.batch, c.num_heads, c.seqlen_q, c.head_dim_v),
+        dlse(c.batch, c.num_heads, c.seqlen_q, 1),
+        dq(q),
+        dk(k),
+        dv(v),
+        sinks(1, c.num_heads, 1, 1),
+        dsinks(1, c.num_heads, 1, 1) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    for (Array<T>* array : {&q, &k, &v, &dout, &dlse, &sinks})
+      for (T& x : array->data) x = static_cast<T>(normal(random));
+    for (Array<T>* array : {&out, &lse, &dq, &dk, &dv, &dsinks})
+      std::fill(array->data.begin(), array->data.end(), std::numeric_limits<T>::quiet_NaN());
+  }
+
+  AttentionBackwardParams params(const Case& c) {
+    AttentionBackwardParams p;
+    p.dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+    p.num_threads = c.num_threads;
+    p.batch = c.batch;
+    p.num_heads = c.num_heads;
+    p.num_heads_kv = c.num_heads_kv;
+    p.seqlen_q = c.seqlen_q;
+    p.seqlen_k = c.seqlen_k;
+    p.head_dim = c.head_dim;
+    p.head_dim_v = c.head_dim_v;
+    p.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    p.softcap = c.softcap;
+    p.band.lo_bottom = c.lo;
+    p.band.hi_bottom = c.hi;
+    p.q = q.view();
+    p.k = k.view();
+    p.v = v.view();
+    p.out = out.view();
+    p.lse = lse.view();
+    p.dout = dout.view();
+    p.dlse = dlse.view();
+    p.dq = dq.view();
+    p.dk = dk.view();
+    p.dv = dv.view();
+    if (c.has_sinks) {
+      p.sinks = sinks.data.data();
+      p.dsinks = dsinks.data.data();
+    }
+    return p;
+  }
+};
+
+double dot(const double* x, const double* y, int64_t n) {
+  double sum = 0;
+  for (int64_t c = 0; c < n; ++c) sum += x[c] * y[c];
+  return sum;
+}
+
+// One row of one head, forward and backward, by the definition.
+void naive_row(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t i) {
+  const int64_t g = h / (c.num_heads / c.num_heads_kv), offset = c.seqlen_k - c.seqlen_q;
+  const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+  std::vector<double> p(c.seqlen_k), slope(c.seqlen_k, 1.0);
+  double sum = c.has_sinks ? std::exp(x.sinks.at(0, h, 0, 0)) : 0.0;
+  for (int64_t j = 0; j < c.seqlen_k; ++j) {
+    if (j < i + offset + c.lo || j > i + offset + c.hi) continue;
+    double s = scale * dot(&x.q.at(b, h, i, 0), &x.k.at(b, g, j, 0), c.head_dim);
+    if (c.softcap > 0) {
+      const double t = std::tanh(s / c.softcap);
+      s = c.softcap * t;
+      slope[j] = 1 - t * t;
+    }
+    sum += p[j] = std::exp(s);
+  }
+  for (double& value : p) value = sum > 0 ? value / sum : 0.0;
+  x.lse.at(b, h, i, 0) = std::log(sum);
+  for (int64_t d = 0; d < c.head_dim_v; ++d) x.out.at(b, h, i, d) = 0;
+  for (int64_t j = 0; j < c.seqlen_k; ++j)
+    for (int64_t d = 0; d < c.head_dim_v; ++d) x.out.at(b, h, i, d) += p[j] * x.v.at(b, g, j, d);
+
+  const double* dout = &x.dout.at(b, h, i, 0);
+  const double delta = dot(dout, &x.out.at(b, h, i, 0), c.head_dim_v) - x.dlse.at(b, h, i, 0);
+  if (c.has_sinks) x.dsinks.at(0, h, 0, 0) -= delta * std::exp(x.sinks.at(0, h, 0, 0)) / sum;
+  for (int64_t d = 0; d < c.head_dim; ++d) x.dq.at(b, h, i, d) = 0;
+  for (int64_t j = 0; j < c.seqlen_k; ++j) {
+    if (p[j] == 0) continue;
+    const double ds = p[j] * (dot(dout, &x.v.at(b, g, j, 0), c.head_dim_v) - delta) * slope[j] * scale;
+    for (int64_t d = 0; d < c.head_dim_v; ++d) x.dv.at(b, g, j, d) += p[j] * dout[d];
+    for (int64_t d = 0; d < c.head_dim; ++d) x.dq.at(b, h, i, d) += ds * x.k.at(b, g, j, d);
+    for (int64_t d = 0; d < c.head_dim; ++d) x.dk.at(b, g, j, d) += ds * x.q.at(b, h, i, d);
+  }
+}
+
+void naive(const Case& c, Problem<double>& x) {
+  for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks})
+    std::fill(array->data.begin(), array->data.end(), 0.0);
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.num_heads; ++h)
+      for (int64_t i = 0; i < c.seqlen_q; ++i) naive_row(c, x, b, h, i);
+}
+
+// The largest difference relative to the largest finite value; NaN where one is NaN or an infinity is missed.
+template <typename T>
+double error(const Array<T>& got, const Array<double>& want) {
+  double difference = 0, scale = 1e-30;
+  for (size_t n = 0; n < want.data.size(); ++n) {
+    const double x = got.data[n], y = want.data[n];
+    if (x == y) continue;
+    if (!std::isfinite(x) || !std::isfinite(y)) return std::numeric_limits<double>::quiet_NaN();
+    difference = std::max(difference, std::fabs(x - y));
+    scale = std::max(scale, std::fabs(y));
+  }
+  return difference / std::max(scale, 1.0);
+}
+
+template <typename T>
+bool run(const Case& c, const char* isa) {
+  Problem<T> x(c, 7);
+  Problem<double> want(c, 7);
+  // The definition in double of the very numbers that the kernel gets.
+  const std::pair<Array<double>*, Array<T>*> inputs[] = {{&want.q, &x.q},       {&want.k, &x.k},
+                                                         {&want.v, &x.v},       {&want.dout, &x.dout},
+                                                         {&want.dlse, &x.dlse}, {&want.sinks, &x.sinks}};
+  for (const auto& [to, from] : inputs) std::copy(from->data.begin(), from->data.end(), to->data.begin());
+  naive(c, want);
+  const AttentionBackwardParams p = x.params(c);
+  fastattn::cpu_kernels().attention_fwd(p);
+  fastattn::cpu_kernels().attention_bwd(p);
+  const double bound = sizeof(T) == 8 ? 1e-13 : 2e-5;  // about 100 ulp of the largest value
+  bool passed = true;
+  const struct {
+    const char* name;
+    double error;
+  } results[] = {
+      {"out", error(x.out, want.out)}, {"lse", error(x.lse, want.lse)},
+      {"dq", error(x.dq, want.dq)},    {"dk", error(x.dk, want.dk)},
+      {"dv", error(x.dv, want.dv)},    {"dsinks", c.has_sinks ? error(x.dsinks, want.dsinks) : 0.0}};
+  for (const auto& result : results) {
+    if (result.error <= bound) continue;
+    std::printf("FAILED %s float%zu %s: error of %s is %g, bound %g\n", isa, 8 * sizeof(T), c.name,
+                result.name, result.error, bound);
+    passed = false;
+  }
+  return passed;
+}
+
+}  // namespace
+
+int main() {
+  int passed = 0, failed = 0;
+  for (const std::string& isa : fastattn::available_isas()) {
+    fastattn::set_cpu_isa(isa);
+    for (const Case& c : kCases) {
+      for (const bool ok : {run<float>(c, isa.c_str()), run<double>(c, isa.c_str())})
+        ++(ok ? passed : failed);
+    }
+    std::printf("%s done\n", isa.c_str());
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
