@@ -1,0 +1,491 @@
+"""Each rule on the arguments has a message that names the argument, the rule and the value got."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from call_support import NATIVE, qkv, randn
+
+import fastattn
+from fastattn.biases import ALiBi
+from fastattn.masks import causal, dense
+
+I32 = torch.int32
+
+
+def call(**changes):
+    """attention on 2x4x5x8 queries and 2x2x7x8 keys with one argument changed."""
+    q, k, v = qkv(2, 4, 2, 5, 7, 8, 6, dtype=torch.float32)
+    arguments = {"q": q, "k": k, "v": v, **changes}
+    return fastattn.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def f32(*shape):
+    return randn(*shape, dtype=torch.float32)
+
+
+ATTENTION = {
+    "q no tensor": ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+    "k no tensor": ({"k": None}, TypeError, "k must be a torch.Tensor, got NoneType"),
+    "q 3-D": (
+        {"q": f32(4, 5, 8)},
+        ValueError,
+        "q must be 4-D [batch, heads, length, head_dim], got shape (4, 5, 8)",
+    ),
+    "v 3-D": (
+        {"v": f32(2, 7, 6)},
+        ValueError,
+        "v must be 4-D [batch, heads, length, head_dim], got shape (2, 7, 6)",
+    ),
+    "q int": (
+        {"q": torch.ones(2, 4, 5, 8, dtype=I32)},
+        TypeError,
+        "q must be one of float32, bfloat16, float16, float64, got int32",
+    ),
+    "k dtype": ({"k": f32(2, 2, 7, 8).half()}, TypeError, "k must have q's dtype float32, got float16"),
+    "v dtype": ({"v": f32(2, 2, 7, 6).double()}, TypeError, "v must have q's dtype float32, got float64"),
+    "sparse": ({"q": f32(2, 4, 5, 8).to_sparse()}, TypeError, "q must be a dense strided tensor, got layout"),
+    "device": (
+        {"k": torch.empty(2, 2, 7, 8, device="meta")},
+        ValueError,
+        "k must be on q's device cpu, got meta",
+    ),
+    "head_dim": ({"k": f32(2, 2, 7, 9)}, ValueError, "k must have q's head_dim 8, got 9"),
+    "batch of k": ({"k": f32(3, 2, 7, 8)}, ValueError, "k must have q's batch size 2, got 3"),
+    "batch of v": ({"v": f32(3, 2, 7, 6)}, ValueError, "v must have q's batch size 2, got 3"),
+    "length of v": (
+        {"v": f32(2, 2, 8, 6)},
+        ValueError,
+        "v must have shape (2, 2, 7, head_dim_v) like k, got (2, 2, 8, 6)",
+    ),
+    "heads of v": (
+        {"v": f32(2, 4, 7, 6)},
+        ValueError,
+        "v must have shape (2, 2, 7, head_dim_v) like k, got (2, 4, 7, 6)",
+    ),
+    "heads": ({"q": f32(2, 3, 5, 8)}, ValueError, "q's heads must be a multiple of k's 2, got 3"),
+    "no heads of k": (
+        {"k": f32(2, 0, 7, 8), "v": f32(2, 0, 7, 6)},
+        ValueError,
+        "q and k must both have heads, or neither: got 4 and 0",
+    ),
+    "scale type": ({"scale": "1"}, TypeError, "scale must be a real number, got str"),
+    "scale bool": ({"scale": True}, TypeError, "scale must be a real number, got bool"),
+    "scale tensor": ({"scale": torch.ones(())}, TypeError, "scale must be a real number, got Tensor"),
+    "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "softcap zero": ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
+    "softcap negative": ({"softcap": -1}, ValueError, "softcap must be positive, got -1.0"),
+    "softcap inf": ({"softcap": float("inf")}, ValueError, "softcap must be finite, got inf"),
+    "softcap type": ({"softcap": []}, TypeError, "softcap must be a real number, got list"),
+    "dropout above": ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),
+    "dropout below": ({"dropout_p": -0.5}, ValueError, "dropout_p must be between 0 and 1, got -0.5"),
+    "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be between 0 and 1, got nan"),
+    "dropout type": ({"dropout_p": None}, TypeError, "dropout_p must be a real number, got NoneType"),
+    "seed type": ({"dropout_seed": 3}, TypeError, "dropout_seed must be a torch.Tensor, got int"),
+    "seed dtype": (
+        {"dropout_seed": torch.ones(1)},
+        TypeError,
+        "dropout_seed must be an int64 tensor of one element, got float32",
+    ),
+    "seed shape": (
+        {"dropout_seed": torch.ones(2, dtype=torch.int64)},
+        ValueError,
+        "dropout_seed must have one element, got shape (2,)",
+    ),
+    "seed device": (
+        {"dropout_seed": torch.ones(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        "dropout_seed must be on q's device cpu, got meta",
+    ),
+    "sinks type": ({"sinks": [0.0]}, TypeError, "sinks must be a torch.Tensor, got list"),
+    "sinks dtype": (
+        {"sinks": torch.ones(4, dtype=I32)},
+        TypeError,
+        "sinks must be one of float32, bfloat16, float16, float64, got int32",
+    ),
+    "sinks shape": (
+        {"sinks": torch.ones(2)},
+        ValueError,
+        "sinks must have shape (4,), one per query head, got (2,)",
+    ),
+    "mask type": (
+        {"mask": "causal"},
+        TypeError,
+        "mask must be a fastattn.masks.Mask or a bool tensor, got str",
+    ),
+    "mask dtype": (
+        {"mask": torch.ones(5, 7)},
+        TypeError,
+        "mask must be bool (True = attend), got float32: pass additive masks as bias",
+    ),
+    "mask shape": (
+        {"mask": torch.ones(5, 8).bool()},
+        ValueError,
+        "mask must broadcast to (2, 4, 5, 7), got (5, 8)",
+    ),
+    "mask of heads of k": (
+        {"mask": torch.ones(2, 5, 7).bool()},
+        ValueError,
+        "mask must broadcast to (2, 4, 5, 7), got (2, 5, 7)",
+    ),
+    "mask 5-D": (
+        {"mask": torch.ones(1, 1, 1, 5, 7).bool()},
+        ValueError,
+        "mask must broadcast to (2, 4, 5, 7), got (1, 1, 1, 5, 7)",
+    ),
+    "mask device": (
+        {"mask": torch.ones(5, 7, dtype=torch.bool, device="meta")},
+        ValueError,
+        "mask must be on q's device cpu, got meta",
+    ),
+    "bias type": ({"bias": 1.0}, TypeError, "bias must be a tensor or a fastattn.biases.Bias, got float"),
+    "bias dtype": (
+        {"bias": torch.ones(5, 7, dtype=torch.float64)},
+        TypeError,
+        "bias must have q's dtype float32 or float32, got float64",
+    ),
+    "bias bool": (
+        {"bias": torch.ones(5, 7, dtype=torch.bool)},
+        TypeError,
+        "bias must have q's dtype float32 or float32, got bool",
+    ),
+    "bias shape": ({"bias": f32(4, 1)}, ValueError, "bias must broadcast to (2, 4, 5, 7), got (4, 1)"),
+    "bias heads": ({"bias": ALiBi(f32(3))}, ValueError, "bias ALiBi must be for 4 heads, got 3"),
+    "bias batch": ({"bias": ALiBi(f32(3, 4))}, ValueError, "bias ALiBi must have batch size 2 (or 1), got 3"),
+    "backend name": (
+        {"backend": "gpu"},
+        ValueError,
+        "backend must be one of cuda, triton, cpu, torch, reference, got 'gpu'",
+    ),
+    "backend type": ({"backend": 1}, TypeError, "backend must be a string or None, got int"),
+    "backend unbuilt": (
+        {"backend": "triton"},
+        NotImplementedError,
+        "backend 'triton' cannot run attention(q=2x4x5x8, k=2x2x7x8, head_dim_v=6, float32 on cpu",
+    ),
+    "backend unfit": (
+        {"backend": "torch", "softcap": 1.0, "sinks": f32(4), "dropout_p": 0.5, "return_lse": True},
+        NotImplementedError,
+        "PyTorch has no softcap; PyTorch has no sinks; PyTorch drops other elements; PyTorch does not return lse",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
+def test_attention(case):
+    changes, error, message = case
+    with pytest.raises(error, match=re.escape(message)):
+        call(**changes)
+
+
+def test_nested_tensors_point_to_varlen():
+    nested = torch.nested.nested_tensor([torch.ones(4, 5, 8), torch.ones(4, 3, 8)], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="use varlen_attention"):
+        call(q=nested)
+
+
+def test_unknown_environment(monkeypatch):
+    monkeypatch.setenv("FASTATTN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="FASTATTN_BACKEND must be one of cuda, .*, got 'fast'"):
+        call()
+
+
+def packed(**changes):
+    cu = torch.tensor([0, 2, 5], dtype=I32)
+    arguments = {
+        "q": f32(5, 4, 8),
+        "k": f32(5, 2, 8),
+        "v": f32(5, 2, 6),
+        "cu_seqlens_q": cu,
+        "cu_seqlens_k": cu,
+    }
+    arguments.update(changes)
+    return fastattn.varlen_attention(**arguments)
+
+
+def cu(*values):
+    return torch.tensor(values, dtype=I32)
+
+
+VARLEN = {
+    "q 4-D": (
+        {"q": f32(1, 5, 4, 8)},
+        ValueError,
+        "q must be 3-D [tokens, heads, head_dim], got shape (1, 5, 4, 8)",
+    ),
+    "tokens of v": (
+        {"v": f32(6, 2, 6)},
+        ValueError,
+        "v must have shape (5, 2, head_dim_v) like k, got (6, 2, 6)",
+    ),
+    "cu type": ({"cu_seqlens_k": [0, 2, 5]}, TypeError, "cu_seqlens_k must be a torch.Tensor, got list"),
+    "cu dtype": ({"cu_seqlens_q": cu(0, 2, 5).long()}, TypeError, "cu_seqlens_q must be int32, got int64"),
+    "cu 2-D": ({"cu_seqlens_q": cu(0, 2, 5)[None]}, ValueError, "cu_seqlens_q must be 1-D, got shape (1, 3)"),
+    "cu empty": (
+        {"cu_seqlens_q": cu()},
+        ValueError,
+        "cu_seqlens_q must have one element more than there are",
+    ),
+    "cu sizes": (
+        {"cu_seqlens_k": cu(0, 5)},
+        ValueError,
+        "cu_seqlens_k must have as many elements as cu_seqlens_q, 3, got 2",
+    ),
+    "cu start": ({"cu_seqlens_q": cu(1, 2, 5)}, ValueError, "cu_seqlens_q must start with 0, got 1"),
+    "cu end": (
+        {"cu_seqlens_k": cu(0, 2, 4)},
+        ValueError,
+        "cu_seqlens_k must end with k's number of tokens 5, got 4",
+    ),
+    "cu order": (
+        {"cu_seqlens_q": cu(0, 6, 5)},
+        ValueError,
+        "cu_seqlens_q must not decrease, got 6 then 5 at index 1",
+    ),
+    "max too small": (
+        {"max_seqlen_q": 2},
+        ValueError,
+        "max_seqlen_q must be at least the longest sequence, 3, got 2",
+    ),
+    "max type": ({"max_seqlen_k": 3.0}, TypeError, "max_seqlen_k must be an int, got float"),
+    "max negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k must not be negative, got -1"),
+    "dense mask": (
+        {"mask": torch.ones(3, 3).bool()},
+        NotImplementedError,
+        "mask must be a fastattn.masks.Mask in varlen_attention, got a dense tensor",
+    ),
+    "dense part": ({"mask": causal() & dense(torch.ones(3, 3).bool())}, NotImplementedError, "dense mask"),
+    "bias": (
+        {"bias": f32(3, 3)},
+        NotImplementedError,
+        "bias must be a fastattn.biases.Bias in varlen_attention, got a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARLEN.values(), ids=VARLEN)
+def test_varlen(case):
+    changes, error, message = case
+    with pytest.raises(error, match=re.escape(message)):
+        packed(**changes)
+
+
+def cached(**changes):
+    arguments = {
+        "q": f32(2, 4, 1, 8),
+        "k_cache": f32(2, 2, 16, 8),
+        "v_cache": f32(2, 2, 16, 8),
+        "lengths": torch.tensor([3, 16]),
+    }
+    arguments.update(changes)
+    return fastattn.decode_attention(**arguments)
+
+
+PAGES = {"k_cache": f32(6, 2, 4, 8), "v_cache": f32(6, 2, 4, 8), "block_table": torch.zeros(2, 4, dtype=I32)}
+
+DECODE = {
+    "k 3-D": (
+        {"k_cache": f32(2, 16, 8)},
+        ValueError,
+        "k_cache must be 4-D [batch, heads, length, head_dim], got shape (2, 16, 8)",
+    ),
+    "pages 3-D": (
+        {**PAGES, "v_cache": f32(6, 4, 8)},
+        ValueError,
+        "v_cache must be 4-D [pages, heads, page, head_dim], got shape (6, 4, 8)",
+    ),
+    "batch": ({"k_cache": f32(3, 2, 16, 8)}, ValueError, "k_cache must have q's batch size 2, got 3"),
+    "lengths dtype": (
+        {"lengths": torch.ones(2)},
+        TypeError,
+        "lengths must be int32 or int64, got float32",
+    ),
+    "lengths shape": (
+        {"lengths": torch.ones(3, dtype=I32)},
+        ValueError,
+        "lengths must have shape (2,), one per batch entry, got (3,)",
+    ),
+    "lengths 0-D": ({"lengths": torch.ones((), dtype=I32)}, ValueError, "lengths must be 1-D, got shape ()"),
+    "too long": (
+        {"lengths": torch.tensor([3, 17])},
+        ValueError,
+        "lengths must be between 0 and the capacity 16, got 17 at index 1",
+    ),
+    "negative": (
+        {"lengths": torch.tensor([-1, 3])},
+        ValueError,
+        "lengths must be between 0 and the capacity 16, got -1 at index 0",
+    ),
+    "table dtype": (
+        {**PAGES, "block_table": torch.zeros(2, 4)},
+        TypeError,
+        "block_table must be int32, got float32",
+    ),
+    "table 1-D": (
+        {**PAGES, "block_table": torch.zeros(4, dtype=I32)},
+        ValueError,
+        "block_table must be 2-D, got shape (4,)",
+    ),
+    "table rows": (
+        {**PAGES, "block_table": torch.zeros(3, 4, dtype=I32)},
+        ValueError,
+        "block_table must have 2 rows, one per batch entry, got (3, 4)",
+    ),
+    "page": (
+        {**PAGES, "block_table": torch.tensor([[0, 9, 9, 9], [1, 2, 3, 6]], dtype=I32)},
+        ValueError,
+        "block_table must name pages between 0 and 5, got 6 in row 1",
+    ),
+    "dense mask": (
+        {"mask": torch.ones(1, 15).bool()},
+        ValueError,
+        "mask must broadcast to (2, 4, 1, 16), got (1, 15)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECODE.values(), ids=DECODE)
+def test_decode(case):
+    changes, error, message = case
+    with pytest.raises(error, match=re.escape(message)):
+        cached(**changes)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+def test_paged_caches_have_no_backward():
+    pages = {**PAGES, "k_cache": f32(6, 2, 4, 8).requires_grad_()}
+    with pytest.raises(NotImplementedError, match="paged caches have no backward pass"):
+        cached(**pages, backend="cpu")
+
+
+SDPA = {
+    "mask and is_causal": (
+        {"attn_mask": torch.ones(5, 7).bool(), "is_causal": True},
+        ValueError,
+        "attn_mask must be None with is_causal=True",
+    ),
+    "1-D": ({"query": f32(8)}, ValueError, "query must have at least 2 dimensions, got shape (8,)"),
+    "no tensor": ({"key": 3}, TypeError, "key must be a torch.Tensor, got int"),
+    "mask type": ({"attn_mask": [True]}, TypeError, "attn_mask must be a tensor, got list"),
+    "mask int": (
+        {"attn_mask": torch.ones(5, 7, dtype=I32)},
+        TypeError,
+        "attn_mask must be one of bool, float32, got int32",
+    ),
+    "mask float64": (
+        {"attn_mask": torch.ones(5, 7, dtype=torch.float64)},
+        TypeError,
+        "attn_mask must be one of bool, float32, got float64",
+    ),
+    "mask shape": (
+        {"attn_mask": torch.ones(5, 6)},
+        ValueError,
+        "attn_mask must broadcast to (2, 4, 5, 7), got (5, 6)",
+    ),
+    "mask shape, 3-D": (
+        {"query": f32(4, 5, 8), "key": f32(4, 7, 8), "value": f32(4, 7, 6), "attn_mask": torch.ones(2, 5, 7)},
+        ValueError,
+        "attn_mask must broadcast to (4, 5, 7), got (2, 5, 7)",
+    ),
+    "heads": (
+        {"key": f32(2, 2, 7, 8), "value": f32(2, 2, 7, 6)},
+        ValueError,
+        "query, key and value must have head counts that are equal or 1, or enable_gqa=True, got 4, 2 and 2",
+    ),
+    "heads with gqa": (
+        {"key": f32(2, 3, 7, 8), "value": f32(2, 3, 7, 6), "enable_gqa": True},
+        ValueError,
+        "key's heads must divide query's 4 with enable_gqa=True, got 3",
+    ),
+    "batch": (
+        {"key": f32(3, 4, 7, 8)},
+        ValueError,
+        "query, key and value must have batch dimensions that broadcast, got (2,), (3,), (2,)",
+    ),
+    "dtype": ({"value": f32(2, 4, 7, 6).half()}, TypeError, "v must have q's dtype float32, got float16"),
+    "dropout": ({"dropout_p": 2.0}, ValueError, "dropout_p must be between 0 and 1, got 2.0"),
+}
+
+
+@pytest.mark.parametrize("case", SDPA.values(), ids=SDPA)
+def test_sdpa(case):
+    changes, error, message = case
+    arguments = {"query": f32(2, 4, 5, 8), "key": f32(2, 4, 7, 8), "value": f32(2, 4, 7, 6), **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        fastattn.scaled_dot_product_attention(**arguments)
+
+
+def test_sdpa_causal_bias_of_other_lengths():
+    from torch.nn.attention.bias import causal_upper_left
+
+    with pytest.raises(ValueError, match=re.escape("attn_mask must be for lengths (5, 7), got (5, 6)")):
+        fastattn.scaled_dot_product_attention(
+            f32(2, 4, 5, 8), f32(2, 4, 7, 8), f32(2, 4, 7, 6), causal_upper_left(5, 6)
+        )
+
+
+OUT, LSE = f32(1, 2, 3, 4), f32(1, 2, 3)
+
+MERGE = {
+    "none": (([], []), ValueError, "outs must have at least one part, got none"),
+    "numbers": (([OUT], [LSE, LSE]), ValueError, "lses must have as many parts as outs, 1, got 2"),
+    "type": (([OUT, None], [LSE, LSE]), TypeError, "outs[1] must be a torch.Tensor, got NoneType"),
+    "dtype": (([OUT, OUT.half()], [LSE, LSE]), TypeError, "outs[1] must be float32, got float16"),
+    "shape": (
+        ([OUT, f32(1, 2, 3, 5)], [LSE, LSE]),
+        ValueError,
+        "outs[1] must have shape (1, 2, 3, 4), got (1, 2, 3, 5)",
+    ),
+    "lse shape": (([OUT], [f32(1, 2, 4)]), ValueError, "lses must have shape (1, 2, 3), got (1, 2, 4)"),
+    "dims": (
+        ([f32(3, 4)], [f32(3)]),
+        ValueError,
+        "outs must be [batch, heads, length, head_dim_v] or [tokens",
+    ),
+    "packed": (([f32(5, 2, 4)], [f32(5, 2)]), ValueError, "lses must have shape (2, 5), got (5, 2)"),
+}
+
+
+@pytest.mark.parametrize("case", MERGE.values(), ids=MERGE)
+def test_merge(case):
+    arguments, error, message = case
+    with pytest.raises(error, match=re.escape(message)):
+        fastattn.merge(*arguments)
+
+
+WEIGHTS = {
+    "rows type": ({"rows": "all"}, TypeError, "rows must hold ints, got 'all'"),
+    "rows items": ({"rows": [0.5]}, TypeError, "rows must hold ints, got [0.5]"),
+    "rows dtype": ({"rows": torch.ones(1)}, TypeError, "rows must be int64 or int32, got float32"),
+    "rows dims": ({"rows": torch.ones(1, 1, dtype=I32)}, ValueError, "rows must be 1-D, got shape (1, 1)"),
+    "rows range": ({"rows": [0, 5]}, ValueError, "rows must be between -5 and 4, got 5"),
+    "cols range": ({"cols": [-8]}, ValueError, "cols must be between -7 and 6, got -8"),
+    "k": ({"k": None}, TypeError, "k must be a torch.Tensor, got NoneType"),
+    "mask": (
+        {"mask": torch.ones(5, 6).bool()},
+        ValueError,
+        "mask must broadcast to (2, 4, 5, 7), got (5, 6)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights(case):
+    changes, error, message = case
+    q, k, _ = qkv(2, 4, 2, 5, 7)
+    arguments = {"q": q, "k": k, **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        fastattn.attention_weights(arguments.pop("q"), arguments.pop("k"), **arguments)
+
+
+def test_errors_come_before_any_kernel_in_every_route():
+    q, k, v = qkv(2, 4, 2, 5, 7, grad=True)
+    message = re.escape("k must have q's head_dim 8, got 7")
+    for setting in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with setting(), pytest.raises(ValueError, match=message):
+            fastattn.attention(q, k[..., :7], v)
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(fastattn.attention)(q[None], k[None, ..., :7], v[None])
