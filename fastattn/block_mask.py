@@ -18,7 +18,7 @@ class BlockMask:
     """Visible pairs as lists of 64x64 tiles: nq = ceil(seqlen_q / 64), nk = ceil(seqlen_k / 64).
 
     The leading dimensions Bm and Hm are the batch size or 1, the number of query heads or 1. All tensors are
-    int32. A pair outside its sequence is not visible: its bit is 0, and readers clip full tiles to the lengths.
+    int32. A pair outside its sequence is invisible: its bit is 0, and readers clip full tiles to the lengths.
 
     Args:
         row_ptr: [Bm, Hm, nq + 1], offsets into row_tiles and row_bits.
@@ -27,8 +27,8 @@ class BlockMask:
         col_ptr: [Bm, Hm, nk + 1], offsets into col_tiles and col_bits.
         col_tiles: [nnz], query-tile index, ascending within a column of tiles.
         col_bits: [nnz], as row_bits.
-        bits: [T, 64, 2], the distinct partial tiles: for each row a little-endian 64-bit word, whose bit c says
-            whether column c is visible.
+        bits: [T, 64, 2], the distinct partial tiles: for each row a little-endian 64-bit word, whose bit c
+            says whether column c is visible.
         seqlen_q, seqlen_k: the lengths it was built for.
     """
 
@@ -75,6 +75,8 @@ def pack(visible: Tensor) -> Tensor:
     Eight bools are eight bytes of 0 or 1. Byte k sits at bit 8k; the multiplier's bit 56 - 7k moves it to bit
     56 + k, and nothing else reaches the top byte, which so holds the eight bits in order.
     """
+    if visible.numel() == 0:
+        return visible.new_zeros(visible.shape[:-1], dtype=torch.int64)
     octets = visible.contiguous().view(torch.uint8).view(torch.int64)
     octets = ((octets * 0x0102040810204080) >> 56) & 0xFF
     return octets.to(torch.uint8).view(torch.int64).squeeze(-1)
@@ -90,7 +92,8 @@ def _flatten(mask: BlockMask) -> tuple[list[Tensor], tuple[int, int]]:
 
 
 def _unflatten(tensors: Iterable[Any], lengths: tuple[int, int]) -> BlockMask:
-    return BlockMask(*tensors, *lengths)
+    seqlen_q, seqlen_k = lengths
+    return BlockMask(**dict(zip(_TENSORS, tensors, strict=True)), seqlen_q=seqlen_q, seqlen_k=seqlen_k)
 
 
 _TENSORS = tuple(field.name for field in fields(BlockMask) if not field.name.startswith("seqlen"))

@@ -1,7 +1,8 @@
 """Masks: which pairs of query and key see each other.
 
-Masks compose with `&`, `|` and `~` (Python binds `&` tighter than `|`) and are immutable. Each reaches kernels
-in one of three forms: a band with key ranges, a bool tensor read in place, or lists of 64x64 tiles (`BlockMask`).
+Masks compose with `&`, `|` and `~` (Python binds `&` tighter than `|`) and are immutable. Each reaches
+kernels in one of three forms: a band with key ranges, a bool tensor read in place, or lists of 64x64 tiles
+(`BlockMask`).
 """
 
 from fastattn.block_mask import BlockMask

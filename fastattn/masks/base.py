@@ -58,7 +58,8 @@ class Mask:
     Compose with `&`, `|` and `~`; Python binds `&` tighter than `|`. `~` complements within Lq x Lk.
 
     A kind of mask is a frozen, registered dataclass that defines `_visible`. Where it can tell faster than
-    pair by pair it also defines `_tiler`; where it has a form without block lists, `needs_blocks` and `_direct`.
+    pair by pair it also defines `_tiler`; where kernels read it without block lists, `needs_blocks` and
+    `_direct`.
 
     Example: `causal() & (window(255, 0) | global_tokens([0]))`.
     """
@@ -116,11 +117,11 @@ class Mask:
         heads: int = 1,
         device: torch.device | str = "cpu",
     ) -> Mask:
-        """The same mask with its kernel form computed now: reusable across layers and steps, and under compile.
+        """The same mask with its kernel form computed now: for reuse across layers and steps, or compile.
 
         Args:
             seqlen_q, seqlen_k: the lengths it will be used with.
-            batch, heads: batch size and number of query heads; they matter only where the mask depends on them.
+            batch, heads: batch size and number of query heads; needed where the mask depends on them.
             device: of the calls.
 
         Raises:

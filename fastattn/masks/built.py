@@ -118,7 +118,7 @@ def _sizes(shape: MaskShape, device: torch.device) -> tuple[object, ...]:
 
 
 def _versions(mask: Mask) -> tuple[int, ...]:
-    """Counters of in-place changes to the mask's tensors; inference tensors have none and count as constant."""
+    """Counters of in-place changes to the mask's tensors; inference tensors have none, so are constant."""
     leaves = (leaf for leaf in pytree.tree_leaves(mask) if isinstance(leaf, Tensor))
     return tuple(-1 if leaf.is_inference() else leaf._version for leaf in leaves)
 

@@ -40,7 +40,7 @@ class _Several(Mask):
 
     masks: tuple[Mask, ...]
 
-    # A logical operation on bool tensors and the same bit by bit on words, so that one serves pairs, tiles and bits.
+    # Logical on bool tensors and the same bit by bit on words: one operation serves pairs, tiles and bits.
     combine: ClassVar[Combine]
     symbol: ClassVar[str]
 

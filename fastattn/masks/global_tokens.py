@@ -36,8 +36,7 @@ def global_tokens(index_or_bool: Tensor | int | Sequence[int], *, align: Align =
 
     Raises:
         TypeError: neither integers nor bool.
-        ValueError: other dimensions, a negative index, unknown align, or, when used, sizes that do not fit the
-            call.
+        ValueError: other dimensions, a negative index, unknown align, or, when used, sizes that do not fit.
 
     Example: `global_tokens([0])` on 3x3 is [[1, 1, 1], [1, 0, 0], [1, 0, 0]].
     """

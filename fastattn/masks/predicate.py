@@ -19,12 +19,12 @@ def predicate(fn: PairFunction) -> Mask:
 
     Args:
         fn: takes the batch entry, query head, row and column as int64 tensors of four dimensions that
-            broadcast together, and returns a bool tensor that broadcasts to their common shape. Indices are raw:
-            no offset is added. It must judge each pair by itself (tensor operators, and lookups such as
+            broadcast together, and returns a bool tensor that broadcasts to their common shape. Indices are
+            raw: no offset is added. It must judge each pair by itself (tensor operators, and lookups such as
             `table[b, i]`), since it is called for strips of rows cut into tiles, b and h [T, 1, 1, 1],
             i [T, 1, 64, 1], j [T, 1, 1, 64]; and in `to_dense` for all pairs at once, b [B, 1, 1, 1],
-            h [1, H, 1, 1], i [1, 1, Lq, 1], j [1, 1, 1, Lk]. A result that does not extend along b (or h) says
-            that the mask is the same for every batch entry (or head).
+            h [1, H, 1, 1], i [1, 1, Lq, 1], j [1, 1, 1, Lk]. A result that does not extend along b (or h)
+            says that the mask is the same for every batch entry (or head).
 
     Raises:
         TypeError: fn is not callable, or, when used, returns something else than a bool tensor.

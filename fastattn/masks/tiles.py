@@ -26,7 +26,7 @@ _ODD_B = 0x3F58476D1CE4E5B9
 
 @dataclass(frozen=True, eq=False)
 class TileRows:
-    """A strip of R rows of tiles, each against all nk key tiles. First and last are inclusive and in bounds."""
+    """A strip of R rows of tiles, each against all nk key tiles; first and last are inclusive."""
 
     shape: MaskShape
     b: Tensor  # int64 [R, 1]
@@ -191,7 +191,7 @@ def _build_strip(
     index = torch.full_like(tile, -1)
     pending = (~every).nonzero().squeeze(1)
     found: list[tuple[Tensor, Tensor]] = []
-    for chosen in pending.split(BATCH_TILES):
+    for chosen in pending.split(BATCH_TILES) if pending.numel() else ():
         where = kept[chosen]
         tiles = Tiles.make(shape, at.b[where], at.h[where], at.row[where], tile[chosen][:, None])
         inside = tiles.inside()
