@@ -176,10 +176,12 @@ void finish_call(AttentionParams& p) {
   if (p.block_table.data != nullptr) p.page_size = p.seqlen_k;  // k is [pages, Hkv, page_size, D]
 }
 
-[[noreturn]] void unknown_option(const std::string& key) { throw py::key_error("unknown option '" + key + "'"); }
+[[noreturn]] void unknown_option(const std::string& key) {
+  throw py::key_error("unknown option '" + key + "'");
+}
 
-void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, double scale,
-                   int num_threads, const std::optional<py::dict>& options) {
+void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
+                   double scale, int num_threads, const std::optional<py::dict>& options) {
   AttentionParams p;
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
   if (options)
@@ -191,8 +193,8 @@ void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
 }
 
 void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
-                   py::handle dout, py::handle dlse, py::handle dq, py::handle dk, py::handle dv, double scale,
-                   int num_threads, const std::optional<py::dict>& options) {
+                   py::handle dout, py::handle dlse, py::handle dq, py::handle dk, py::handle dv,
+                   double scale, int num_threads, const std::optional<py::dict>& options) {
   AttentionBackwardParams p;
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
   p.dout = view_of(dout).tensor();

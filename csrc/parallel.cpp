@@ -15,7 +15,8 @@
 namespace fastattn {
 namespace {
 
-// GNU OpenMP's entry point, which LLVM's and Intel's runtimes export too: run fn(data) on num_threads threads.
+// GNU OpenMP's entry point, which LLVM's and Intel's runtimes export too: run fn(data) on num_threads
+// threads.
 using ParallelEntry = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
 using ThreadNumber = int (*)();
 
@@ -74,7 +75,8 @@ void run_threads(int num_threads, const std::function<void(int thread)>& body) {
     openmp().parallel(entry, &team, static_cast<unsigned>(num_threads), 0);
   } else {
     std::vector<std::thread> threads;
-    for (int thread = 1; thread < num_threads; ++thread) threads.emplace_back([&team, thread] { team.run(thread); });
+    for (int thread = 1; thread < num_threads; ++thread)
+      threads.emplace_back([&team, thread] { team.run(thread); });
     team.run(0);
     for (std::thread& thread : threads) thread.join();
   }

@@ -12,6 +12,7 @@ namespace fastattn {
 void run_threads(int num_threads, const std::function<void(int thread)>& body);
 
 // Calls body(thread, task) for each task in [0, num_tasks), handed out in ascending order.
-void parallel_tasks(int num_threads, int64_t num_tasks, const std::function<void(int thread, int64_t task)>& body);
+void parallel_tasks(int num_threads, int64_t num_tasks,
+                    const std::function<void(int thread, int64_t task)>& body);
 
 }  // namespace fastattn

@@ -39,7 +39,8 @@ struct Band {
 constexpr int64_t kMaskTile = 64;
 
 struct BlockMask {
-  const int32_t* row_ptr = nullptr;    // [B, Hq, ceil(Lq/64) + 1] by row_batch, row_head; nullptr: no block mask
+  const int32_t* row_ptr =
+      nullptr;  // [B, Hq, ceil(Lq/64) + 1] by row_batch, row_head; nullptr: no block mask
   const int32_t* row_tiles = nullptr;  // [nnz] key tiles, ascending within a query tile
   const int32_t* row_bits = nullptr;   // [nnz]
   const int32_t* col_ptr = nullptr;    // [B, Hq, ceil(Lk/64) + 1] by col_batch, col_head
@@ -89,13 +90,13 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams : AttentionParams {
-  Tensor dout;    // [B, Hq, Lq, Dv]
-  Tensor dlse;    // [B, Hq, Lq] accumulator type; may be nullptr
-  Tensor dq;      // like q, overwritten
-  Tensor dk;      // like k, overwritten
-  Tensor dv;      // like v, overwritten
-  Tensor dbias;   // strides of bias, accumulator type, zero-filled by the caller; may be nullptr
-  Tensor ddiag;   // strides of diag, accumulator type, zero-filled by the caller; may be nullptr
+  Tensor dout;   // [B, Hq, Lq, Dv]
+  Tensor dlse;   // [B, Hq, Lq] accumulator type; may be nullptr
+  Tensor dq;     // like q, overwritten
+  Tensor dk;     // like k, overwritten
+  Tensor dv;     // like v, overwritten
+  Tensor dbias;  // strides of bias, accumulator type, zero-filled by the caller; may be nullptr
+  Tensor ddiag;  // strides of diag, accumulator type, zero-filled by the caller; may be nullptr
   int64_t num_diagonals = 0;
   void* dsinks = nullptr;  // [Hq] accumulator type, overwritten; may be nullptr
 };

@@ -1,5 +1,6 @@
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and how attention
-// draws from it: element (bh, i, j) uses word (j / 16) mod 4 of the counter (16 * (j / 64) + j mod 16, i, bh, 0).
+// draws from it: element (bh, i, j) uses word (j / 16) mod 4 of the counter (16 * (j / 64) + j mod 16, i, bh,
+// 0).
 #pragma once
 
 #include <cstdint>

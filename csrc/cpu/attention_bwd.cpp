@@ -2,9 +2,9 @@
 //
 //   S = Q K^T   dP = dO V^T   dS = P * (dP - delta)   dV += P^T dO   dK += dS^T Q   dQ += dS K
 //
-// Keys go in tiles of 64, whose dK and dV stay in L2 while the query tiles that see them pass by. Tiles form up
-// to 8 chunks by the number of keys alone; each chunk has its own partial dQ, and the partials are added in
-// ascending order, so that the bits do not depend on how many threads took part.
+// Keys go in tiles of 64, whose dK and dV stay in L2 while the query tiles that see them pass by. Tiles form
+// up to 8 chunks by the number of keys alone; each chunk has its own partial dQ, and the partials are added
+// in ascending order, so that the bits do not depend on how many threads took part.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -87,7 +87,8 @@ void axpy(T factor, const std::vector<T>& x, std::vector<T>& y) {
 }
 
 template <class T>
-std::vector<T> exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h, int64_t i) {
+std::vector<T> exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
+                        int64_t i) {
   const ExactGradients<T> gradient(p, rows, b, h);
   const std::vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
   const KeyRange keys = gradient.pairs().row_keys(i);
@@ -168,7 +169,9 @@ class Backward {
     for (const Unit& u : units) {
       const ScoreRules<T> rules(p_, u.batch, u.head_kv * group_ + g, u.seq);
       for (int64_t n = 0; n < u.num_chunks; ++n) {
-        Chunk c{&u, u.head_kv * group_ + g, n * u.chunk_keys, std::min(u.seq.len_k, (n + 1) * u.chunk_keys), {}, rows};
+        Chunk c{
+            &u,  u.head_kv * group_ + g, n * u.chunk_keys, std::min(u.seq.len_k, (n + 1) * u.chunk_keys), {},
+            rows};
         c.rows = rules.visiting_rows(c.key_begin, c.key_end);
         if (c.rows.empty()) c.rows = {0, 0};
         c.rows.begin = c.rows.begin / kMaskTile * kMaskTile;
@@ -222,15 +225,16 @@ class Backward {
         tile.compute(tile_bits, i, rows, columns, false);
         gemm<T, false>(rows, width_q_, std::min(columns.end, j1 - j0) - columns.begin,
                        tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
-                       keys.data + columns.begin * keys.stride, keys.stride, dq + (i - c.rows.begin) * width_q_,
-                       width_q_, true);
+                       keys.data + columns.begin * keys.stride, keys.stride,
+                       dq + (i - c.rows.begin) * width_q_, width_q_, true);
       }
       add_key_gradients(tile, i0, i1, j0, j1, dk, dv);
     });
   }
 
   // dV += P^T dO and dK += dS^T Q, each group of keys over the rows that its band reaches.
-  void add_key_gradients(const GradTile<T>& tile, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* dk, T* dv) {
+  void add_key_gradients(const GradTile<T>& tile, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* dk,
+                         T* dv) {
     const Block<T>& queries = tile.query_block();
     const Block<T>& douts = tile.dout_block();
     for (int64_t j = j0; j < j1; j += kGradGroup) {
@@ -242,7 +246,8 @@ class Backward {
       gemm<T, true>(keys, width_v_, depth, tile.probabilities() + first, kKeyTile,
                     douts.data + rows.begin * douts.stride, douts.stride, dv + c * width_v_, width_v_, true);
       gemm<T, true>(keys, width_q_, depth, tile.gradients() + first, kKeyTile,
-                    queries.data + rows.begin * queries.stride, queries.stride, dk + c * width_q_, width_q_, true);
+                    queries.data + rows.begin * queries.stride, queries.stride, dk + c * width_q_, width_q_,
+                    true);
     }
   }
 
@@ -256,10 +261,12 @@ class Backward {
         dk = dk_exact.data();
         dv = dv_exact.data();
       }
-      store_row<T>(dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
-                   row_address_mutable<T>(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
-      store_row<T>(dv, T{1}, p_.dtype, p_.head_dim_v,
-                   row_address_mutable<T>(p_.dv, p_.dtype, p_.dv.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
+      store_row<T>(
+          dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
+          row_address_mutable<T>(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
+      store_row<T>(
+          dv, T{1}, p_.dtype, p_.head_dim_v,
+          row_address_mutable<T>(p_.dv, p_.dtype, p_.dv.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
     }
   }
 
@@ -306,7 +313,8 @@ class Backward {
   Buffer<T> dk_, dv_, partial_dq_;
 };
 
-// d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse) delta.
+// d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse)
+// delta.
 template <class T>
 void sink_gradients(const AttentionBackwardParams& p, const RowGradients<T>& rows) {
   parallel_tasks(p.num_threads, p.num_heads, [&](int, int64_t h) {

@@ -1,9 +1,9 @@
 // Gradients of biases: dS summed over whatever the bias is broadcast along, in an order of its own.
 //
-// A second pass over the tiles, which recomputes dS: only calls whose bias needs a gradient pay for it, and the
-// main pass stays free to run in any order. A task owns a range of query rows of one (batch, head) of the bias
-// and adds up the calls that share it in ascending order. Where rows share elements too (a bias broadcast along
-// queries, or one by relative position), each range has its own partial result.
+// A second pass over the tiles, which recomputes dS: only calls whose bias needs a gradient pay for it, and
+// the main pass stays free to run in any order. A task owns a range of query rows of one (batch, head) of the
+// bias and adds up the calls that share it in ascending order. Where rows share elements too (a bias
+// broadcast along queries, or one by relative position), each range has its own partial result.
 #include <algorithm>
 #include <vector>
 
@@ -85,7 +85,8 @@ class BiasPass {
           if (columns.empty()) continue;
           tile.load_queries(i, i + rows);
           tile.compute(tile_bits, i, rows, columns, true);
-          for (int64_t r = 0; r < rows; ++r) add_row(tile, i + r, j0, columns, tile.gradients() + r * kKeyTile, target);
+          for (int64_t r = 0; r < rows; ++r)
+            add_row(tile, i + r, j0, columns, tile.gradients() + r * kKeyTile, target);
         }
       });
     }

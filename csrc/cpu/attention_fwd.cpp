@@ -20,11 +20,13 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kSegment = 256;     // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
+constexpr int64_t kSegment = 256;  // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
 constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
-constexpr int64_t kTaskRows = 256;    // rows that share a packed segment: packing costs about 2% of the products
+constexpr int64_t kTaskRows =
+    256;  // rows that share a packed segment: packing costs about 2% of the products
 constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
 constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
+constexpr int64_t kDotRows = 4;       // up to which packing K would cost more than the products it serves
 
 // Rows [row_begin, row_end) of one query head, within one 64-row tile; state holds them from `first`.
 struct Tile {
@@ -63,7 +65,8 @@ struct Plan {
 
  private:
   void add(const Sequence& s, int64_t b, int64_t head_kv, int64_t group, int64_t task_rows) {
-    // Last rows first: under a causal mask they have the most keys, and the shortest tasks should end the run.
+    // Last rows first: under a causal mask they have the most keys, and the shortest tasks should end the
+    // run.
     const int64_t num_tiles = (s.len_q + kMaskTile - 1) / kMaskTile;
     int64_t begin = static_cast<int64_t>(tiles.size()), rows = 0;
     const auto flush = [&] {
@@ -83,7 +86,8 @@ struct Plan {
 
   void add_task(const Sequence& s, int64_t b, int64_t head_kv, int64_t begin, int64_t rows) {
     const int64_t end = static_cast<int64_t>(tiles.size());
-    const int64_t splits = s.len_q > kSplitRows ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
+    const int64_t splits =
+        s.len_q > kSplitRows ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
     if (splits == 1) {
       tasks.push_back({b, head_kv, begin, end, rows, 0, s.len_k, -1});
       return;
@@ -92,21 +96,22 @@ struct Plan {
       tasks.push_back({b, head_kv, begin, end, rows, n * kSplitKeys, std::min(s.len_k, (n + 1) * kSplitKeys),
                        partial_rows + n * rows});
     for (int64_t t = begin; t < end; ++t)
-      split_rows.push_back({b, tiles[t].head, tiles[t].row_end - tiles[t].row_begin, partial_rows + tiles[t].first,
-                            rows, splits});
+      split_rows.push_back({b, tiles[t].head, tiles[t].row_end - tiles[t].row_begin,
+                            partial_rows + tiles[t].first, rows, splits});
     partial_rows += splits * rows;
   }
 };
 
 template <class T>
 struct Scratch {
-  Buffer<T> panels, values, queries, scores, staging, sums;
+  Buffer<T> panels, values, queries, scores, sums;
   Buffer<RowState<T>> states;
 };
 
 // Writes one row of the results. sums are the unnormalised outputs.
 template <class T>
-void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state, const T* sums) {
+void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state,
+                const T* sums) {
   const Sequence s = sequence_of(p, b);
   const int64_t dim = p.head_dim_v;
   void* out = row_address_mutable<T>(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
@@ -148,8 +153,8 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
 template <class T>
 class TaskRunner {
  public:
-  TaskRunner(const AttentionParams& p, const Plan& plan, const Task& task, Scratch<T>& scratch, T* partial_sums,
-             RowState<T>* partial_states)
+  TaskRunner(const AttentionParams& p, const Plan& plan, const Task& task, Scratch<T>& scratch,
+             T* partial_sums, RowState<T>* partial_states)
       : p_(p),
         task_(task),
         tiles_(plan.tiles.data() + task.tile_begin, plan.tiles.data() + task.tile_end),
@@ -160,7 +165,6 @@ class TaskRunner {
         width_(round_to_lanes<T>(p.head_dim_v)),
         copy_values_(!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided()) {
     panels_ = scratch.panels.ensure(kSegment * p.head_dim);
-    staging_ = scratch.staging.ensure(kLanes<T> * round_to_lanes<T>(p.head_dim));
     scores_ = scratch.scores.ensure(kGroup * kSegment);
     if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * width_);
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
@@ -203,7 +207,8 @@ class TaskRunner {
           states_[r] = {static_cast<const T*>(p_.sinks)[tile.head], T{1}};
           if (states_[r].max == -kInfinity<T>) states_[r].sum = T{0};
         }
-        if (queries_ != nullptr) load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
+        if (queries_ != nullptr)
+          load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
       }
     }
   }
@@ -220,7 +225,7 @@ class TaskRunner {
       packed_panels_ |= uint64_t{1} << n;
       const int64_t first = s0 + n * kPanel<T>;
       pack_panel<T>([&](int64_t c) { return keys_(first + c); }, p_.dtype, seq_.len_k - first, p_.head_dim,
-                    static_cast<T>(p_.scale), staging_, panels_ + n * kPanel<T> * p_.head_dim);
+                    static_cast<T>(p_.scale), panels_ + n * kPanel<T> * p_.head_dim);
     }
   }
 
@@ -238,15 +243,23 @@ class TaskRunner {
   }
 
   // Rows [i, i + rows) of a tile meet the keys of a run within the segment at s0.
-  void attend(const ScoreRules<T>& rules, const Tile& tile, const Run& run, int64_t s0, int64_t i, int64_t rows) {
+  void attend(const ScoreRules<T>& rules, const Tile& tile, const Run& run, int64_t s0, int64_t i,
+              int64_t rows) {
     const KeyRange hull = rules.rows_keys(i, i + rows);
     const int64_t first = std::max(hull.begin, run.begin) - s0, last = std::min(hull.end, run.end) - s0;
     if (first >= last) return;
     const int64_t begin = first / kLanes<T> * kLanes<T>, end = round_to_lanes<T>(last);
     const int64_t padded = end - begin, keys = std::min(end, seq_.len_k - s0) - begin;
-    pack(s0, begin, end);
     const Block<T> queries = query_block(tile, i);
-    gemm_panels<T>(rows, begin, end, p_.head_dim, queries.data, queries.stride, panels_, scores_, kSegment);
+    if (seq_.len_q <= kDotRows) {
+      for (int64_t r = 0; r < rows; ++r)
+        dot_rows<T>(
+            queries.data + r * queries.stride, [&](int64_t c) { return keys_(s0 + begin + c); }, p_.dtype,
+            keys, p_.head_dim, static_cast<T>(p_.scale), scores_ + r * kSegment + begin);
+    } else {
+      pack(s0, begin, end);
+      gemm_panels<T>(rows, begin, end, p_.head_dim, queries.data, queries.stride, panels_, scores_, kSegment);
+    }
     T* sums = sums_ + (tile.first + i - tile.row_begin) * width_;
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores_ + r * kSegment + begin;
@@ -254,10 +267,12 @@ class TaskRunner {
       const T rescale = softmax_update<T>(s, padded, states_[tile.first + i - tile.row_begin + r]);
       if (rescale != T{1}) scale_row<T>(sums + r * width_, width_, rescale);
       if (dropout_.active())
-        dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, s0 + begin, keys, s);
+        dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, s0 + begin, keys,
+                      s);
     }
     const Block<T> values = value_block(s0, begin, begin + keys);
-    gemm<T, false>(rows, width_, keys, scores_ + begin, kSegment, values.data, values.stride, sums, width_, true);
+    gemm<T, false>(rows, width_, keys, scores_ + begin, kSegment, values.data, values.stride, sums, width_,
+                   true);
   }
 
   const AttentionParams& p_;
@@ -268,7 +283,7 @@ class TaskRunner {
   const Dropout dropout_;
   const int64_t width_;
   const bool copy_values_;
-  T *panels_, *staging_, *scores_, *sums_, *value_copy_ = nullptr, *queries_ = nullptr;
+  T *panels_, *scores_, *sums_, *value_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
   uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment
 };

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../params.h"
@@ -57,52 +58,101 @@ FASTATTN_INLINE uint16_t float_to_half(float x) {
 }
 #endif
 
+// A tensor's element types, as what a row is read by: T itself, or one of these.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+FASTATTN_INLINE T to_accumulator(T x) {
+  return x;
+}
+template <class T>
+FASTATTN_INLINE T to_accumulator(BFloat16 x) {
+  return static_cast<T>(bfloat16_to_float(x.bits));
+}
+template <class T>
+FASTATTN_INLINE T to_accumulator(Float16 x) {
+#if defined(__F16C__)
+  return static_cast<T>(_cvtsh_ss(x.bits));
+#else
+  return static_cast<T>(half_to_float(x.bits));
+#endif
+}
+
+// A vector of consecutive elements.
+template <class T, class Source>
+FASTATTN_INLINE Vec<T> load_as(const Source* p) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Source, BFloat16> && sizeof(T) == 4)
+    return (Vec<T>)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+  if constexpr (std::is_same_v<Source, Float16> && sizeof(T) == 4)
+    return (Vec<T>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<Source, BFloat16> && sizeof(T) == 4)
+    return (Vec<T>)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+  if constexpr (std::is_same_v<Source, Float16> && sizeof(T) == 4)
+    return (Vec<T>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+  if constexpr (std::is_same_v<Source, T>) {
+    return load(p);
+  } else {
+    T lane[kLanes<T>];
+    for (int n = 0; n < kLanes<T>; ++n) lane[n] = to_accumulator<T>(p[n]);
+    return load(lane);
+  }
+}
+
+// Calls f with a null pointer of the type that rows of dtype are read by.
+template <class T, class F>
+FASTATTN_INLINE void with_source(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16)
+    f(static_cast<const BFloat16*>(nullptr));
+  else if (dtype == DType::kFloat16)
+    f(static_cast<const Float16*>(nullptr));
+  else
+    f(static_cast<const T*>(nullptr));
+}
+
 // dst[n] = factor * src[n]
 template <class T>
 void load_row(const void* src, DType dtype, int64_t n, T factor, T* dst) {
-  if (dtype == DType::kFloat32 || dtype == DType::kFloat64) {
-    const T* x = static_cast<const T*>(src);
-    for (int64_t i = 0; i < n; ++i) dst[i] = factor * x[i];
-    return;
-  }
-  const uint16_t* x = static_cast<const uint16_t*>(src);
-  if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = factor * static_cast<T>(bfloat16_to_float(x[i]));
-    return;
-  }
-  int64_t i = 0;
+  with_source<T>(dtype, [&](auto* type) {
+    const auto* x = static_cast<decltype(type)>(src);
+    int64_t d = 0;
+    for (; d + kLanes<T> <= n; d += kLanes<T>) store(dst + d, load_as<T>(x + d) * factor);
+    for (; d < n; ++d) dst[d] = to_accumulator<T>(x[d]) * factor;
+  });
+}
+
+FASTATTN_INLINE void store_as(BFloat16* p, float x) { p->bits = float_to_bfloat16(x); }
+FASTATTN_INLINE void store_as(Float16* p, float x) {
 #if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
-    float lane[8];
-    _mm256_storeu_ps(lane, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-    for (int l = 0; l < 8; ++l) dst[i + l] = factor * static_cast<T>(lane[l]);
-  }
-  for (; i < n; ++i) dst[i] = factor * static_cast<T>(_cvtsh_ss(x[i]));
+  p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  for (; i < n; ++i) dst[i] = factor * static_cast<T>(half_to_float(x[i]));
+  p->bits = float_to_half(x);
 #endif
 }
 
 // dst[n] = factor * src[n], rounded to dtype
 template <class T>
 void store_row(const T* src, T factor, DType dtype, int64_t n, void* dst) {
-  if (dtype == DType::kFloat32 || dtype == DType::kFloat64) {
-    T* y = static_cast<T*>(dst);
-    for (int64_t i = 0; i < n; ++i) y[i] = factor * src[i];
-    return;
-  }
-  uint16_t* y = static_cast<uint16_t*>(dst);
-  if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) y[i] = float_to_bfloat16(static_cast<float>(factor * src[i]));
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-#if defined(__F16C__)
-    y[i] = _cvtss_sh(static_cast<float>(factor * src[i]), _MM_FROUND_TO_NEAREST_INT);
-#else
-    y[i] = float_to_half(static_cast<float>(factor * src[i]));
-#endif
-  }
+  with_source<T>(dtype, [&](auto* type) {
+    using Target = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    Target* y = static_cast<Target*>(dst);
+    int64_t d = 0;
+    if constexpr (std::is_same_v<Target, T>) {
+      for (; d + kLanes<T> <= n; d += kLanes<T>) store(y + d, load(src + d) * factor);
+      for (; d < n; ++d) y[d] = src[d] * factor;
+    } else {
+      for (; d < n; ++d) store_as(y + d, static_cast<float>(src[d] * factor));
+    }
+  });
 }
 
 template <class T>
@@ -152,41 +202,91 @@ FASTATTN_INLINE void transpose_square(Vec<T>* rows) {
 }
 #endif
 
-// One panel: dst[d * kPanel + c] = factor * row_of(c)[d], zero for c >= columns.
-// staging holds kLanes padded rows.
+// One panel: dst[d * kPanel + c] = factor * row_of(c)[d], zero for columns <= c < columns rounded to vectors.
 template <class T, class RowOf>
-void pack_panel(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* staging, T* dst) {
+void pack_panel(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* dst) {
   constexpr int64_t kN = kLanes<T>;
-  const int64_t padded = round_to_lanes<T>(dim);
-  for (int64_t c0 = 0; c0 < kPanel<T>; c0 += kN) {
-    for (int64_t c = 0; c < kN; ++c) {
-      T* row = staging + c * padded;
-      if (c0 + c < columns)
-        load_row<T>(row_of(c0 + c), dtype, dim, factor, row);
-      else
-        std::fill(row, row + dim, T{0});
-    }
-    int64_t d = 0;
+  with_source<T>(dtype, [&](auto* type) {
+    using Source = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Source* rows[kN];
+    for (int64_t c0 = 0; c0 < std::min(columns, kPanel<T>); c0 += kN) {
+      const int64_t filled = std::min(kN, columns - c0);
+      for (int64_t c = 0; c < filled; ++c) rows[c] = static_cast<const Source*>(row_of(c0 + c));
+      int64_t d = 0;
 #if defined(FASTATTN_HAVE_SHUFFLE)
-    for (; d + kN <= dim; d += kN) {
-      Vec<T> square[kN];
+      for (; d + kN <= dim && filled == kN; d += kN) {
+        Vec<T> square[kN];
 #pragma GCC unroll 16
-      for (int c = 0; c < kN; ++c) square[c] = load(staging + c * padded + d);
-      transpose_square<T>(square);
+        for (int c = 0; c < kN; ++c) square[c] = load_as<T>(rows[c] + d) * factor;
+        transpose_square<T>(square);
 #pragma GCC unroll 16
-      for (int c = 0; c < kN; ++c) store(dst + (d + c) * kPanel<T> + c0, square[c]);
-    }
+        for (int c = 0; c < kN; ++c) store(dst + (d + c) * kPanel<T> + c0, square[c]);
+      }
 #endif
-    for (; d < dim; ++d)
-      for (int64_t c = 0; c < kN; ++c) dst[d * kPanel<T> + c0 + c] = staging[c * padded + d];
-  }
+      for (; d < dim; ++d) {
+        T* out = dst + d * kPanel<T> + c0;
+        for (int64_t c = 0; c < filled; ++c) out[c] = to_accumulator<T>(rows[c][d]) * factor;
+        for (int64_t c = filled; c < kN; ++c) out[c] = T{0};
+      }
+    }
+  });
 }
 
 // The panels of `columns` rows: what gemm_panels reads.
 template <class T, class RowOf>
-void pack_panels(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* staging, T* dst) {
+void pack_panels(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* dst) {
   for (int64_t c = 0; c < columns; c += kPanel<T>)
-    pack_panel<T>([&](int64_t n) { return row_of(c + n); }, dtype, columns - c, dim, factor, staging, dst + c * dim);
+    pack_panel<T>([&](int64_t n) { return row_of(c + n); }, dtype, columns - c, dim, factor, dst + c * dim);
+}
+
+#if defined(FASTATTN_HAVE_SHUFFLE)
+// Lane c of the result is the sum of row c's lanes: the transposition, adding where it would store.
+template <class T>
+FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
+  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+#pragma GCC unroll 4
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int m = 0; m < width; ++m)
+      rows[m] =
+          zip_low<T>(rows[m], rows[m + width], Lanes{}) + zip_high<T>(rows[m], rows[m + width], Lanes{});
+  return rows[0];
+}
+#else
+template <class T>
+FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
+  Vec<T> sums;
+  for (int c = 0; c < kLanes<T>; ++c) sums[c] = reduce_add<T>(rows[c]);
+  return sums;
+}
+#endif
+
+// s[c] = factor * x·row_of(c) for c in [0, columns rounded up to a vector): one query at a time, nothing
+// packed. The padding repeats the last row.
+template <class T, class RowOf>
+void dot_rows(const T* x, const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* s) {
+  constexpr int64_t kN = kLanes<T>;
+  with_source<T>(dtype, [&](auto* type) {
+    using Source = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Source* rows[kN];
+    for (int64_t c0 = 0; c0 < columns; c0 += kN) {
+      for (int64_t c = 0; c < kN; ++c)
+        rows[c] = static_cast<const Source*>(row_of(std::min(c0 + c, columns - 1)));
+      Vec<T> sums[kN];
+#pragma GCC unroll 16
+      for (int c = 0; c < kN; ++c) sums[c] = Vec<T>{};
+      int64_t d = 0;
+      for (; d + kN <= dim; d += kN) {
+        const Vec<T> y = load(x + d);
+#pragma GCC unroll 16
+        for (int c = 0; c < kN; ++c) sums[c] += y * load_as<T>(rows[c] + d);
+      }
+      Vec<T> total = sum_rows<T>(sums);
+      for (; d < dim; ++d)
+        for (int64_t c = 0; c < kN; ++c) total[c] += x[d] * to_accumulator<T>(rows[c][d]);
+      store(s + c0, total * factor);
+    }
+  });
 }
 
 // Rows padded to whole vectors: dst[r * padded + d].

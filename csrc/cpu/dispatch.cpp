@@ -35,7 +35,10 @@ const Implementation kImplementations[] = {
 #if defined(__x86_64__)
     {&baseline::kKernels, [] { return true; }},
     {&avx2::kKernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
     {&avx512::kKernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -60,7 +63,8 @@ const CpuKernels* find(const std::string& name) {
     throw std::invalid_argument("FASTATTN_CPU_ISA: this processor lacks " + name + "; it has " +
                                 join(available_isas()));
   }
-  throw std::invalid_argument("FASTATTN_CPU_ISA must be one of " + join(compiled_isas()) + ", got '" + name + "'");
+  throw std::invalid_argument("FASTATTN_CPU_ISA must be one of " + join(compiled_isas()) + ", got '" + name +
+                              "'");
 }
 
 const CpuKernels* chosen = nullptr;

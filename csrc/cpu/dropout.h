@@ -24,7 +24,8 @@ FASTATTN_INLINE void multiply_wide(Vec<uint32_t> a, uint32_t b, Vec<uint32_t>& h
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
   high = (Vec<uint32_t>)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
 #else
-  for (int n = 0; n < kLanes<uint32_t>; ++n) high[n] = static_cast<uint32_t>((static_cast<uint64_t>(a[n]) * b) >> 32);
+  for (int n = 0; n < kLanes<uint32_t>; ++n)
+    high[n] = static_cast<uint32_t>((static_cast<uint64_t>(a[n]) * b) >> 32);
 #endif
 }
 

@@ -45,9 +45,7 @@ class ExactPairs {
   std::vector<T> value(int64_t j) const { return load_vector<T>(v_(j), p_.dtype, p_.head_dim_v); }
 
   // False where the mask, or a bias of -inf, hides key j from row i.
-  bool visible(int64_t i, int64_t j) const {
-    return rules_.visible(i, j);
-  }
+  bool visible(int64_t i, int64_t j) const { return rules_.visible(i, j); }
 
   // The score of a visible pair; slope, where not nullptr, gets its derivative by scale * q·k.
   T score(const T* query, int64_t i, int64_t j, T* slope = nullptr) const {

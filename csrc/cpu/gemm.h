@@ -32,7 +32,8 @@ constexpr int64_t round_to_lanes(int64_t n) {
 
 // Element (m, k) of A lies at a[m * lda + k], or at a[m + k * lda] where kTransposed.
 template <class T, bool kTransposed, int kM, int kN>
-void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool accumulate) {
+void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth,
+                bool accumulate) {
   Vec<T> acc[kM][kN];
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m)
@@ -64,9 +65,11 @@ using MicroTile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, in
 template <class T, bool kTransposed, int kM>
 constexpr MicroTile<T> micro_tile_of_width(int width) {
   constexpr MicroTile<T> table[] = {
-      micro_tile<T, kTransposed, kM, 1>, micro_tile<T, kTransposed, kM, 2>,
+      micro_tile<T, kTransposed, kM, 1>,
+      micro_tile<T, kTransposed, kM, 2>,
 #if defined(__AVX512F__) || defined(__aarch64__)
-      micro_tile<T, kTransposed, kM, 3>, micro_tile<T, kTransposed, kM, 4>,
+      micro_tile<T, kTransposed, kM, 3>,
+      micro_tile<T, kTransposed, kM, 4>,
 #endif
   };
   return table[width - 1];
@@ -76,19 +79,25 @@ template <class T, bool kTransposed>
 MicroTile<T> micro_tile_of(int64_t rows, int64_t width) {
   const int w = static_cast<int>(width);
   switch (rows) {
-    case 1: return micro_tile_of_width<T, kTransposed, 1>(w);
-    case 2: return micro_tile_of_width<T, kTransposed, 2>(w);
-    case 3: return micro_tile_of_width<T, kTransposed, 3>(w);
-    case 4: return micro_tile_of_width<T, kTransposed, 4>(w);
-    case 5: return micro_tile_of_width<T, kTransposed, 5>(w);
-    default: return micro_tile_of_width<T, kTransposed, 6>(w);
+    case 1:
+      return micro_tile_of_width<T, kTransposed, 1>(w);
+    case 2:
+      return micro_tile_of_width<T, kTransposed, 2>(w);
+    case 3:
+      return micro_tile_of_width<T, kTransposed, 3>(w);
+    case 4:
+      return micro_tile_of_width<T, kTransposed, 4>(w);
+    case 5:
+      return micro_tile_of_width<T, kTransposed, 5>(w);
+    default:
+      return micro_tile_of_width<T, kTransposed, 6>(w);
   }
 }
 
 // C[rows, columns] (+)= A B, columns a multiple of the vector's lanes, C's rows ldc apart.
 template <class T, bool kTransposed>
-void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-          int64_t ldc, bool accumulate) {
+void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb,
+          T* c, int64_t ldc, bool accumulate) {
   const int64_t vectors = columns / kLanes<T>;
   const int64_t strips = (vectors + kWidth - 1) / kWidth;
   int64_t first = 0;
@@ -106,8 +115,8 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda,
 // C[rows, columns of panels begin..end) = A B for B packed by pack_panels: column n of C is key n.
 // begin and end are multiples of the vector's lanes; C's column 0 is key 0 of the first panel.
 template <class T>
-void gemm_panels(int64_t rows, int64_t begin, int64_t end, int64_t depth, const T* a, int64_t lda, const T* panels,
-                 T* c, int64_t ldc) {
+void gemm_panels(int64_t rows, int64_t begin, int64_t end, int64_t depth, const T* a, int64_t lda,
+                 const T* panels, T* c, int64_t ldc) {
   for (int64_t n = begin; n < end;) {
     const int64_t panel = n / kPanel<T>;
     const int64_t stop = std::min(end, (panel + 1) * kPanel<T>);

@@ -41,7 +41,8 @@ double fma_peak(DType dtype, int num_threads, double seconds) {
   std::atomic<int> sink{0};
   std::atomic<double> total{0.0};
   run_threads(num_threads, [&](int) {
-    const double rate = dtype == DType::kFloat64 ? chains<double>(seconds, sink) : chains<float>(seconds, sink);
+    const double rate =
+        dtype == DType::kFloat64 ? chains<double>(seconds, sink) : chains<float>(seconds, sink);
     double sum = total.load();
     while (!total.compare_exchange_weak(sum, sum + rate)) {
     }
@@ -52,6 +53,7 @@ double fma_peak(DType dtype, int num_threads, double seconds) {
 #define FASTATTN_STRINGIZE_(x) #x
 #define FASTATTN_STRINGIZE(x) FASTATTN_STRINGIZE_(x)
 
-const CpuKernels kKernels = {FASTATTN_STRINGIZE(FASTATTN_ISA), kVectorBytes, attention_fwd, attention_bwd, fma_peak};
+const CpuKernels kKernels = {FASTATTN_STRINGIZE(FASTATTN_ISA), kVectorBytes, attention_fwd, attention_bwd,
+                             fma_peak};
 
 }  // namespace fastattn::FASTATTN_ISA

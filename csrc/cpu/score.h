@@ -99,7 +99,8 @@ class ScoreRules {
     }
     const int32_t* ptr = mask.col_ptr + b_ * mask.col_batch + h_ * mask.col_head + j0 / kMaskTile;
     for (int32_t n = ptr[0]; n < ptr[1]; ++n)
-      if (mask.col_tiles[n] >= first && mask.col_tiles[n] <= last) visit(mask.col_tiles[n], mask.col_bits + n);
+      if (mask.col_tiles[n] >= first && mask.col_tiles[n] <= last)
+        visit(mask.col_tiles[n], mask.col_bits + n);
   }
 
   // The rows outside which no row sees any of the keys [j0, j1): the tightest that is cheap to know.
@@ -197,7 +198,8 @@ class ScoreRules {
 
   void apply_bool(int64_t i, int64_t j0, int64_t n, T* s) const {
     const int64_t stride = p_.mask.col;
-    const uint8_t* visible = static_cast<const uint8_t*>(p_.mask.data) + p_.mask.offset(b_, h_, i) + j0 * stride;
+    const uint8_t* visible =
+        static_cast<const uint8_t*>(p_.mask.data) + p_.mask.offset(b_, h_, i) + j0 * stride;
     if (stride == 1) {
       for (int64_t c = 0; c < n; ++c) s[c] = visible[c] ? s[c] : -kInfinity<T>;
     } else {

@@ -12,7 +12,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t kKeyTile = kMaskTile;    // keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128
+constexpr int64_t kKeyTile =
+    kMaskTile;  // keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128
 constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
 
 // Per query row of the whole call: lse (made +inf for an empty row, so that P = exp(S - lse) = 0) and
@@ -38,13 +39,14 @@ class RowGradients {
 // Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
 template <class T>
 struct GradScratch {
-  Buffer<T> key_panels, value_panels, staging, keys, queries, douts, probabilities, gradients;
+  Buffer<T> key_panels, value_panels, keys, queries, douts, probabilities, gradients;
 };
 
 template <class T>
 class GradTile {
  public:
-  GradTile(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h, GradScratch<T>& scratch)
+  GradTile(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
+           GradScratch<T>& scratch)
       : p_(p),
         seq_(sequence_of(p, b)),
         rules_(p, b, h, seq_),
@@ -59,7 +61,6 @@ class GradTile {
     const int64_t width = std::max(round_to_lanes<T>(p.head_dim), round_to_lanes<T>(p.head_dim_v));
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
-    staging_ = scratch.staging.ensure(kLanes<T> * width);
     key_copy_ = scratch.keys.ensure(kKeyTile * width);
     query_copy_ = scratch.queries.ensure(kMaskTile * width);
     dout_copy_ = scratch.douts.ensure(kMaskTile * width);
@@ -78,8 +79,8 @@ class GradTile {
     j0_ = j0;
     j1_ = j1;
     pack_panels<T>([&](int64_t c) { return keys_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim,
-                   static_cast<T>(p_.scale), staging_, key_panels_);
-    pack_panels<T>([&](int64_t c) { return values_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim_v, T{1}, staging_,
+                   static_cast<T>(p_.scale), key_panels_);
+    pack_panels<T>([&](int64_t c) { return values_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim_v, T{1},
                    value_panels_);
   }
 
@@ -111,7 +112,8 @@ class GradTile {
   // to the capped score; else that of scale * q·k.
   void compute(const int32_t* tile_bits, int64_t i, int64_t rows, const KeyRange& range, bool of_bias) {
     const Run run{j0_, j1_, tile_bits};
-    const int64_t r0 = i - i0_, n = range.end - range.begin, keys = std::min(range.end, j1_ - j0_) - range.begin;
+    const int64_t r0 = i - i0_, n = range.end - range.begin,
+                  keys = std::min(range.end, j1_ - j0_) - range.begin;
     T* p0 = probabilities_ + r0 * kKeyTile;
     T* ds0 = gradients_ + r0 * kKeyTile;
     gemm_panels<T>(rows, range.begin, range.end, p_.head_dim, query_block_.data + r0 * query_block_.stride,
@@ -168,7 +170,7 @@ class GradTile {
   const Dropout dropout_;
   const uint32_t bh_;
   const T *lse_, *delta_;
-  T *key_panels_, *value_panels_, *staging_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
+  T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
   Block<T> query_block_{}, dout_block_{};
   int64_t i0_ = 0, j0_ = 0, j1_ = 0;
 };

@@ -11,6 +11,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own AVX-512 header initialises its "undefined" vectors with themselves (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -61,7 +62,7 @@ FASTATTN_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 FASTATTN_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // unlike x + 0, x - 0 is x for -0 too, and folds to a broadcast
 }
 
 // The second operand where either is NaN, as the machine's instruction does.
@@ -100,6 +101,10 @@ FASTATTN_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) {
 // Reductions in a fixed tree: halves are folded until one lane is left.
 template <class T>
 FASTATTN_INLINE T reduce_add(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_add_pd((__m512d)v);
+#endif
   T lane[kLanes<T>];
   std::memcpy(lane, &v, sizeof(v));
   for (int width = kLanes<T> / 2; width > 0; width /= 2)
@@ -109,6 +114,10 @@ FASTATTN_INLINE T reduce_add(Vec<T> v) {
 
 template <class T>
 FASTATTN_INLINE T reduce_max(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_reduce_max_pd((__m512d)v);
+#endif
   T lane[kLanes<T>];
   std::memcpy(lane, &v, sizeof(v));
   for (int width = kLanes<T> / 2; width > 0; width /= 2)
@@ -149,9 +158,18 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
   Vec<T> p;
   if constexpr (kDouble) {
     p = splat<T>(1.0 / 6227020800.0);
-    constexpr double kInverse[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-                                   1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
-                                   1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
+    constexpr double kInverse[] = {1.0 / 479001600.0,
+                                   1.0 / 39916800.0,
+                                   1.0 / 3628800.0,
+                                   1.0 / 362880.0,
+                                   1.0 / 40320.0,
+                                   1.0 / 5040.0,
+                                   1.0 / 720.0,
+                                   1.0 / 120.0,
+                                   1.0 / 24.0,
+                                   1.0 / 6.0,
+                                   0.5,
+                                   1.0,
                                    1.0};
     for (double c : kInverse) p = p * r + static_cast<T>(c);
   } else {
@@ -181,7 +199,8 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
 FASTATTN_INLINE Vec<float> vtanh(Vec<float> x) {
   const Vec<float> z = x * x;
   Vec<float> p = splat<float>(-5.70498872745e-3f);
-  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) p = p * z + c;
+  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    p = p * z + c;
   const Vec<float> small = p * z * x + x;
   const Vec<float> magnitude = x < 0.0f ? -x : x;
   const Vec<float> e = vexp<float>(vmin<float>(splat<float>(40.0f), magnitude + magnitude));

@@ -23,7 +23,8 @@ T softmax_update(T* s, int64_t padded, RowState<T>& state) {
     std::fill(s, s + padded, T{0});
     return T{1};
   }
-  const T rescale = max == state.max ? T{1} : std::exp(state.max - max);
+  // Before the first visible key there is nothing to rescale.
+  const T rescale = max == state.max || state.max == -kInfinity<T> ? T{1} : std::exp(state.max - max);
   Vec<T> sum{};
   for (int64_t n = 0; n < padded; n += kLanes<T>) {
     const Vec<T> e = vexp<T>(load(s + n) - max);
