@@ -19,7 +19,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-PURE_PYTHON = "or set FASTATTN_NATIVE=0 to install the pure-Python part, which uses PyTorch's own attention kernels."
+PURE_PYTHON = (
+    "or set FASTATTN_NATIVE=0 to install the pure-Python part, which uses PyTorch's own attention kernels."
+)
 GB_PER_JOB = 1.5  # the largest translation unit's need, with room to spare
 
 
@@ -29,7 +31,9 @@ def find_compiler() -> str:
     for name in [shlex.split(wanted)[0]] if wanted else ["c++", "g++", "clang++"]:
         if found := shutil.which(name):
             return found
-    missing = f"no C++ compiler found: CXX={wanted} is not an executable" if wanted else "no C++ compiler found"
+    missing = (
+        f"no C++ compiler found: CXX={wanted} is not an executable" if wanted else "no C++ compiler found"
+    )
     raise CompileError(
         f"{missing}. fastattn's native core needs GCC 9 or newer, or Clang 10 or newer.\n"
         "  Debian, Ubuntu: apt install g++        Fedora: dnf install gcc-c++\n"
@@ -52,7 +56,7 @@ def job_count() -> int:
 
 
 def tool(name: str) -> str:
-    """The path of cmake or ninja: the first on PATH (a build environment's own), else the one beside this Python."""
+    """The path of cmake or ninja: the first on PATH, else the one beside this Python."""
     places = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     if found := shutil.which(name, path=places):
         return found
@@ -85,8 +89,8 @@ class CMakeBuild(build_ext):
             subprocess.run([tool("cmake"), "--build", str(build_dir), "-j", str(job_count())], check=True)
         except subprocess.CalledProcessError as error:
             raise CompileError(
-                f"the native core did not build (the lines above say why; {error.cmd[0]} gave {error.returncode}). "
-                f"It needs GCC 9 or newer, or Clang 10 or newer; install one, {PURE_PYTHON}"
+                f"{Path(error.cmd[0]).name} could not build the native core; the lines above say why. "
+                f"It needs GCC 9 or newer, or Clang 10 or newer: install one, {PURE_PYTHON}"
             ) from None
         if not output.exists():
             raise CompileError(f"CMake finished but left no {output}")

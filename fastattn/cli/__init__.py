@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: for `--help`, and with status 2 for bad usage.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m fastattn", description="fastattn: one attention call for PyTorch")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastattn", description="fastattn: one attention call for PyTorch"
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
