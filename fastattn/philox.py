@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def dropout_words(seed: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_k:
 
 
 def dropout_mask(
-    seed: Tensor | int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, p: float, device=None
+    seed: Tensor | int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, p: float, device: Any = None
 ) -> Tensor:
     """The elements that dropout with this seed keeps: word >= int(p * 2**32).
 

@@ -33,15 +33,15 @@ class _Scores(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         a, b, visible = ctx.saved_tensors
         return _Mix.apply(grad, b, visible), _Mix.apply(grad.mT, a, visible.mT), None
 
     @staticmethod
-    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None, _: None) -> Tensor:
         a, b, visible = ctx.saved_tensors
-        terms = [_Scores.apply(x, y, visible) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
-        return sum(terms[1:], terms[0])
+        tangents = [(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+        return torch.stack([_Scores.apply(x, y, visible) for x, y in tangents]).sum(0)
 
 
 class _Mix(torch.autograd.Function):
@@ -62,15 +62,15 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         w, x, visible = ctx.saved_tensors
         return _Scores.apply(grad, x, visible), _Mix.apply(w.mT, grad, visible.mT), None
 
     @staticmethod
-    def jvp(ctx: Any, dw: Tensor | None, dx: Tensor | None, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, dw: Tensor | None, dx: Tensor | None, _: None) -> Tensor:
         w, x, visible = ctx.saved_tensors
-        terms = [_Mix.apply(p, q, visible) for p, q in ((dw, x), (w, dx)) if p is not None and q is not None]
-        return sum(terms[1:], terms[0])
+        tangents = [(p, y) for p, y in ((dw, x), (w, dx)) if p is not None and y is not None]
+        return torch.stack([_Mix.apply(p, y, visible) for p, y in tangents]).sum(0)
 
 
 def _visible(mask: Any, shape: MaskShape, device: torch.device) -> Tensor:
@@ -119,12 +119,13 @@ def _probabilities(
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, keep: Tensor | None, *,
-    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
-    reverse_keys: bool = False,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    dropout_p: float = 0.0, reverse_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if reverse_keys:
         k, v = k.flip(-2), v.flip(-2)
-        visible, bias, keep = (None if x is None else x.flip(-1) for x in (visible, bias, keep))
+        visible = visible.flip(-1)
+        bias, keep = (None if x is None else x.flip(-1) for x in (bias, keep))
     p, lse, visible = _probabilities(q, k, visible, bias, scale, softcap, sinks)
     if keep is not None:
         factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
@@ -133,12 +134,12 @@ def _attention(
     return out, lse
 
 
-def _keep(q: Tensor, seqlen_q: int, seqlen_k: int, batch: int, heads: int, p: float, seed: Any) -> Tensor | None:
+def _keep(shape: MaskShape, p: float, seed: Any, device: torch.device) -> Tensor | None:
     if p == 0:
         return None
-    if seed is None and p < 1:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-    return dropout_mask(0 if seed is None else seed, batch, heads, seqlen_q, seqlen_k, p, q.device)
+    if seed is None:  # at p = 1 nothing is kept, whatever the seed, so nothing is drawn
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device) if p < 1 else 0
+    return dropout_mask(seed, shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k, p, device)
 
 
 def attention(
@@ -160,7 +161,7 @@ def attention(
         no visible key has out 0 and lse = sink, or -inf without sinks.
     """
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    keep = _keep(q, shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, dropout_p, dropout_seed)
+    keep = _keep(shape, dropout_p, dropout_seed, q.device)
     out, lse = _attention(
         q, k, v, _visible(mask, shape, q.device), _bias(bias, shape, q), keep, dropout_p=dropout_p, **options
     )  # fmt: skip
@@ -178,9 +179,9 @@ def attention_weights(
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None, mask: Any = None, bias: Any = None, dropout_p: float = 0.0,
-    dropout_seed: Any = None, return_lse: bool = False, **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, mask: Any = None, bias: Any = None,
+    dropout_p: float = 0.0, dropout_seed: Any = None, return_lse: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """`attention` of each sequence of a packed batch, one after the other.
 
@@ -200,7 +201,7 @@ def varlen_attention(
     visible = _visible(mask, shape, q.device).expand(per_sequence)
     biases = _bias(bias, shape, q)
     biases = None if biases is None else biases.expand(per_sequence)
-    keeps = _keep(q, longest[0], longest[1], batch, heads, dropout_p, dropout_seed)
+    keeps = _keep(shape, dropout_p, dropout_seed, q.device)
     outs, lses = [q.new_zeros(0, heads, v.shape[-1])], [q.new_zeros(heads, 0)]
     for b in range(batch):
         (q0, q1), (k0, k1) = starts_q[b : b + 2], starts_k[b : b + 2]
@@ -218,8 +219,8 @@ def varlen_attention(
 
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, block_table: Tensor | None = None,
-    mask: Any = None, bias: Any = None, dropout_p: float = 0.0, dropout_seed: Any = None, return_lse: bool = False,
-    **options: Any,
+    mask: Any = None, bias: Any = None, dropout_p: float = 0.0, dropout_seed: Any = None,
+    return_lse: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """`attention` over the first lengths[b] keys of each sequence's cache.
 
@@ -232,10 +233,10 @@ def decode_attention(
         out [B, Hq, Lq, Dv], and lse [B, Hq, Lq] if asked.
     """
     if block_table is not None:
-        pages = block_table.long().clamp(0, max(k_cache.shape[0] - 1, 0))  # entries past a length may be anything
+        pages = block_table.long().clamp(0, max(k_cache.shape[0] - 1, 0))  # unused entries may be anything
         k_cache, v_cache = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k_cache, v_cache))
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k_cache.shape[2], None, lengths)
-    keep = _keep(q, shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, dropout_p, dropout_seed)
+    keep = _keep(shape, dropout_p, dropout_seed, q.device)
     out, lse = _attention(
         q, k_cache, v_cache, _visible(mask, shape, q.device), _bias(bias, shape, q), keep,
         dropout_p=dropout_p, **options,

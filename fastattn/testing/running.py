@@ -1,0 +1,60 @@
+"""Run a case and collect every result: out, lse and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.testing.inputs import Inputs
+
+Results = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The exact results of a case, and those of plain eager code in the case's own dtype."""
+
+    ref64: Results
+    native: Results
+
+
+def run(functions: Any, inputs: Inputs, grads: bool | None = None, **keywords: Any) -> Results:
+    """Call the case's function and, if asked, differentiate (out, lse) against (dout, dlse).
+
+    Args:
+        functions: a namespace with attention, varlen_attention and decode_attention: `fastattn`, or
+            `fastattn.reference`.
+        grads: whether to differentiate; the case says by default.
+        keywords: added to the call.
+    Returns:
+        "out", "lse" and, with gradients, "dq", "dk", "dv" and one for each further leaf.
+    """
+    grads = inputs.case.grads if grads is None else grads
+    if grads:
+        inputs = inputs.requiring_grad()
+    function: Callable[..., Any] = getattr(functions, _FUNCTIONS[inputs.case.op])
+    positional, options = inputs.arguments()
+    out, lse = function(*positional, **options, **keywords, return_lse=True)
+    results: Results = {"out": out.detach(), "lse": lse.detach()}
+    if grads:
+        leaves = {name: leaf for name, leaf in inputs.leaves.items() if leaf.requires_grad}
+        upstream = (inputs.dout.to(out.dtype), inputs.dlse.to(lse.dtype))
+        gradients = torch.autograd.grad((out, lse), list(leaves.values()), upstream, allow_unused=True)
+        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return results
+
+
+_FUNCTIONS = {"attention": "attention", "varlen": "varlen_attention", "decode": "decode_attention"}
+
+
+def oracle(inputs: Inputs, grads: bool | None = None) -> Oracle:
+    """The reference in float64, and in the case's dtype (float64: with the keys in reverse order)."""
+    reverse = inputs.case.dtype == torch.float64
+    ref64 = run(reference, inputs.to(torch.float64), grads)
+    native = run(reference, inputs, grads, **({"reverse_keys": True} if reverse else {}))
+    return Oracle(ref64, native)
