@@ -30,7 +30,8 @@ class Bias:
     def diagonals(self, heads: int, lo: int, hi: int) -> Tensor:
         """The bias at relative positions lo <= r <= hi: [1|B, heads, hi - lo + 1], entry d at r = lo + d.
 
-        Differentiable, O(heads * (hi - lo)), so that autograd carries gradients to the parameters. float32, or float64 where the parameters are.
+        Differentiable, O(heads * (hi - lo)), so that autograd carries gradients to the parameters.
+        float32, or float64 where the parameters are.
 
         Raises:
             ValueError: the parameters are for another number of heads.
@@ -84,7 +85,7 @@ class Bias:
         raise NotImplementedError
 
     def values(self, relative: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The bias at int64 relative positions: [1|B, heads, *relative.shape], of dtype or the parameter's."""
+        """The bias at int64 relative positions: [1|B, heads, *relative.shape], of dtype or the default."""
         raise NotImplementedError
 
     def _check_heads(self, heads: int) -> None:
@@ -165,7 +166,7 @@ class ALiBi(Bias):
     def values(self, relative: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = self._accumulation_dtype(dtype)
         slopes = self.slopes.to(dtype).reshape(self.batch, self.heads, 1, 1)
-        # In rows, so that the slopes' gradient adds up row by row: torch would split one long sum among threads.
+        # In rows, so that the slopes' gradient adds up row by row: torch may split one long sum by threads.
         length = relative.numel()
         rows = -(-length // SUM_LENGTH)
         distance = torch.nn.functional.pad(relative.flatten().abs(), (0, rows * SUM_LENGTH - length))

@@ -213,11 +213,9 @@ def test_t5_known_buckets() -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("max_distance", [20, 32, 64, 100, 128, 256, 1000])
+@pytest.mark.parametrize("max_distance", [33, 64, 100, 128, 256, 1000])
 @pytest.mark.parametrize("num_buckets", [4, 8, 10, 32, 33, 64])
 def test_t5_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
-    if max_distance <= num_buckets // (4 if bidirectional else 2):
-        pytest.skip(f"{num_buckets} buckets cover distance {max_distance} exactly")
     bias = RelativePosition(
         torch.zeros(num_buckets, 1), bidirectional=bidirectional, max_distance=max_distance
     )

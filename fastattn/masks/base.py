@@ -97,7 +97,6 @@ class Mask:
         """
         device = torch.device(device)
         if not self.needs_blocks:
-            self._check(shape, device)
             return self._direct(shape, device)
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -186,7 +185,7 @@ class Mask:
         raise NotImplementedError
 
     def _direct(self, shape: MaskShape, device: torch.device) -> LoweredMask:
-        """The form without block lists, of a mask that does not need them."""
+        """The form of a mask that needs no block lists; raises as `_check` does."""
         raise NotImplementedError
 
     def _tiler(self, shape: MaskShape, device: torch.device) -> Tiler:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastattn.masks.base import LoweredMask, Mask, register
 from fastattn.masks.space import MaskShape, Pairs, same_device
@@ -119,8 +118,14 @@ def _sizes(shape: MaskShape, device: torch.device) -> tuple[object, ...]:
 
 def _versions(mask: Mask) -> tuple[int, ...]:
     """Counters of in-place changes to the mask's tensors; inference tensors have none, so are constant."""
-    leaves = (leaf for leaf in pytree.tree_leaves(mask) if isinstance(leaf, Tensor))
-    return tuple(-1 if leaf.is_inference() else leaf._version for leaf in leaves)
+    versions: list[int] = []
+    for value in vars(mask).values():
+        if isinstance(value, Tensor):
+            versions.append(-1 if value.is_inference() else value._version)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Mask):
+                versions.extend(_versions(part))
+    return tuple(versions)
 
 
 def _same_lengths(mine: Tensor | None, other: Tensor | None) -> bool:
