@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn.call import Call
+from fastattn.masks import LoweredMask, Mask, MaskShape
+from fastattn.masks.built import BuiltMask
 from fastattn.spec import accumulate_dtype
 
 
@@ -99,7 +101,7 @@ def lower_mask(call: Call, tensors: dict[str, Tensor | None]) -> Band | None:
     if isinstance(call.mask, Tensor):
         tensors["mask"] = to_4d(call.mask)
         return None
-    lowered = call.mask.lower(call.mask_shape(), call.q.device)
+    lowered = _lowered(call.mask, call.mask_shape(), call.q.device)
     if lowered.key_starts is not None:
         tensors["key_starts"] = lowered.key_starts
     if lowered.key_ends is not None:
@@ -111,6 +113,15 @@ def lower_mask(call: Call, tensors: dict[str, Tensor | None]) -> Band | None:
             tensors[name] = getattr(lowered.block, name)
     band = (lowered.lo_top, lowered.hi_top, lowered.lo_bottom, lowered.hi_bottom)
     return None if all(bound is None for bound in band) else band
+
+
+def _lowered(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
+    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not is_watched or not mask.needs_blocks or isinstance(mask, BuiltMask):
+        return mask.lower(shape, device)
+    from fastattn.mask_ops import block_lists
+
+    return LoweredMask(block=block_lists(mask, shape, device))
 
 
 def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, bool]:

@@ -18,8 +18,9 @@ from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 
 _OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
 _PARAMS = (
-    "float scale, float? softcap, float dropout_p, SymInt?[] band, SymInt diag_lo, bool diag_bottom_right, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "float scale, float? softcap, float dropout_p, "
+    "SymInt? lo_top, SymInt? hi_top, SymInt? lo_bottom, SymInt? hi_bottom, "
+    "SymInt diag_lo, bool diag_bottom_right, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 _FORWARD = f"(str backend, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_PARAMS}) -> (Tensor, Tensor)"
 _BACKWARD = (
@@ -44,12 +45,12 @@ def attention(
 
 
 def _flat(params: Params) -> tuple[Any, ...]:
-    band = list(params.band) if params.band is not None else []
+    band = params.band or (None,) * 4
     return (
         params.scale,
         params.softcap,
         params.dropout_p,
-        band,
+        *band,
         params.diag_lo,
         params.diag_bottom_right,
         params.max_seqlen_q,
@@ -58,8 +59,9 @@ def _flat(params: Params) -> tuple[Any, ...]:
 
 
 def _params(flat: Sequence[Any]) -> Params:
-    scale, softcap, dropout_p, band, *rest = flat
-    return Params(scale, softcap, dropout_p, tuple(band) if band else None, *rest)  # type: ignore[arg-type]
+    band = tuple(flat[3:7])
+    unbounded = all(bound is None for bound in band)
+    return Params(*flat[:3], None if unbounded else band, *flat[7:])  # type: ignore[arg-type]
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

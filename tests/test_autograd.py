@@ -231,7 +231,7 @@ def test_nothing_is_kept_alive():
 
 
 def test_accumulation_into_leaves():
-    q, k, v = qkv(1, 2, 2, 4, grad=True)
+    q, k, _ = qkv(1, 2, 2, 4, grad=True)
     for _ in range(2):
         fastattn.attention(q, k, q).sum().backward()
     want = torch.autograd.grad(fastattn.attention(q, k, q, backend="reference").sum(), (q, k))

@@ -152,6 +152,9 @@ def backward(
         return dq, dk, dv, *_finish(extra, operands, dlse)
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     seq = _Layout(q, k, operands, params)
+    if operands.seqlens_k is not None:  # no kernel visits the keys beyond an entry's length
+        dk.zero_()
+        dv.zero_()
     options = seq.options(operands, params) or {}
     options.update(seq.gradient_views(extra))
     _C.attention_bwd(
