@@ -23,28 +23,37 @@ class Oracle:
     native: Results
 
 
-def run(functions: Any, inputs: Inputs, grads: bool | None = None, **keywords: Any) -> Results:
+def run(
+    functions: Any, inputs: Inputs, grads: bool | None = None, lse: bool = True, **keywords: Any
+) -> Results:
     """Call the case's function and, if asked, differentiate (out, lse) against (dout, dlse).
 
     Args:
         functions: a namespace with attention, varlen_attention and decode_attention: `fastattn`, or
             `fastattn.reference`.
         grads: whether to differentiate; the case says by default.
+        lse: whether to ask for lse, and to differentiate it.
         keywords: added to the call.
     Returns:
-        "out", "lse" and, with gradients, "dq", "dk", "dv" and one for each further leaf.
+        "out", "lse" if asked and, with gradients, "dq", "dk", "dv" and one for each further leaf.
     """
     grads = inputs.case.grads if grads is None else grads
     if grads:
         inputs = inputs.requiring_grad()
     function: Callable[..., Any] = getattr(functions, _FUNCTIONS[inputs.case.op])
     positional, options = inputs.arguments()
-    out, lse = function(*positional, **options, **keywords, return_lse=True)
-    results: Results = {"out": out.detach(), "lse": lse.detach()}
+    returned = function(*positional, **options, **keywords, return_lse=lse)
+    outputs = dict(zip(("out", "lse"), returned if lse else (returned,), strict=False))
+    results: Results = {name: output.detach() for name, output in outputs.items()}
     if grads:
         leaves = {name: leaf for name, leaf in inputs.leaves.items() if leaf.requires_grad}
-        upstream = (inputs.dout.to(out.dtype), inputs.dlse.to(lse.dtype))
-        gradients = torch.autograd.grad((out, lse), list(leaves.values()), upstream, allow_unused=True)
+        upstream = {"out": inputs.dout, "lse": inputs.dlse}
+        gradients = torch.autograd.grad(
+            list(outputs.values()),
+            list(leaves.values()),
+            [upstream[name].to(output.dtype) for name, output in outputs.items()],
+            allow_unused=True,
+        )
         results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return results
 
@@ -52,9 +61,9 @@ def run(functions: Any, inputs: Inputs, grads: bool | None = None, **keywords: A
 _FUNCTIONS = {"attention": "attention", "varlen": "varlen_attention", "decode": "decode_attention"}
 
 
-def oracle(inputs: Inputs, grads: bool | None = None) -> Oracle:
+def oracle(inputs: Inputs, grads: bool | None = None, lse: bool = True) -> Oracle:
     """The reference in float64, and in the case's dtype (float64: with the keys in reverse order)."""
     reverse = inputs.case.dtype == torch.float64
-    ref64 = run(reference, inputs.to(torch.float64), grads)
-    native = run(reference, inputs, grads, **({"reverse_keys": True} if reverse else {}))
+    ref64 = run(reference, inputs.to(torch.float64), grads, lse)
+    native = run(reference, inputs, grads, lse, **({"reverse_keys": True} if reverse else {}))
     return Oracle(ref64, native)

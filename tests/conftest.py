@@ -1,0 +1,45 @@
+"""Fixtures and helpers that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.backends import cpu
+
+
+def pytest_report_header() -> str:
+    if not cpu.available():
+        return "fastattn: no native core"
+    from fastattn import _C
+
+    return f"fastattn {fastattn.__version__}: {_C.info()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@pytest.fixture
+def native():
+    """The native core; skips where it is not built."""
+    if not cpu.available():
+        pytest.skip("the native core fastattn._C is not built")
+    from fastattn import _C
+
+    return _C
+
+
+@pytest.fixture
+def use_isa(native) -> Iterator:
+    """A function that switches the CPU kernels to an instruction set; undone afterwards."""
+    before = native.info()["isa"]
+    yield native.set_isa
+    native.set_isa(before)
+
+
+@pytest.fixture
+def use_threads() -> Iterator:
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

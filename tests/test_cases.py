@@ -1,0 +1,111 @@
+"""Every case on every backend that supports it, against the float64 reference, within the derived bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.dispatch import BACKENDS
+from fastattn.testing import CASES, Case, check_all, make_inputs, oracle, run
+from fastattn.testing.inputs import Inputs, poisoned_memory
+
+RUNNABLE = [name for name, backend in BACKENDS.items() if not isinstance(backend, str)]
+BY_NAME = {case.name: case for case in CASES}
+ISAS = ("baseline", "avx2", "avx512", "generic")
+
+# A case for each path through the CPU kernels, for the runs of every instruction set.
+REPRESENTATIVE = (
+    "one", "primes", "gqa", "many-tiles", "dim-3", "dim-100", "dim-256", "layout-blhd", "causal-long-k",
+    "window-long-q", "mask-padding-per-query", "mask-documents-causal", "bool-transposed", "bias-full",
+    "bias-holes", "bias-alibi", "bias-relative", "all-band", "all-dense", "all-block", "varlen-causal-gqa",
+    "decode-causal", "paged-odd", "primes-bfloat16", "primes-float16", "primes-float64", "many-tiles-bfloat16",
+    "all-dense-float16", "all-block-bfloat16", "all-band-float64", "decode-bfloat16", "paged-causal-float16",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def prepared(case: Case, lse: bool = True):
+    inputs = make_inputs(case)
+    return inputs, oracle(inputs, lse=lse)
+
+
+def refusal(backend: str, inputs: Inputs, lse: bool) -> str | None:
+    """The backend's own reason not to run the case."""
+    inputs = inputs.requiring_grad() if inputs.case.grads else inputs
+    (q, k, v, *fixed), options = inputs.arguments()
+    names = {"attention": (), "varlen": ("cu_seqlens_q", "cu_seqlens_k"), "decode": ("lengths",)}[inputs.case.op]
+    options |= dict(zip(names, fixed, strict=True))
+    return fastattn.explain(q, k, v, **options, return_lse=lse).reasons[backend]
+
+
+def check_case(case: Case, backend: str, lse: bool = True) -> None:
+    inputs, expected = prepared(case, lse)
+    with poisoned_memory():
+        got = run(fastattn, inputs, lse=lse, backend=backend)
+    check_all(got, expected.ref64, expected.native)
+    assert got["out"].dtype == case.dtype
+    assert not lse or got["lse"].dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
+    for name, leaf in inputs.leaves.items():
+        gradient = got.get(f"d{name}")
+        assert gradient is None or gradient.dtype == leaf.dtype
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * c.slow) for c in CASES])
+def test_case(case: Case, backend: str):
+    inputs = make_inputs(case)
+    # PyTorch's own attention returns no lse, and its results are compared without.
+    lse = refusal(backend, inputs, lse=True) is None
+    if (reason := refusal(backend, inputs, lse)) is not None:
+        pytest.skip(f"{backend}: {reason}")
+    check_case(case, backend, lse)
+
+
+def test_names_are_unique():
+    assert len(BY_NAME) == len(CASES)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_representative_case_on_each_isa(name: str, isa: str, native, use_isa):
+    if isa not in native.info()["isas"]:
+        pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
+    use_isa(isa)
+    check_case(BY_NAME[name], "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_on_each_isa(case: Case, isa: str, native, use_isa):
+    if isa not in native.info()["isas"]:
+        pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
+    use_isa(isa)
+    check_case(case, "cpu")
+
+
+@pytest.mark.parametrize("layout", ("bhld", "blhd", "sliced"))
+def test_out_has_the_stride_order_of_q(layout: str):
+    inputs = make_inputs(replace(BY_NAME["gqa"], layout=layout, name=f"gqa-{layout}"))
+    (q, k, v), _ = inputs.arguments()
+    out = fastattn.attention(q, k, v)
+    order = sorted(range(4), key=q.stride, reverse=True)
+    assert sorted(range(4), key=out.stride, reverse=True) == order
+
+
+@pytest.mark.parametrize("name", ["many-tiles", "many-tiles-bfloat16", "all-block", "bias-full", "primes-float64"])
+def test_without_gradient_or_lse_the_numbers_are_the_same(name: str):
+    """The three routes to the kernels end in the same arithmetic."""
+    inputs = make_inputs(BY_NAME[name])
+    positional, options = inputs.arguments()
+    with_grad = run(fastattn, inputs, grads=True)
+    with torch.no_grad():
+        out = fastattn.attention(*positional, **options)
+        also, lse = fastattn.attention(*positional, **options, return_lse=True)
+    assert torch.equal(out, with_grad["out"])
+    assert torch.equal(also, with_grad["out"])
+    assert torch.equal(lse, with_grad["lse"])
