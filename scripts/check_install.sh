@@ -55,7 +55,7 @@ check() {  # check NAME COMMAND...: runs it quietly, tells its time, shows its o
     passed=$((passed + 1))
   else
     echo "FAILED  $name ($((SECONDS - start)) s)"
-    sed 's/^/        /' "$WORK/log"
+    tail -n 60 "$WORK/log" | sed 's/^/        /'
     failed=$((failed + 1))
   fi
 }
