@@ -1,6 +1,6 @@
 """fastattn: one attention call for PyTorch, exact and fast."""
 
-from fastattn import biases, masks
+from fastattn import biases, mask_ops, masks, ops  # the last registers ops
 from fastattn._version import __version__
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation
