@@ -4,11 +4,15 @@
 #include <cstdint>
 #include <limits>
 
+// These headers are read by files compiled for different instruction sets: a function that is not inlined
+// would exist in several copies, of which the linker keeps any one.
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
 namespace fastattn {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-inline int64_t element_size(DType dtype) {
+FASTATTN_INLINE int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
@@ -21,7 +25,9 @@ struct Tensor {
   int64_t row = 0;
   int64_t col = 1;
 
-  int64_t offset(int64_t b, int64_t h, int64_t i) const { return b * batch + h * head + i * row; }
+  FASTATTN_INLINE int64_t offset(int64_t b, int64_t h, int64_t i) const {
+    return b * batch + h * head + i * row;
+  }
 };
 
 constexpr int64_t kUnbounded = std::numeric_limits<int64_t>::max() / 4;
@@ -106,10 +112,10 @@ struct Sequence {
   int64_t q_begin = 0, k_begin = 0;  // row offsets into packed tensors
   int64_t len_q = 0, len_k = 0;
 
-  int64_t offset() const { return len_k - len_q; }
+  FASTATTN_INLINE int64_t offset() const { return len_k - len_q; }
 };
 
-inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
+FASTATTN_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   Sequence s;
   s.len_q = p.seqlen_q;
   s.len_k = p.seqlen_k;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "params.h"
+
 namespace fastattn {
 
 constexpr uint32_t kPhiloxMul0 = 0xD2511F53u;
@@ -17,7 +19,7 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-inline Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+FASTATTN_INLINE Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
   uint32_t k0 = static_cast<uint32_t>(seed);
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -33,7 +35,7 @@ inline Philox4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, ui
   return {{c0, c1, c2, c3}};
 }
 
-inline uint32_t dropout_word(uint64_t seed, uint32_t bh, uint32_t i, uint32_t j) {
+FASTATTN_INLINE uint32_t dropout_word(uint64_t seed, uint32_t bh, uint32_t i, uint32_t j) {
   return philox4x32(16 * (j / 64) + j % 16, i, bh, 0, seed).word[(j / 16) % 4];
 }
 

@@ -7,9 +7,9 @@
 // in ascending order, so that the bits do not depend on how many threads took part.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "../parallel.h"
+#include "buffer.h"
 #include "isa.h"
 #include "score_gradient.h"
 #include "softmax.h"
@@ -64,7 +64,7 @@ class ExactGradients {
         delta_(rows.delta(b, h)) {}
 
   const ExactPairs<T>& pairs() const { return pairs_; }
-  std::vector<T> dout(int64_t i) const { return load_vector<T>(douts_(i), p_.dtype, p_.head_dim_v); }
+  Vector<T> dout(int64_t i) const { return load_vector<T>(douts_(i), p_.dtype, p_.head_dim_v); }
 
   PairGradient<T> operator()(const T* query, const T* dout, int64_t i, int64_t j) const {
     T slope;
@@ -82,17 +82,17 @@ class ExactGradients {
 };
 
 template <class T>
-void axpy(T factor, const std::vector<T>& x, std::vector<T>& y) {
+void axpy(T factor, const Vector<T>& x, Vector<T>& y) {
   for (size_t d = 0; d < x.size(); ++d) y[d] += factor * x[d];
 }
 
 template <class T>
-std::vector<T> exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
-                        int64_t i) {
+Vector<T> exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
+                   int64_t i) {
   const ExactGradients<T> gradient(p, rows, b, h);
-  const std::vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
+  const Vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
   const KeyRange keys = gradient.pairs().row_keys(i);
-  std::vector<T> dq(p.head_dim, T{0});
+  Vector<T> dq(p.head_dim, T{0});
   for (int64_t j = keys.begin; j < keys.end; ++j)
     if (gradient.pairs().visible(i, j))
       axpy(gradient(query.data(), dout.data(), i, j).dscaled, gradient.pairs().key(j), dq);
@@ -101,7 +101,7 @@ std::vector<T> exact_dq(const AttentionBackwardParams& p, const RowGradients<T>&
 
 template <class T>
 void exact_dkv(const AttentionBackwardParams& p, const RowGradients<T>& rows, const Unit& u, int64_t j,
-               std::vector<T>& dk, std::vector<T>& dv) {
+               Vector<T>& dk, Vector<T>& dv) {
   const int64_t group = p.num_heads / p.num_heads_kv;
   dk.assign(p.head_dim, T{0});
   dv.assign(p.head_dim_v, T{0});
@@ -109,7 +109,7 @@ void exact_dkv(const AttentionBackwardParams& p, const RowGradients<T>& rows, co
     const ExactGradients<T> gradient(p, rows, u.batch, h);
     for (int64_t i = 0; i < u.seq.len_q; ++i) {
       if (!gradient.pairs().visible(i, j)) continue;
-      const std::vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
+      const Vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
       const PairGradient<T> pair = gradient(query.data(), dout.data(), i, j);
       axpy(pair.dscaled, query, dk);
       axpy(pair.weight, dout, dv);
@@ -129,7 +129,7 @@ class Backward {
 
   // Units go in waves whose partial dQ fit in kPartialBytes; at least one unit a wave.
   void run() {
-    std::vector<Unit> wave;
+    Vector<Unit> wave;
     int64_t bytes = 0;
     for (int64_t b = 0; b < p_.batch; ++b)
       for (int64_t h = 0; h < p_.num_heads_kv; ++h) {
@@ -147,7 +147,7 @@ class Backward {
   }
 
  private:
-  void run_wave(std::vector<Unit>& units) {
+  void run_wave(Vector<Unit>& units) {
     int64_t keys = 0;
     for (Unit& u : units) {
       u.accumulator = keys;
@@ -156,15 +156,15 @@ class Backward {
     dk_.ensure(keys * width_q_);
     dv_.ensure(keys * width_v_);
     for (int64_t g = 0; g < group_; ++g) {
-      const std::vector<Chunk> chunks = plan(units, g);
+      const Vector<Chunk> chunks = plan(units, g);
       parallel_tasks(p_.num_threads, static_cast<int64_t>(chunks.size()),
                      [&](int, int64_t n) { run_chunk(chunks[n], g); });
       finish_queries(units, chunks, g);
     }
   }
 
-  std::vector<Chunk> plan(const std::vector<Unit>& units, int64_t g) {
-    std::vector<Chunk> chunks;
+  Vector<Chunk> plan(const Vector<Unit>& units, int64_t g) {
+    Vector<Chunk> chunks;
     int64_t rows = 0;
     for (const Unit& u : units) {
       const ScoreRules<T> rules(p_, u.batch, u.head_kv * group_ + g, u.seq);
@@ -252,7 +252,7 @@ class Backward {
   }
 
   void finish_keys(const Unit& u, const Chunk& c) {
-    std::vector<T> dk_exact, dv_exact;
+    Vector<T> dk_exact, dv_exact;
     for (int64_t j = c.key_begin; j < c.key_end; ++j) {
       const T* dk = dk_.data() + (u.accumulator + j) * width_q_;
       const T* dv = dv_.data() + (u.accumulator + j) * width_v_;
@@ -270,13 +270,13 @@ class Backward {
     }
   }
 
-  void finish_queries(const std::vector<Unit>& units, const std::vector<Chunk>& chunks, int64_t g) {
+  void finish_queries(const Vector<Unit>& units, const Vector<Chunk>& chunks, int64_t g) {
     struct RowBlock {
       const Unit* unit;
       const Chunk* chunks;
       int64_t begin, end;
     };
-    std::vector<RowBlock> blocks;
+    Vector<RowBlock> blocks;
     const Chunk* first = chunks.data();
     for (const Unit& u : units) {
       for (int64_t i = 0; i < u.seq.len_q; i += kMaskTile)
@@ -285,13 +285,13 @@ class Backward {
     }
     parallel_tasks(p_.num_threads, static_cast<int64_t>(blocks.size()), [&](int, int64_t n) {
       const RowBlock& block = blocks[n];
-      std::vector<T> sum(width_q_);
+      Vector<T> sum(width_q_);
       for (int64_t i = block.begin; i < block.end; ++i)
         finish_query(*block.unit, block.chunks, block.unit->head_kv * group_ + g, i, sum);
     });
   }
 
-  void finish_query(const Unit& u, const Chunk* chunks, int64_t h, int64_t i, std::vector<T>& sum) {
+  void finish_query(const Unit& u, const Chunk* chunks, int64_t h, int64_t i, Vector<T>& sum) {
     std::fill(sum.begin(), sum.end(), T{0});
     for (int64_t n = 0; n < u.num_chunks; ++n) {
       const Chunk& c = chunks[n];
@@ -350,7 +350,7 @@ RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
     const int64_t b = n / p.num_heads, h = n % p.num_heads;
     const Sequence s = sequence_of(p, b);
     const Rows outs(p, p.out, b, h, s.q_begin), douts(p, p.dout, b, h, s.q_begin);
-    std::vector<T> out(round_to_lanes<T>(p.head_dim_v), T{0}), dout(out);
+    Vector<T> out(round_to_lanes<T>(p.head_dim_v), T{0}), dout(out);
     for (int64_t i = 0; i < s.len_q; ++i) {
       load_row<T>(outs(i), p.dtype, p.head_dim_v, T{1}, out.data());
       load_row<T>(douts(i), p.dtype, p.head_dim_v, T{1}, dout.data());

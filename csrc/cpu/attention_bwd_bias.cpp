@@ -5,7 +5,6 @@
 // bias and adds up the calls that share it in ascending order. Where rows share elements too (a bias
 // broadcast along queries, or one by relative position), each range has its own partial result.
 #include <algorithm>
-#include <vector>
 
 #include "../parallel.h"
 #include "isa.h"
@@ -14,7 +13,7 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kMaxRanges = 8;
+constexpr int64_t kRanges = 8;
 
 template <class T>
 struct Target {
@@ -31,14 +30,11 @@ class BiasPass {
     batches_ = out.batch == 0 ? 1 : p.batch;
     heads_ = out.head == 0 ? 1 : p.num_heads;
     shared_rows_ = diagonal || out.row == 0;
-    const int64_t tiles = (p.seqlen_q + kMaskTile - 1) / kMaskTile;
-    range_rows_ = std::max<int64_t>(1, (tiles + kMaxRanges - 1) / kMaxRanges) * kMaskTile;
-    ranges_ = (p.seqlen_q + range_rows_ - 1) / range_rows_;
     shared_size_ = diagonal ? p.num_diagonals : out.col == 0 ? 1 : p.seqlen_k;
   }
 
   void run() {
-    const int64_t tasks = batches_ * heads_ * ranges_;
+    const int64_t tasks = batches_ * heads_ * kRanges;
     if (shared_rows_) {
       partial_.ensure(tasks * shared_size_);
       std::fill(partial_.data(), partial_.data() + tasks * shared_size_, T{0});
@@ -47,9 +43,9 @@ class BiasPass {
     if (!shared_rows_) return;
     parallel_tasks(p_.num_threads, batches_ * heads_, [&](int, int64_t n) {
       T* out = out_base(n / heads_, n % heads_);
-      for (int64_t range = 0; range < ranges_; ++range)
+      for (int64_t range = 0; range < kRanges; ++range)
         for (int64_t c = 0; c < shared_size_; ++c)
-          out[c * (diagonal_ ? 1 : out_.col)] += partial_.data()[(n * ranges_ + range) * shared_size_ + c];
+          out[c * (diagonal_ ? 1 : out_.col)] += partial_.data()[(n * kRanges + range) * shared_size_ + c];
     });
   }
 
@@ -57,19 +53,23 @@ class BiasPass {
   T* out_base(int64_t b, int64_t h) const { return static_cast<T*>(out_.data) + out_.offset(b, h, 0); }
 
   void run_task(int64_t n) {
-    const int64_t range = n % ranges_, bh = n / ranges_;
+    const int64_t range = n % kRanges, bh = n / kRanges;
     const int64_t b_out = bh / heads_, h_out = bh % heads_;
     Target<T> target{out_base(b_out, h_out), out_.row, out_.col};
     if (shared_rows_) target = {partial_.data() + n * shared_size_, 0, out_.col != 0 || diagonal_ ? 1 : 0};
     for (int64_t b = batches_ == 1 ? 0 : b_out; b < (batches_ == 1 ? p_.batch : b_out + 1); ++b)
       for (int64_t h = heads_ == 1 ? 0 : h_out; h < (heads_ == 1 ? p_.num_heads : h_out + 1); ++h)
-        add(b, h, range * range_rows_, (range + 1) * range_rows_, target);
+        add(b, h, range, target);
   }
 
-  void add(int64_t b, int64_t h, int64_t row_begin, int64_t row_end, const Target<T>& target) {
+  void add(int64_t b, int64_t h, int64_t range, const Target<T>& target) {
     static thread_local GradScratch<T> scratch;
     GradTile<T> tile(p_, rows_, b, h, scratch);
     const Sequence& seq = tile.sequence();
+    // A sequence is cut by its own length: how its sums are grouped must not depend on the others.
+    const int64_t tiles = (seq.len_q + kMaskTile - 1) / kMaskTile;
+    const int64_t range_rows = (tiles + kRanges - 1) / kRanges * kMaskTile;
+    const int64_t row_begin = range * range_rows, row_end = row_begin + range_rows;
     for (int64_t j0 = 0; j0 < seq.len_k; j0 += kKeyTile) {
       const int64_t j1 = std::min(seq.len_k, j0 + kKeyTile);
       bool loaded = false;
@@ -109,7 +109,7 @@ class BiasPass {
   const RowGradients<T>& rows_;
   const Tensor& out_;
   const bool diagonal_;
-  int64_t batches_, heads_, ranges_, range_rows_, shared_size_;
+  int64_t batches_, heads_, shared_size_;
   bool shared_rows_;
   Buffer<T> partial_;
 };

@@ -6,7 +6,6 @@
 // docs/kernels/cpu.md derives the steps and the sizes.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "../parallel.h"
 #include "buffer.h"
@@ -49,9 +48,9 @@ struct SplitRows {
 
 // Depends on the threads only in how rows are grouped into tasks, which no result depends on.
 struct Plan {
-  std::vector<Tile> tiles;
-  std::vector<Task> tasks;
-  std::vector<SplitRows> split_rows;
+  Vector<Tile> tiles;
+  Vector<Task> tasks;
+  Vector<SplitRows> split_rows;
   int64_t partial_rows = 0;
 
   explicit Plan(const AttentionParams& p) {
@@ -116,20 +115,20 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
   const int64_t dim = p.head_dim_v;
   void* out = row_address_mutable<T>(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
   T* lse = p.lse.data == nullptr ? nullptr : static_cast<T*>(p.lse.data) + p.lse.offset(b, h, s.q_begin + i);
-  const bool empty = state.max == -kInfinity<T>;
-  if (!empty && all_finite(sums, round_to_lanes<T>(dim))) {
-    store_row<T>(sums, Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
-    if (lse != nullptr) *lse = state.max + std::log(state.sum);
+  const bool empty = state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i);
+  if (empty || (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim)))) {
+    store_row<T>(sums, empty ? T{0} : Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
+    if (lse != nullptr) *lse = empty ? -kInfinity<T> : state.max + std::log(state.sum);
     return;
   }
   const ExactPairs<T> pairs(p, b, h);
-  const std::vector<T> query = pairs.query(i);
+  const Vector<T> query = pairs.query(i);
   const KeyRange keys = pairs.row_keys(i);
   const bool has_sink = p.sinks != nullptr;
   const T sink = has_sink ? static_cast<const T*>(p.sinks)[h] : -kInfinity<T>;
   T max = sink;
-  std::vector<int64_t> seen;
-  std::vector<T> scores;
+  Vector<int64_t> seen;
+  Vector<T> scores;
   for (int64_t j = keys.begin; j < keys.end; ++j) {
     if (!pairs.visible(i, j)) continue;
     seen.push_back(j);
@@ -137,11 +136,11 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
     if (!(scores.back() <= max)) max = scores.back();
   }
   T sum = has_sink ? std::exp(sink - max) : T{0};
-  std::vector<T> result(dim, T{0});
+  Vector<T> result(dim, T{0});
   for (size_t n = 0; n < seen.size(); ++n) {
     const T e = std::exp(scores[n] - max);
     const T weight = e * pairs.kept(i, seen[n]);
-    const std::vector<T> value = pairs.value(seen[n]);
+    const Vector<T> value = pairs.value(seen[n]);
     sum += e;
     for (int64_t d = 0; d < dim; ++d) result[d] += weight * value[d];
   }
@@ -277,7 +276,7 @@ class TaskRunner {
 
   const AttentionParams& p_;
   const Task& task_;
-  const std::vector<Tile> tiles_;
+  const Vector<Tile> tiles_;
   const Sequence seq_;
   const Rows keys_, values_;
   const Dropout dropout_;
@@ -296,7 +295,7 @@ void combine(const AttentionParams& p, const SplitRows& rows, int64_t i, const T
   RowState<T> total;
   for (int64_t n = 0; n < rows.splits; ++n)
     total.max = std::max(total.max, partial_states[rows.partial + i + n * rows.stride].max);
-  std::vector<T> sums(width, T{0});
+  Vector<T> sums(width, T{0});
   for (int64_t n = 0; n < rows.splits; ++n) {
     const int64_t index = rows.partial + i + n * rows.stride;
     const RowState<T>& part = partial_states[index];

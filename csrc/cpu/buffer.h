@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "simd.h"
 
@@ -36,5 +38,20 @@ class Buffer {
   T* data_ = nullptr;
   int64_t size_ = 0;
 };
+
+// A std::vector whose code is this instruction set's own: std::vector<float> would be shared by all.
+template <class T>
+struct Allocator : std::allocator<T> {
+  Allocator() = default;
+  template <class U>
+  Allocator(const Allocator<U>&) {}
+  template <class U>
+  struct rebind {
+    using other = Allocator<U>;
+  };
+};
+
+template <class T>
+using Vector = std::vector<T, Allocator<T>>;
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
+#include "buffer.h"
 #include "dropout.h"
 #include "rows.h"
 #include "score.h"
@@ -19,8 +19,8 @@ T dot(const T* a, const T* b, int64_t n) {
 }
 
 template <class T>
-std::vector<T> load_vector(const void* row, DType dtype, int64_t n, double factor = 1.0) {
-  std::vector<T> x(n);
+Vector<T> load_vector(const void* row, DType dtype, int64_t n, double factor = 1.0) {
+  Vector<T> x(n);
   load_row<T>(row, dtype, n, static_cast<T>(factor), x.data());
   return x;
 }
@@ -40,16 +40,16 @@ class ExactPairs {
 
   const Sequence& sequence() const { return seq_; }
   KeyRange row_keys(int64_t i) const { return rules_.row_keys(i); }
-  std::vector<T> query(int64_t i) const { return load_vector<T>(q_(i), p_.dtype, p_.head_dim); }
-  std::vector<T> key(int64_t j) const { return load_vector<T>(k_(j), p_.dtype, p_.head_dim); }
-  std::vector<T> value(int64_t j) const { return load_vector<T>(v_(j), p_.dtype, p_.head_dim_v); }
+  Vector<T> query(int64_t i) const { return load_vector<T>(q_(i), p_.dtype, p_.head_dim); }
+  Vector<T> key(int64_t j) const { return load_vector<T>(k_(j), p_.dtype, p_.head_dim); }
+  Vector<T> value(int64_t j) const { return load_vector<T>(v_(j), p_.dtype, p_.head_dim_v); }
 
   // False where the mask, or a bias of -inf, hides key j from row i.
   bool visible(int64_t i, int64_t j) const { return rules_.visible(i, j); }
 
   // The score of a visible pair; slope, where not nullptr, gets its derivative by scale * q·k.
   T score(const T* query, int64_t i, int64_t j, T* slope = nullptr) const {
-    const std::vector<T> k = load_vector<T>(k_(j), p_.dtype, p_.head_dim, p_.scale);
+    const Vector<T> k = load_vector<T>(k_(j), p_.dtype, p_.head_dim, p_.scale);
     T lane[kLanes<T>] = {dot(query, k.data(), p_.head_dim)}, slopes[kLanes<T>] = {1};
     rules_.apply_pair(i, j, lane, slopes);
     if (slope != nullptr) *slope = slopes[0];

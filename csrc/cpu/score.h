@@ -156,6 +156,21 @@ class ScoreRules {
     return apply_pair(i, j, lane, slope) && lane[0] != -kInfinity<T>;
   }
 
+  // Whether any key is visible to row i.
+  bool sees_any(int64_t i) const {
+    constexpr int64_t kStrip = 4 * kMaskTile;
+    const KeyRange row = row_keys(i);
+    bool seen = false;
+    for (int64_t j0 = row.begin / kStrip * kStrip; j0 < row.end && !seen; j0 += kStrip)
+      for_each_run(i, i + 1, j0, j0 + kStrip, [&](const Run& run) {
+        T s[kStrip] = {}, slope[kStrip];
+        const int64_t n = run.end - run.begin, padded = round_to_lanes<T>(n);
+        apply(run, i, run.begin, n, padded, s, slope);
+        for (int64_t c = 0; c < n; ++c) seen |= s[c] != -kInfinity<T>;
+      });
+    return seen;
+  }
+
   // Index into the diagonals of the pair (i, j).
   int64_t diagonal_of(int64_t i, int64_t j) const {
     return j - i - (p_.diag_bottom_right ? seq_.offset() : 0) - p_.diag_lo;

@@ -2,8 +2,6 @@
 // scores' gradient dS = P * (dP - delta), with P = exp(S - lse) recomputed and dP = dO V^T.
 #pragma once
 
-#include <vector>
-
 #include "buffer.h"
 #include "dropout.h"
 #include "exact.h"

@@ -19,11 +19,11 @@
 #include <emmintrin.h>
 #endif
 
+#include "../params.h"
+
 #ifndef FASTATTN_ISA
 #define FASTATTN_ISA generic
 #endif
-
-#define FASTATTN_INLINE inline __attribute__((always_inline))
 
 namespace fastattn::FASTATTN_ISA {
 
