@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 PURE_PYTHON = (
     "or set FASTATTN_NATIVE=0 to install the pure-Python part, which uses PyTorch's own attention kernels."
 )
-GB_PER_JOB = 1.5  # the largest translation unit's need, with room to spare
+GB_PER_JOB = 1.0  # the largest translation unit takes 0.4
 
 
 def find_compiler() -> str:
