@@ -1,6 +1,11 @@
 """fastattn: one attention call for PyTorch, exact and fast."""
 
-from fastattn import biases, mask_ops, masks, ops  # the last registers ops
+from fastattn import (
+    biases,
+    mask_ops,  # noqa: F401  (registers its op, which saved programs name)
+    masks,
+    ops,  # noqa: F401  (likewise)
+)
 from fastattn._version import __version__
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation

@@ -138,7 +138,8 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
     # the last key. With offset = len_k - len_q they are 1 - len_k and len_q - 1, and longest where the
     # lengths are.
     lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
-    diagonals = bias.diagonals(call.num_heads(), lo, hi)
+    # Without queries and keys there is no position, but a tensor of one does no harm.
+    diagonals = bias.diagonals(call.num_heads(), lo, max(lo, hi))
     if diagonals.dim() == 2:
         diagonals = diagonals[None]
     tensors["diag"] = diagonals.to(accumulate_dtype(call.q.dtype)).contiguous()

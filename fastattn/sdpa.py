@@ -23,6 +23,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """PyTorch's call of the same name: signature, shapes and meaning.
 
@@ -39,6 +41,7 @@ def scaled_dot_product_attention(
         is_causal: top-left aligned where L and S differ.
         scale: 1 / sqrt(E) where None.
         enable_gqa: let Hq be a multiple of H; without it the head counts must be equal or 1.
+        backend: force one of fastattn.dispatch.BACKENDS; None chooses. Not in PyTorch's signature.
     Returns:
         [..., Hq, L, Ev] in query's dtype; rows that see no key are 0.
     Raises:
@@ -58,9 +61,10 @@ def scaled_dot_product_attention(
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
+            backend=backend,
         )
     _check(query, key, value, attn_mask, is_causal)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "backend": backend}
     if is_causal:
         options["mask"] = causal(align="top_left")
     elif causal_bias:
