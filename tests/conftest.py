@@ -16,7 +16,8 @@ def pytest_report_header() -> str:
         return "fastattn: no native core"
     from fastattn import _C
 
-    return f"fastattn {fastattn.__version__}: {_C.info()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{_C.info()}, {torch.get_num_threads()} threads"
+    return f"fastattn {fastattn.__version__}: {machine}, torch {torch.__version__}"
 
 
 @pytest.fixture

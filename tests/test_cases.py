@@ -37,7 +37,9 @@ def refusal(backend: str, inputs: Inputs, lse: bool) -> str | None:
     """The backend's own reason not to run the case."""
     inputs = inputs.requiring_grad() if inputs.case.grads else inputs
     (q, k, v, *fixed), options = inputs.arguments()
-    names = {"attention": (), "varlen": ("cu_seqlens_q", "cu_seqlens_k"), "decode": ("lengths",)}[inputs.case.op]
+    names = {"attention": (), "varlen": ("cu_seqlens_q", "cu_seqlens_k"), "decode": ("lengths",)}[
+        inputs.case.op
+    ]
     options |= dict(zip(names, fixed, strict=True))
     return fastattn.explain(q, k, v, **options, return_lse=lse).reasons[backend]
 
@@ -46,7 +48,7 @@ def check_case(case: Case, backend: str, lse: bool = True) -> None:
     inputs, expected = prepared(case, lse)
     with poisoned_memory():
         got = run(fastattn, inputs, lse=lse, backend=backend)
-    check_all(got, expected.ref64, expected.native)
+    check_all(got, expected.ref64, expected.native, case.dtype)
     assert got["out"].dtype == case.dtype
     assert not lse or got["lse"].dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
     for name, leaf in inputs.leaves.items():
@@ -55,7 +57,9 @@ def check_case(case: Case, backend: str, lse: bool = True) -> None:
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * c.slow) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * c.slow) for c in CASES]
+)
 def test_case(case: Case, backend: str):
     inputs = make_inputs(case)
     # PyTorch's own attention returns no lse, and its results are compared without.
@@ -97,7 +101,9 @@ def test_out_has_the_stride_order_of_q(layout: str):
     assert sorted(range(4), key=out.stride, reverse=True) == order
 
 
-@pytest.mark.parametrize("name", ["many-tiles", "many-tiles-bfloat16", "all-block", "bias-full", "primes-float64"])
+@pytest.mark.parametrize(
+    "name", ["many-tiles", "many-tiles-bfloat16", "all-block", "bias-full", "primes-float64"]
+)
 def test_without_gradient_or_lse_the_numbers_are_the_same(name: str):
     """The three routes to the kernels end in the same arithmetic."""
     inputs = make_inputs(BY_NAME[name])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import masks
 from fastattn.biases import ALiBi, RelativePosition
+from fastattn.spec import accumulate_dtype
 from fastattn.testing.case import BiasCase, Case
 
 MaskFactory = Callable[[Case, torch.Generator], Any]
@@ -102,14 +103,15 @@ def tensor_bias(
 
 def alibi(per_batch: bool = False, **options: Any) -> BiasCase:
     def make(case: Case, generator: torch.Generator) -> Tensor:
-        return torch.rand(*([case.batch] if per_batch else []), case.heads, generator=generator) * 0.3
+        sizes = [case.batch, case.heads] if per_batch else [case.heads]
+        return torch.rand(sizes, generator=generator, dtype=accumulate_dtype(case.dtype)) * 0.3
 
     return BiasCase("slopes", make, lambda leaf: ALiBi(leaf, **options))
 
 
 def relative(buckets: int = 8, **options: Any) -> BiasCase:
     def make(case: Case, generator: torch.Generator) -> Tensor:
-        return torch.randn(buckets, case.heads, generator=generator)
+        return torch.randn(buckets, case.heads, generator=generator, dtype=accumulate_dtype(case.dtype))
 
     return BiasCase("table", make, lambda leaf: RelativePosition(leaf, **options))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.spec import accumulate_dtype
 from fastattn.testing.case import LAYOUTS, Case
 
 GUARD = 16  # elements around a sliced tensor, and beyond the end of a padded row
@@ -125,7 +126,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     if case.bias is not None:
         leaves[case.bias.leaf] = case.bias.make(case, generator)
     if case.sinks:
-        leaves["sinks"] = torch.randn(case.heads, generator=generator)
+        leaves["sinks"] = torch.randn(case.heads, generator=generator, dtype=accumulate_dtype(case.dtype))
     options: dict[str, Any] = {}
     fixed: tuple[Tensor, ...] = ()
     if case.op == "varlen":
