@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         unused = (None, None, None)
         if dout is None and dlse is None:
             return (None,) * (3 + DIFFERENTIABLE) + unused
@@ -160,5 +160,5 @@ class _AttentionBackward(torch.autograd.Function):
         return kernels.backward(q, k, v, out, lse, dout, dlse, Operands(*fields), params, needs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise NotImplementedError(DOUBLE_BACKWARD)

@@ -77,7 +77,7 @@ def reasons(spec: AttentionSpec) -> dict[str, str | None]:
 
 # os.environ.get costs 0.8 us for its encoding and its KeyError; the mapping beneath it costs 0.05 us.
 _environment: Any = getattr(os.environ, "_data", os.environ)
-_key: Any = os.environ.encodekey(VARIABLE) if _environment is not os.environ else VARIABLE  # type: ignore[attr-defined]
+_key: Any = os.environ.encodekey(VARIABLE) if _environment is not os.environ else VARIABLE
 
 
 def forced_by_environment() -> str | None:

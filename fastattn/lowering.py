@@ -139,8 +139,8 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
     # lengths are.
     lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
     # Without queries and keys there is no position, but a tensor of one does no harm.
-    diagonals = bias.diagonals(call.num_heads(), lo, max(lo, hi))
-    if diagonals.dim() == 2:
-        diagonals = diagonals[None]
-    tensors["diag"] = diagonals.to(accumulate_dtype(call.q.dtype)).contiguous()
+    relative = torch.arange(lo, max(lo, hi) + 1, device=call.q.device)
+    dtype = accumulate_dtype(call.q.dtype)
+    diagonals = bias.values(relative, torch.promote_types(dtype, bias.parameter.dtype))
+    tensors["diag"] = diagonals.to(dtype).contiguous()
     return lo, bottom_right

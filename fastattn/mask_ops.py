@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.block_mask import TILE, BlockMask
+from fastattn.lowering import BLOCK_FIELDS
 from fastattn.masks import Mask, MaskShape
 from fastattn.masks.base import _rebuild
 from fastattn.masks.built import BuiltMask
@@ -50,7 +51,8 @@ def block_lists(mask: Mask, shape: MaskShape, device: torch.device) -> BlockMask
         shape.seqlens_k,
         device,
     )
-    return BlockMask(*lists, shape.seqlen_q, shape.seqlen_k)
+    named = dict(zip(BLOCK_FIELDS, lists, strict=True))
+    return BlockMask(seqlen_q=shape.seqlen_q, seqlen_k=shape.seqlen_k, **named)
 
 
 def _encode(value: Any, tensors: list[Tensor], ints: list[int]) -> str:
@@ -111,8 +113,7 @@ def _real(text: str, tensors: list[Tensor], ints: list[int], *rest: Any) -> tupl
 
 
 def _fields(block: BlockMask) -> tuple[Tensor, ...]:
-    rows = block.row_ptr, block.row_tiles, block.row_bits
-    return *rows, block.col_ptr, block.col_tiles, block.col_bits, block.bits
+    return tuple(getattr(block, name) for name in BLOCK_FIELDS)
 
 
 def _fake(text: str, tensors: list[Tensor], ints: list[int], *rest: Any) -> tuple[Tensor, ...]:
@@ -124,7 +125,7 @@ def _fake(text: str, tensors: list[Tensor], ints: list[int], *rest: Any) -> tupl
     context = torch.library.get_ctx()
     tiles, bits = context.new_dynamic_size(), context.new_dynamic_size()
 
-    def lists(*size: int) -> Tensor:
+    def lists(*size: Any) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
 
     rows = (shape.seqlen_q + TILE - 1) // TILE

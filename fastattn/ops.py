@@ -59,9 +59,10 @@ def _flat(params: Params) -> tuple[Any, ...]:
 
 
 def _params(flat: Sequence[Any]) -> Params:
-    band = tuple(flat[3:7])
-    unbounded = all(bound is None for bound in band)
-    return Params(*flat[:3], None if unbounded else band, *flat[7:])  # type: ignore[arg-type]
+    scale, softcap, dropout_p, *rest = flat
+    band = (rest[0], rest[1], rest[2], rest[3])
+    is_bounded = any(bound is not None for bound in band)
+    return Params(scale, softcap, dropout_p, band if is_bounded else None, *rest[4:])
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,9 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         "dropout_seed": call.dropout_seed,
         "return_lse": True,
     }
-    if call.op == "varlen":
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         out, lse = reference.varlen_attention(q, k, v, call.cu_seqlens_q, call.cu_seqlens_k, **options)
-    elif call.op == "decode":
+    elif call.lengths is not None:
         out, lse = reference.decode_attention(q, k, v, call.lengths, block_table=call.block_table, **options)
     else:
         out, lse = reference.attention(q, k, v, **options)

@@ -7,13 +7,16 @@ key or value reach the rows that mask it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn.call import Call
-from fastattn.spec import AttentionSpec
+from fastattn.lowering import to_4d
+from fastattn.spec import AttentionSpec, needs_grad
 
 name = "torch"
 
@@ -43,16 +46,16 @@ def run(call: Call) -> tuple[Tensor, None]:
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         return out + link.masked_fill(torch.ones_like(link, dtype=torch.bool), 0), None
     attn_mask, is_causal = _mask(call)
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask,
-        is_causal=is_causal,
-        scale=call.scale_value(),
-        enable_gqa=call.num_heads() != call.num_heads_kv(),
-    )
-    return out, None
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "scale": call.scale_value(),
+        "enable_gqa": call.num_heads() != call.num_heads_kv(),
+    }
+    if attn_mask is not None and attn_mask.dtype != torch.bool and needs_grad(call):
+        # The flash path's backward takes exp(s - lse), which loses log(n) beside a lse of, say, finfo.min.
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, **options), None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, **options), None
 
 
 def _mask(call: Call) -> tuple[Tensor | None, bool]:
@@ -61,14 +64,14 @@ def _mask(call: Call) -> tuple[Tensor | None, bool]:
     device = call.q.device
     bias: Tensor | None = None
     if isinstance(call.bias, Tensor):
-        bias = call.bias
+        bias = to_4d(call.bias)
     elif call.bias is not None:
         bias = call.bias.to_dense(shape, device, torch.promote_types(call.q.dtype, torch.float32))
     if call.mask is None:
         return (bias, False) if bias is None else (bias.to(_bias_dtype(call)), False)
     if bias is None and _is_plain_causal(call):
         return None, True
-    mask = call.mask if isinstance(call.mask, Tensor) else call.mask.to_dense(shape, device)
+    mask = to_4d(call.mask) if isinstance(call.mask, Tensor) else call.mask.to_dense(shape, device)
     if bias is None:
         return mask, False
     return torch.where(mask, bias, -math.inf).to(_bias_dtype(call)), False
