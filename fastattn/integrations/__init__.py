@@ -1,0 +1,1 @@
+"""fastattn inside other libraries' models; each module imports the library that it is named after."""

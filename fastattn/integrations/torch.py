@@ -1,0 +1,197 @@
+"""`override_sdpa`: any model's `F.scaled_dot_product_attention` becomes fastattn's, for a block of code."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastattn import dispatch
+from fastattn.backends import cpu
+from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.spec import FLOAT_DTYPES, AttentionSpec, dtype_name
+
+_torch_sdpa = F.scaled_dot_product_attention
+_torch_mha = F.multi_head_attention_forward
+
+_warned: set[str] = set()  # reasons that were mentioned
+
+
+class override_sdpa(TorchFunctionMode):
+    """Inside this context manager `F.scaled_dot_product_attention` is `fastattn.scaled_dot_product_attention`.
+
+    >>> q = torch.randn(1, 2, 3, 4)
+    >>> want = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    >>> with override_sdpa():
+    ...     got = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    >>> torch.allclose(got, want, atol=1e-6)
+    True
+
+    It holds for the thread that enters it, under whatever name a model imported the function, and leaves no
+    trace afterwards. It nests (the innermost counts), and one object can be entered again and from several
+    threads. Gradients belong to the forward call: backward may run outside, except under activation
+    checkpointing, whose recomputation is a forward call. `nn.MultiheadAttention(need_weights=False)` and the
+    encoder layers above it are reached, in eval mode too. Under torch.compile it holds when entered around
+    the compiled call, which is then compiled once more.
+
+    Not reached: TorchScript, C++ and `torch.ops.aten` callers; models that do not call the function, among
+    them `nn.MultiheadAttention` with `need_weights=True`.
+
+    A call that no kernel of fastattn takes (a device or dtype without one, nested tensors, tensor subclasses
+    with a behaviour of their own) goes to PyTorch's own function, with one warning per reason. Wrong
+    arguments raise as in `fastattn.scaled_dot_product_attention`. A mode costs about 1 us per torch call of
+    any kind in its block.
+
+    Args:
+        backend: force one of fastattn.dispatch.BACKENDS; what it does not take then raises. None chooses.
+    Raises:
+        ValueError, TypeError: `backend` names no backend.
+    """
+
+    def __init__(self, backend: str | None = None) -> None:
+        super().__init__()
+        dispatch.forced_backend(backend)
+        self.backend = backend
+        self._sdpa, self._mha = _functions(backend)
+
+    def __repr__(self) -> str:
+        return f"override_sdpa(backend={self.backend!r})"
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _torch_sdpa:
+            return self._sdpa(*args, **(kwargs or {}))
+        # PyTorch runs what follows with this mode off, so the call inside this one function would escape.
+        if func is _torch_mha and not any(_has_own_behaviour(kind) for kind in types):
+            return self._mha(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+@functools.cache
+def _functions(backend: str | None) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """Stand-ins for F.scaled_dot_product_attention and F.multi_head_attention_forward."""
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        forced = backend is not None or dispatch.forced_by_environment() is not None
+        reason = None if forced else _why_not(query, key, value, *args, **kwargs)
+        if reason is None:
+            return scaled_dot_product_attention(query, key, value, *args, backend=backend, **kwargs)
+        _warn_once(reason)
+        return _torch_sdpa(query, key, value, *args, **kwargs)
+
+    # The same code reading other globals: nothing shared is patched, so other threads see no change. These
+    # live in a module because torch.compile finds a function's globals by its module's name.
+    module = types.ModuleType(
+        f"{__name__}._functional_{backend}", "torch.nn.functional with another attention."
+    )
+    module.__dict__.update(
+        {name: value for name, value in _torch_mha.__globals__.items() if not name.startswith("__")},
+        __builtins__=_torch_mha.__globals__["__builtins__"],
+        scaled_dot_product_attention=sdpa,
+        has_torch_function=_never,
+    )
+    sys.modules[module.__name__] = module
+    mha = types.FunctionType(
+        _torch_mha.__code__, module.__dict__, _torch_mha.__name__, _torch_mha.__defaults__
+    )
+    mha.__kwdefaults__ = _torch_mha.__kwdefaults__
+    return sdpa, mha
+
+
+def _never(tensors: Any) -> bool:
+    return False
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"override_sdpa leaves a call to PyTorch's scaled_dot_product_attention: {reason}. "
+            "This is said once for each reason.",
+            stacklevel=4,
+        )
+
+
+def _why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str | None:
+    """Why no kernel of fastattn takes a call; None where one does, or where the call is wrong anyway."""
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_nested:
+            return f"{name} is a nested tensor (fastattn.varlen_attention takes packed sequences)"
+        if tensor.layout != torch.strided:
+            return f"{name} has layout {tensor.layout}"
+        if _has_own_behaviour(type(tensor)):
+            return f"{name} is a {type(tensor).__name__}, which has a behaviour of its own"
+    if not isinstance(query, Tensor) or query.dim() < 2:
+        return None
+    if query.dtype not in FLOAT_DTYPES:
+        return f"query has dtype {dtype_name(query.dtype)}"
+    if query.is_cpu and cpu.available():
+        return None
+    return _missing_kernels(query, key, value, dropout_p)
+
+
+def _has_own_behaviour(kind: type) -> bool:
+    """Whether a tensor type does more with functions or ops than Tensor's own rules say."""
+    if kind is Tensor or kind.__module__ in _KNOWN_SUBCLASSES:
+        return False
+    function: Any = kind.__torch_function__  # type: ignore[attr-defined]
+    is_default = function is torch._C._disabled_torch_function_impl or (
+        getattr(function, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    )
+    return not is_default or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+
+
+# Causal biases, which our function reads; parameters and buffers; fake tensors, which our ops know.
+_KNOWN_SUBCLASSES = frozenset(
+    {
+        "torch.nn.attention.bias",
+        "torch.nn.parameter",
+        "torch._subclasses.fake_tensor",
+        "torch._subclasses.functional_tensor",
+    }
+)
+
+
+def _missing_kernels(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> str | None:
+    """None where a backend with kernels of its own takes the call, else each one's reason."""
+    heads, heads_kv = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key))
+    spec = AttentionSpec(
+        op="attention",
+        batch=1,
+        num_heads=heads,
+        num_heads_kv=heads_kv,
+        seqlen_q=query.shape[-2],
+        seqlen_k=key.shape[-2],
+        head_dim=query.shape[-1],
+        head_dim_v=value.shape[-1],
+        dtype=dtype_name(query.dtype),
+        device=query.device.type,
+        scale=1.0,
+        dropout_p=dropout_p,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)),
+    )
+    reasons = dispatch.reasons(spec)
+    own = {name: reason for name, reason in reasons.items() if name not in ("torch", "reference")}
+    if any(reason is None for reason in own.values()):
+        return None
+    return f"no kernel for {query.device.type} ({'; '.join(f'{n}: {r}' for n, r in own.items())})"
