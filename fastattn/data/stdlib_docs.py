@@ -1,7 +1,7 @@
 """English prose from the Python standard library: docstrings of its modules and the `pydoc` topics.
 
-Docstrings are read from source with `ast`, so no module is imported and nothing is run. The text depends on the
-Python version alone, and its order is fixed, so that two runs on one machine see the same characters.
+Docstrings are read from source with `ast`, so no module is imported and nothing is run. The text depends on
+the Python version alone, and its order is fixed, so that two runs on one machine see the same characters.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class StdlibDocs:
     def describe(self) -> str:
         """One line for people: what was found, and where."""
         return (
-            f"{len(self.text):,} characters: {self.num_topics} pydoc topics and {self.num_docstrings:,} docstrings "
-            f"of {self.num_modules} modules in {self.folder}"
+            f"{len(self.text):,} characters: {self.num_topics} pydoc topics and {self.num_docstrings:,} "
+            f"docstrings of {self.num_modules} modules in {self.folder}"
         )
 
 
@@ -70,15 +70,15 @@ def load_stdlib_docs(folder: str | Path | None = None) -> StdlibDocs:
     docstrings = list(dict.fromkeys(docstrings))  # inherited and copied ones would be learnt by heart
     if not topics and not docstrings:
         raise FileNotFoundError(
-            f"no documentation found in {folder}: this Python comes without its library's source. Install the full "
-            "standard library (Debian: apt-get install libpython3-stdlib; elsewhere: python.org or uv's Python)"
+            f"no documentation found in {folder}: this Python comes without the source of its library. Install "
+            "the full standard library (on Debian: apt-get install libpython3-stdlib), or another Python"
         )
     text = "".join(f"{piece}\n\n" for piece in [*topics, *docstrings])
     return StdlibDocs(text, len(topics), len(docstrings), num_modules, folder)
 
 
 def _pydoc_topics(folder: Path) -> list[str]:
-    """The strings of `pydoc_data/topics.py` in the order of their names, read as data rather than imported."""
+    """The strings of `pydoc_data/topics.py` in the order of their names, read as data not imported."""
     tree = _parse(folder / "pydoc_data" / "topics.py")
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):

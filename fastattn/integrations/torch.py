@@ -26,7 +26,7 @@ _warned: set[str] = set()  # reasons that were mentioned
 
 
 class override_sdpa(TorchFunctionMode):
-    """Inside this context manager `F.scaled_dot_product_attention` is `fastattn.scaled_dot_product_attention`.
+    """Inside this context `F.scaled_dot_product_attention` is `fastattn.scaled_dot_product_attention`.
 
     >>> q = torch.randn(1, 2, 3, 4)
     >>> want = F.scaled_dot_product_attention(q, q, q, is_causal=True)
