@@ -61,6 +61,7 @@ class ExactGradients {
         pairs_(p, b, h),
         douts_(p, p.dout, b, h, pairs_.sequence().q_begin),
         lse_(rows.lse(b, h)),
+        residual_(rows.residual(b, h)),
         delta_(rows.delta(b, h)) {}
 
   const ExactPairs<T>& pairs() const { return pairs_; }
@@ -68,7 +69,7 @@ class ExactGradients {
 
   PairGradient<T> operator()(const T* query, const T* dout, int64_t i, int64_t j) const {
     T slope;
-    const T e = std::exp(pairs_.score(query, i, j, &slope) - lse_[i]);
+    const T e = std::exp((pairs_.score(query, i, j, &slope) - lse_[i]) - residual_[i]);
     const T kept = pairs_.kept(i, j);
     const T dp = dot(dout, pairs_.value(j).data(), p_.head_dim_v);
     return {e * kept, e * (dp * kept - delta_[i]) * slope};
@@ -78,7 +79,7 @@ class ExactGradients {
   const AttentionBackwardParams& p_;
   const ExactPairs<T> pairs_;
   const Rows douts_;
-  const T *lse_, *delta_;
+  const T *lse_, *residual_, *delta_;
 };
 
 template <class T>
@@ -323,7 +324,7 @@ void sink_gradients(const AttentionBackwardParams& p, const RowGradients<T>& row
     for (int64_t b = 0; b < p.batch; ++b) {
       const Sequence s = sequence_of(p, b);
       for (int64_t i = 0; i < s.len_q; ++i) {
-        const T weight = std::exp(sink - rows.lse(b, h)[i]);
+        const T weight = std::exp((sink - rows.lse(b, h)[i]) - rows.residual(b, h)[i]);
         if (weight != T{0}) sum -= weight * rows.delta(b, h)[i];
       }
     }
@@ -341,10 +342,37 @@ void run_backward(const AttentionBackwardParams& p) {
 
 }  // namespace
 
+// log(sum exp(s - lse)) over the keys (and sink) of row i.
+template <class T>
+T lse_residual(const AttentionParams& p, int64_t b, int64_t h, int64_t i, T lse) {
+  constexpr int64_t kStrip = 256;
+  const Sequence seq = sequence_of(p, b);
+  const ScoreRules<T> rules(p, b, h, seq);
+  const Rows keys = Rows::of_keys(p, p.k, b, h / (p.num_heads / p.num_heads_kv), seq);
+  const Vector<T> query = load_vector<T>(Rows(p, p.q, b, h, seq.q_begin)(i), p.dtype, p.head_dim);
+  T sum = p.sinks == nullptr ? T{0} : std::exp(static_cast<const T*>(p.sinks)[h] - lse);
+  for (int64_t j0 = 0; j0 < seq.len_k; j0 += kStrip)
+    rules.for_each_run(i, i + 1, j0, j0 + kStrip, [&](const Run& run) {
+      T s[kStrip];
+      const int64_t n = run.end - run.begin, padded = round_to_lanes<T>(n);
+      dot_rows<T>(
+          query.data(), [&](int64_t c) { return keys(run.begin + c); }, p.dtype, n, p.head_dim,
+          static_cast<T>(p.scale), s);
+      rules.apply(run, i, run.begin, n, padded, s, nullptr);
+      Vec<T> total{};
+      for (int64_t c = 0; c < padded; c += kLanes<T>) total += vexp<T>(load(s + c) - lse);
+      sum += reduce_add<T>(total);
+    });
+  return std::log(sum);
+}
+
 template <class T>
 RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
+  // Below this magnitude the rounding of lse is below that of the scores themselves.
+  constexpr T kLargeLse = static_cast<T>(1024);
   rows_ = p.cu_seqlens_q != nullptr ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q;
   lse_.ensure(p.num_heads * rows_);
+  residual_.ensure(p.num_heads * rows_);
   delta_.ensure(p.num_heads * rows_);
   parallel_tasks(p.num_threads, p.batch * p.num_heads, [&](int, int64_t n) {
     const int64_t b = n / p.num_heads, h = n % p.num_heads;
@@ -360,7 +388,9 @@ RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
       if (p.dlse.data != nullptr)
         delta -= static_cast<const T*>(p.dlse.data)[p.dlse.offset(b, h, s.q_begin + i)];
       const T lse = static_cast<const T*>(p.lse.data)[p.lse.offset(b, h, s.q_begin + i)];
+      const bool large = std::abs(lse) >= kLargeLse && std::abs(lse) < kInfinity<T>;
       lse_.data()[index(b, h) + i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+      residual_.data()[index(b, h) + i] = large ? lse_residual<T>(p, b, h, i, lse) : T{0};
       delta_.data()[index(b, h) + i] = delta;
     }
   });

@@ -15,16 +15,16 @@ namespace {
 
 constexpr int64_t kRanges = 8;
 
-template <class T>
+template <class Sum>
 struct Target {
-  T* data;
+  Sum* data;
   int64_t row, col;  // strides; row is 0 where rows share elements
 };
 
 template <class T>
 class BiasPass {
  public:
-  // `out` is dbias or ddiag; elements_shared: whether different rows add to the same elements.
+  // `out` is dbias or ddiag.
   BiasPass(const AttentionBackwardParams& p, const RowGradients<T>& rows, const Tensor& out, bool diagonal)
       : p_(p), rows_(rows), out_(out), diagonal_(diagonal) {
     batches_ = out.batch == 0 ? 1 : p.batch;
@@ -37,15 +37,18 @@ class BiasPass {
     const int64_t tasks = batches_ * heads_ * kRanges;
     if (shared_rows_) {
       partial_.ensure(tasks * shared_size_);
-      std::fill(partial_.data(), partial_.data() + tasks * shared_size_, T{0});
+      std::fill(partial_.data(), partial_.data() + tasks * shared_size_, 0.0);
     }
     parallel_tasks(p_.num_threads, tasks, [&](int, int64_t n) { run_task(n); });
     if (!shared_rows_) return;
     parallel_tasks(p_.num_threads, batches_ * heads_, [&](int, int64_t n) {
       T* out = out_base(n / heads_, n % heads_);
-      for (int64_t range = 0; range < kRanges; ++range)
-        for (int64_t c = 0; c < shared_size_; ++c)
-          out[c * (diagonal_ ? 1 : out_.col)] += partial_.data()[(n * kRanges + range) * shared_size_ + c];
+      for (int64_t c = 0; c < shared_size_; ++c) {
+        double sum = 0;
+        for (int64_t range = 0; range < kRanges; ++range)
+          sum += partial_.data()[(n * kRanges + range) * shared_size_ + c];
+        out[c * (diagonal_ ? 1 : out_.col)] = static_cast<T>(sum);
+      }
     });
   }
 
@@ -55,14 +58,19 @@ class BiasPass {
   void run_task(int64_t n) {
     const int64_t range = n % kRanges, bh = n / kRanges;
     const int64_t b_out = bh / heads_, h_out = bh % heads_;
-    Target<T> target{out_base(b_out, h_out), out_.row, out_.col};
-    if (shared_rows_) target = {partial_.data() + n * shared_size_, 0, out_.col != 0 || diagonal_ ? 1 : 0};
+    const Target<T> own{out_base(b_out, h_out), out_.row, out_.col};
+    const Target<double> shared{partial_.data() + n * shared_size_, 0, out_.col != 0 || diagonal_ ? 1 : 0};
     for (int64_t b = batches_ == 1 ? 0 : b_out; b < (batches_ == 1 ? p_.batch : b_out + 1); ++b)
-      for (int64_t h = heads_ == 1 ? 0 : h_out; h < (heads_ == 1 ? p_.num_heads : h_out + 1); ++h)
-        add(b, h, range, target);
+      for (int64_t h = heads_ == 1 ? 0 : h_out; h < (heads_ == 1 ? p_.num_heads : h_out + 1); ++h) {
+        if (shared_rows_)
+          add(b, h, range, shared);
+        else
+          add(b, h, range, own);
+      }
   }
 
-  void add(int64_t b, int64_t h, int64_t range, const Target<T>& target) {
+  template <class Sum>
+  void add(int64_t b, int64_t h, int64_t range, const Target<Sum>& target) {
     static thread_local GradScratch<T> scratch;
     GradTile<T> tile(p_, rows_, b, h, scratch);
     const Sequence& seq = tile.sequence();
@@ -93,15 +101,16 @@ class BiasPass {
   }
 
   // Masked pairs have dS = 0, unless an operand is not finite: then they are left out by what they are.
+  template <class Sum>
   void add_row(const GradTile<T>& tile, int64_t i, int64_t j0, const KeyRange& columns, const T* ds,
-               const Target<T>& target) {
+               const Target<Sum>& target) {
     const Sequence& seq = tile.sequence();
     const int64_t end = std::min(columns.end, seq.len_k - j0);
     const int64_t first = diagonal_ ? tile.rules().diagonal_of(i, j0) : i * target.row + j0 * target.col;
-    T* out = target.data + first;
+    Sum* out = target.data + first;
     for (int64_t c = columns.begin; c < end; ++c) {
       if (ds[c] == T{0} || (!(ds[c] - ds[c] == T{0}) && !tile.rules().visible(i, j0 + c))) continue;
-      out[c * target.col] += ds[c];
+      out[c * target.col] += static_cast<Sum>(ds[c]);
     }
   }
 
@@ -111,7 +120,8 @@ class BiasPass {
   const bool diagonal_;
   int64_t batches_, heads_, shared_size_;
   bool shared_rows_;
-  Buffer<T> partial_;
+  Buffer<double>
+      partial_;  // sums of many rows: thousands of terms in one order, more than float32 has bits for
 };
 
 }  // namespace

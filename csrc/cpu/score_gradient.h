@@ -14,14 +14,17 @@ constexpr int64_t kKeyTile =
     kMaskTile;  // keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128
 constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
 
-// Per query row of the whole call: lse (made +inf for an empty row, so that P = exp(S - lse) = 0) and
-// delta = dO·O - dlse, by [head][row].
+// Per query row of the whole call, by [head][row]: lse (made +inf for an empty row, so that P = exp(S - lse)
+// = 0), delta = dO·O - dlse, and residual = log(sum exp(S - lse)), which is 0 but for what rounding took from
+// lse. Where lse is large, as in a row biased by the most negative float, that can be all of log(number of
+// keys), and P must be exp((S - lse) - residual).
 template <class T>
 class RowGradients {
  public:
   explicit RowGradients(const AttentionBackwardParams& p);
 
   const T* lse(int64_t b, int64_t h) const { return lse_.data() + index(b, h); }
+  const T* residual(int64_t b, int64_t h) const { return residual_.data() + index(b, h); }
   const T* delta(int64_t b, int64_t h) const { return delta_.data() + index(b, h); }
 
  private:
@@ -31,7 +34,7 @@ class RowGradients {
 
   const AttentionBackwardParams& p_;
   int64_t rows_;
-  Buffer<T> lse_, delta_;
+  Buffer<T> lse_, residual_, delta_;
 };
 
 // Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
@@ -55,6 +58,7 @@ class GradTile {
         dropout_(p),
         bh_(static_cast<uint32_t>(b * p.num_heads + h)),
         lse_(rows.lse(b, h)),
+        residual_(rows.residual(b, h)),
         delta_(rows.delta(b, h)) {
     const int64_t width = std::max(round_to_lanes<T>(p.head_dim), round_to_lanes<T>(p.head_dim_v));
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
@@ -128,9 +132,9 @@ class GradTile {
         std::fill(kept, kept + n, dropout_.template keep_scale<T>());
         dropout_.drop(bh_, i + r, j0_ + range.begin, keys, kept);
       }
-      const T lse = lse_[i + r], delta = delta_[i + r];
+      const T lse = lse_[i + r], residual = residual_[i + r], delta = delta_[i + r];
       for (int64_t c = 0; c < n; c += kLanes<T>) {
-        Vec<T> e = vexp<T>(load(prob + c) - lse);
+        Vec<T> e = vexp<T>((load(prob + c) - lse) - residual);
         Vec<T> d = load(ds + c);
         if (dropout_.active()) {
           const Vec<T> k = load(kept + c);
@@ -167,7 +171,7 @@ class GradTile {
   const Rows queries_, douts_, keys_, values_;
   const Dropout dropout_;
   const uint32_t bh_;
-  const T *lse_, *delta_;
+  const T *lse_, *residual_, *delta_;
   T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
   Block<T> query_block_{}, dout_block_{};
   int64_t i0_ = 0, j0_ = 0, j1_ = 0;
