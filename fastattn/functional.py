@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastattn import autograd, dispatch
@@ -18,6 +17,7 @@ from fastattn.call import Call
 from fastattn.dispatch import Explanation
 from fastattn.lowering import lower
 from fastattn.masks import Mask
+from fastattn.plain import plain_views
 from fastattn.validation import check_tensor, check_values, validate, validate_options
 
 
@@ -67,9 +67,9 @@ def attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
-    is_plain = backend is None and _is_plain(q, k, v)
+    views = plain_views(q, k, v) if backend is None else None
     if (
-        is_plain
+        views is not None
         and mask is None
         and bias is None
         and softcap is None
@@ -77,13 +77,13 @@ def attention(
         and dropout_seed is None
         and not return_lse
         and dropout_p == 0.0
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
     ):
         if scale is None:
-            return cpu.small(q, k, v, 1.0 / math.sqrt(q.shape[3]))
+            return cpu.small(q, views, 1.0 / math.sqrt(views[1][1][3]))
         if type(scale) is float and scale - scale == 0.0:  # finite
-            return cpu.small(q, k, v, scale)
-    if not is_plain and has_torch_function_variadic(q, k, v):
+            return cpu.small(q, views, scale)
+    if views is None and has_torch_function_variadic(q, k, v):
         return handle_torch_function(
             attention,
             (q, k, v),
@@ -103,46 +103,7 @@ def attention(
     call = Call(
         "attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
     )
-    return _run_plain(call) if is_plain else run(call)
-
-
-def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether eager mode on the CPU kernels, with nothing but autograd watching, runs q, k and v as they are.
-
-    False sends the call down the full path, which validates it: so nothing here needs to raise, and each
-    test may refuse more than it must. Ordered so that a tracer leaves at the first test.
-    """
-    if torch.compiler.is_compiling() or not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
-        return False
-    dtype = q.dtype
-    if not (q.is_cpu and k.is_cpu and v.is_cpu and dtype is k.dtype and dtype is v.dtype):
-        return False
-    shape, shape_k, shape_v = q.shape, k.shape, v.shape
-    if not (len(shape) == 4 and len(shape_k) == 4 and len(shape_v) == 4):
-        return False
-    batch, heads, seqlen_q, head_dim = shape
-    batch_k, heads_kv, seqlen_k, head_dim_k = shape_k
-    batch_v, heads_v, seqlen_v, head_dim_v = shape_v
-    return (
-        batch == batch_k == batch_v
-        and head_dim == head_dim_k
-        and seqlen_k == seqlen_v
-        and heads_kv == heads_v
-        and batch * heads * heads_kv * seqlen_q * seqlen_k * head_dim * head_dim_v > 0
-        and (heads == heads_kv or heads % heads_kv == 0)
-        and q.stride(3) == 1
-        and k.stride(3) == 1
-        and v.stride(3) == 1
-        and dtype in cpu.DTYPE_CODES
-        and cpu.available()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._is_any_autocast_enabled()
-        and dispatch.forced_by_environment() is None
-    )
+    return run(call) if views is None else _run_plain(call)
 
 
 def varlen_attention(

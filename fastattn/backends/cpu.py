@@ -25,6 +25,8 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 
 # (data pointer, shape, strides), as fastattn._C reads a tensor
 View = tuple[int, Sequence[int], Sequence[int]]
+# (dtype code, q, k, v)
+Views = tuple[int, View, View, View]
 
 
 def available() -> bool:
@@ -68,24 +70,17 @@ def dense_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def small(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """out of a dense call without options or gradient; the caller vouches for shapes and strides."""
-    shape, shape_v = q.shape, v.shape
-    if shape_v[3] == shape[3] and q.is_contiguous():
+def small(q: Tensor, views: Views, scale: float) -> Tensor:
+    """out of a dense call without options or gradient, of which `views` says everything but the scale."""
+    code, view_q, view_k, view_v = views
+    _, shape, strides = view_q
+    if view_v[1][3] == shape[3] and q.is_contiguous():
         out = torch.empty_like(q)
+        view_out = (out.data_ptr(), shape, strides)
     else:
-        out = output_like(q, shape_v[3])
-    _C.attention_fwd(
-        DTYPE_CODES[q.dtype],
-        (q.data_ptr(), shape, q.stride()),
-        (k.data_ptr(), k.shape, k.stride()),
-        (v.data_ptr(), shape_v, v.stride()),
-        (out.data_ptr(), out.shape, out.stride()),
-        None,
-        scale,
-        torch.get_num_threads(),
-        None,
-    )
+        out = output_like(q, view_v[1][3])
+        view_out = (out.data_ptr(), out.shape, out.stride())
+    _C.attention_fwd(code, view_q, view_k, view_v, view_out, None, scale, torch.get_num_threads(), None)
     return out
 
 

@@ -1,0 +1,60 @@
+"""Recognising the plainest of calls, so that a tiny one costs little more than PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn.backends import cpu
+from fastattn.dispatch import forced_by_environment
+
+# Bound once: each lookup through a module costs as much as the call itself.
+_is_compiling = torch.compiler.is_compiling
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_trace = torch._C._get_tracing_state
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
+    """What the CPU kernels need to know of q, k and v where eager mode runs them as they are, else None.
+
+    None sends the call down the full path, which validates it: so nothing here needs to raise, and each
+    test may refuse more than it must. Ordered so that a tracer leaves at the first test.
+    """
+    if _is_compiling() or not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor):
+        return None
+    dtype = q.dtype
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and dtype is k.dtype and dtype is v.dtype):
+        return None
+    shape, shape_k, shape_v = q.shape, k.shape, v.shape
+    if not (len(shape) == 4 and len(shape_k) == 4 and len(shape_v) == 4):
+        return None
+    batch, heads, seqlen_q, head_dim = shape
+    batch_k, heads_kv, seqlen_k, head_dim_k = shape_k
+    batch_v, heads_v, seqlen_v, head_dim_v = shape_v
+    strides, strides_k, strides_v = q.stride(), k.stride(), v.stride()
+    if (
+        batch == batch_k == batch_v
+        and head_dim == head_dim_k
+        and seqlen_k == seqlen_v
+        and heads_kv == heads_v
+        and strides[3] == strides_k[3] == strides_v[3] == 1
+        and (batch and heads and heads_kv and seqlen_q and seqlen_k and head_dim and head_dim_v)
+        and (heads == heads_kv or heads % heads_kv == 0)
+        and not (_function_modes() or _dispatch_modes() or _transforms() or _autocast())
+        and forward_ad._current_level < 0
+        and _trace() is None
+        and forced_by_environment() is None
+        and dtype in cpu.DTYPE_CODES
+        and cpu.available()
+    ):
+        return (
+            cpu.DTYPE_CODES[dtype],
+            (q.data_ptr(), shape, strides),
+            (k.data_ptr(), shape_k, strides_k),
+            (v.data_ptr(), shape_v, strides_v),
+        )
+    return None
