@@ -81,8 +81,8 @@ sdist_and_wheel() {
     for file in CMakeLists.txt csrc/bindings.cpp csrc/params.h csrc/cpu/simd.h tests/test_build.py LICENSE Makefile; do
       grep -q "/$file\$" "$WORK/contents" || { echo "the sdist lacks $file"; return 1; }
     done &&
-    "$WORK/build/bin/python" -m zipfile -l "$WORK"/dist/*.whl | tee "$WORK/contents" | grep -q fastattn/py.typed &&
-    ! grep -E ' (tests|csrc|bench)/' "$WORK/contents" &&
+    "$WORK/build/bin/python" -m zipfile -l "$WORK"/dist/*.whl >"$WORK/contents" &&
+    grep -q '^fastattn/py.typed' "$WORK/contents" && ! grep -E '^(tests|csrc|bench)/' "$WORK/contents" &&
     "$WORK/build/bin/pip" install --no-deps "$WORK"/dist/*.whl && calls build cpu
 }
 
