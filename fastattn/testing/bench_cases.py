@@ -80,7 +80,9 @@ def dense_cases() -> list[BenchCase]:
         for length in GRID
         for dim in GRID_DIMS
     ]
-    chosen = [(length, 64) for length in GRID] + [(length, dim) for length in (128, 1024) for dim in (32, 128)]
+    chosen = [(length, 64) for length in GRID] + [
+        (length, dim) for length in (128, 1024) for dim in (32, 128)
+    ]
     cases += [
         bench_case("backward", grid_shape(length, dim), "backward", quick=dim == 64 and length < 4096)
         for length, dim in sorted(chosen)
@@ -94,7 +96,9 @@ def dense_cases() -> list[BenchCase]:
 
 def causal_cases() -> list[BenchCase]:
     mask = always(masks.causal())
-    chosen = [(length, 64) for length in GRID] + [(length, dim) for length in (512, 1024) for dim in (32, 128)]
+    chosen = [(length, 64) for length in GRID] + [
+        (length, dim) for length in (512, 1024) for dim in (32, 128)
+    ]
     cases = [
         bench_case("causal", grid_shape(length, dim), mask=mask, quick=dim == 64 and 64 < length < 4096)
         for length, dim in sorted(chosen)
@@ -174,10 +178,11 @@ def head_cases() -> list[BenchCase]:
     cache: dict[str, Any] = {"op": "decode", "seqlen_k": keys, "lengths_k": (keys,), "heads_kv": 8}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         label = str(dtype).removeprefix("torch.")
-        for heads, tag in ((8, "mha"), (32, "gqa")):
+        for heads in (8, 32):
             quick = dtype != torch.float16 and (heads == 8 or dtype == torch.bfloat16)
             shape = (1, heads, 1, 128)
-            cases.append(bench_case(f"decode {label}", shape, tag=tag, dtype=dtype, quick=quick, **cache))
+            group = f"decode {label}" + (" gqa" if heads > 8 else "")
+            cases.append(bench_case(group, shape, dtype=dtype, quick=quick, **cache))
     return cases
 
 

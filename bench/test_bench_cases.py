@@ -1,0 +1,29 @@
+"""Each quick case, ours and PyTorch's own choice, as pytest-benchmark entries.
+
+They serve to compare revisions on one machine (`--benchmark-autosave`, `--benchmark-compare`); for the
+comparison with PyTorch itself run `python -m fastattn bench`, which interleaves the two.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastattn.bench import BENCH_CASES, BenchCase
+from fastattn.bench.contenders import contenders, usable
+from fastattn.bench.work import work
+from fastattn.testing.inputs import make_inputs
+
+QUICK = [case for case in BENCH_CASES if case.quick]
+
+
+@pytest.mark.parametrize("side", ["fastattn", "sdpa"])
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_bench(benchmark, case: BenchCase, side: str):
+    inputs = make_inputs(case.case)
+    [contender] = [each for each in contenders(case, inputs) if each.name == side]
+    assert usable(contender) is not None
+    amount = work(inputs, case.timed)
+    benchmark.group = case.name
+    benchmark.extra_info |= {"shape": case.shape, "threads": torch.get_num_threads(), "flops": amount.flops}
+    benchmark(contender.call)

@@ -1,0 +1,231 @@
+"""Runs cases: checks that all contenders agree, picks PyTorch's fastest path, times it against ours."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.bench.contenders import OURS, Contender, contenders, usable
+from fastattn.bench.machine import Ceilings
+from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio
+from fastattn.bench.work import Work, work
+from fastattn.testing.bench_cases import BENCH_CASES, BenchCase
+from fastattn.testing.inputs import Inputs, make_inputs
+
+# Contenders compute in other orders: that is rounding, of this size relative to the largest result. More is a
+# mistake, and the time of a wrong answer is of no interest.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+HOPELESS = 4.0  # a PyTorch path this many times slower than the fastest is timed once and no more
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is made.
+
+    Args:
+        threads: numbers of threads; each case runs with each, both sides with the same.
+        quick: only the quick cases, with less time for each.
+        filter: a regular expression that a case's group or name must contain.
+        seconds: time for a case and a number of threads, which sets the number of rounds; None: by `quick`.
+        min_sample: seconds that a sample takes at least, by repeating short calls.
+    """
+
+    threads: tuple[int, ...] = (1, 2)
+    quick: bool = False
+    filter: str = ""
+    seconds: float | None = None
+    min_sample: float = 0.004
+    min_rounds: int = 5
+    max_rounds: int = 60
+    screening_rounds: int = 3
+
+    @property
+    def budget(self) -> float:
+        return self.seconds if self.seconds is not None else (0.6 if self.quick else 3.0)
+
+    def cases(self) -> list[BenchCase]:
+        """The chosen cases, in order.
+
+        Raises:
+            ValueError: the filter is no regular expression, or nothing is chosen.
+        """
+        try:
+            pattern = re.compile(self.filter)
+        except re.error as error:
+            raise ValueError(f"filter must be a regular expression, got {self.filter!r}: {error}") from None
+        chosen = [
+            case
+            for case in BENCH_CASES
+            if (case.quick or not self.quick) and (pattern.search(case.group) or pattern.search(case.name))
+        ]
+        if not chosen:
+            groups = ", ".join(dict.fromkeys(case.group for case in BENCH_CASES))
+            raise ValueError(f"filter must name a case of one of the groups {groups}; got {self.filter!r}")
+        return chosen
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case with one number of threads.
+
+    Args:
+        timings: by contender; those other than `fastattn` and `best` were only screened.
+        best: PyTorch's fastest path.
+        ratio: its time over ours.
+        fma_peaks: FLOP/s just before and after the case, and copy_bandwidth: bytes/s; empty and None where
+            unknown.
+        difference: the largest difference of results between ours and `best`; None with dropout.
+    """
+
+    bench: BenchCase
+    threads: int
+    work: Work
+    timings: dict[str, Timing]
+    best: str
+    ratio: Ratio
+    fma_peaks: tuple[float, ...]
+    copy_bandwidth: float | None
+    difference: float | None
+
+    @property
+    def ours(self) -> Timing:
+        return self.timings[OURS]
+
+    @property
+    def is_slower(self) -> bool:
+        """Clearly slower than PyTorch: the ratio's whole interval is below one (by more than clocks tell)."""
+        return self.ratio.high < 0.99
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each contender, of plain values."""
+        return [self._row(name, timing) for name, timing in self.timings.items()]
+
+    def _row(self, name: str, timing: Timing) -> dict[str, Any]:
+        low, high = timing.quartiles
+        rate = self.work.flops / timing.median
+        ours = name == OURS
+        return {
+            "case": self.bench.name,
+            "group": self.bench.group,
+            "shape": self.bench.shape,
+            "timed": self.bench.timed,
+            "threads": self.threads,
+            "backend": name,
+            "ms": timing.median * 1e3,
+            "ms_quartiles": [low * 1e3, high * 1e3],
+            "rounds": len(timing.seconds),
+            "calls": timing.calls,
+            "visible_pairs": self.work.pairs,
+            "gflops": rate / 1e9,
+            "of_fma_peak": rate / max(self.fma_peaks) if self.fma_peaks else None,
+            "gbs": self.work.bytes / timing.median / 1e9 if self.work.is_memory_bound else None,
+            "fma_peaks_gflops": [peak / 1e9 for peak in self.fma_peaks],
+            "copy_gbs": None if self.copy_bandwidth is None else self.copy_bandwidth / 1e9,
+            "best_torch": self.best,
+            "ratio": self.ratio.value if ours else None,
+            "ratio_interval": [self.ratio.low, self.ratio.high] if ours else None,
+            "max_difference": self.difference if ours else None,
+        }
+
+
+def run(
+    options: Options, on_result: Callable[[Result], None] | None = None
+) -> tuple[list[Result], list[Ceilings]]:
+    """Run the chosen cases with each number of threads.
+
+    Args:
+        options: which cases, and how.
+        on_result: called with each result as it comes.
+    Returns:
+        The results, and the ceilings for each number of threads.
+    Raises:
+        ValueError: see `Options.cases`, or a number of threads below one.
+        RuntimeError: two contenders disagree about a case's result.
+    """
+    if not options.threads or min(options.threads) < 1:
+        raise ValueError(f"threads must be positive numbers, got {options.threads}")
+    results = []
+    ceilings = {threads: Ceilings(threads) for threads in options.threads}
+    for bench in options.cases():
+        inputs = make_inputs(bench.case)
+        for threads in options.threads:
+            with thread_count(threads):
+                results.append(run_case(bench, inputs, ceilings[threads], options))
+            if on_result is not None:
+                on_result(results[-1])
+    return results, list(ceilings.values())
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Inside, PyTorch and we compute with `threads` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_case(bench: BenchCase, inputs: Inputs, ceilings: Ceilings, options: Options) -> Result:
+    """Screen every contender, then time ours against PyTorch's fastest."""
+    firsts = {way: usable(way) for way in contenders(bench, inputs)}
+    ways = [way for way, first in firsts.items() if first is not None]
+    screened = screen(ways, options)
+    best = min(ways[1:], key=lambda way: screened[way.name].median)  # the timing below takes fresh samples
+    difference = None if bench.case.dropout_p else disagreement(firsts[ways[0]], firsts[best])
+    if difference is not None and not difference <= TOLERANCE[bench.case.dtype]:
+        raise RuntimeError(f"{bench.name}: {OURS} and {best.name} differ by {difference:.3g}")
+    firsts.clear()
+    pair = [ways[0], best]
+    seconds = [screened[way.name].median for way in pair]
+    calls = [calls_for(each, options.min_sample) for each in seconds]
+    a_round = sum(count * each for count, each in zip(calls, seconds, strict=True))
+    rounds = max(options.min_rounds, min(options.max_rounds, math.ceil(options.budget / a_round)))
+    fma = [ceilings.measure_fma()]
+    timed = interleave(pair, calls, rounds)
+    fma.append(ceilings.measure_fma())
+    amount = work(inputs, bench.timed)
+    return Result(
+        bench=bench,
+        threads=ceilings.threads,
+        work=amount,
+        timings=screened | {way.name: timing for way, timing in zip(pair, timed, strict=True)},
+        best=best.name,
+        ratio=ratio(timed[1], timed[0]),
+        fma_peaks=tuple(peak for peak in fma if peak is not None),
+        copy_bandwidth=ceilings.measure_copy() if amount.is_memory_bound or not ceilings.bandwidth else None,
+        difference=difference,
+    )
+
+
+def screen(ways: Sequence[Contender], options: Options) -> dict[str, Timing]:
+    """A few rounds of every contender, one sample where it is hopeless; first calls have warmed them up."""
+    firsts = []
+    for way in ways:
+        start = time.perf_counter()
+        with way.forced():
+            way.call()
+        firsts.append(time.perf_counter() - start)
+    limit = HOPELESS * min(firsts)
+    close = [(way, calls_for(first, options.min_sample)) for way, first in zip(ways, firsts, strict=True)
+             if first <= limit or way.name == OURS]  # fmt: skip
+    timings = interleave([way for way, _ in close], [calls for _, calls in close], options.screening_rounds)
+    timed = {way.name: timing for (way, _), timing in zip(close, timings, strict=True)}
+    once = {way.name: Timing((first,), 1) for way, first in zip(ways, firsts, strict=True)}
+    return once | timed
+
+
+def disagreement(one: Any, other: Any) -> float:
+    """The largest difference between two contenders' results, relative to the largest magnitude."""
+    pairs = [(one, other)] if isinstance(one, Tensor) else list(zip(one, other, strict=True))
+    differences = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
+    return max(differences) / max(float(b.double().abs().max()) for _, b in pairs)

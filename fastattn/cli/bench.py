@@ -1,0 +1,94 @@
+"""`python -m fastattn bench`: measure attention against PyTorch's on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from fastattn import bench
+from fastattn.bench.machine import describe
+from fastattn.bench.table import (
+    HEADER,
+    ceiling_lines,
+    compare_lines,
+    goal_lines,
+    machine_lines,
+    result_line,
+    summary_lines,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's options."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer cases and less time: under two minutes")
+    add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1 2, one core: 1)")
+    add("--filter", default="", metavar="REGEX", help="only cases whose group or name contains a match")
+    add("--seconds", type=float, metavar="S", help="time for a case and a number of threads")
+    add("--out", type=Path, default=Path("fastattn-bench"), metavar="DIR", help="default: %(default)s")
+    add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
+    add("--list", action="store_true", help="list the chosen cases and stop")
+
+
+def options_of(args: argparse.Namespace) -> bench.Options:
+    """The run that the arguments ask for."""
+    threads = args.threads or ([1, 2] if (os.cpu_count() or 1) > 1 else [1])
+    return bench.Options(tuple(threads), args.quick, args.filter, args.seconds)
+
+
+def measure(args: argparse.Namespace) -> bench.Report:
+    """Measure, print each row as it comes, then the summary; write bench.json.
+
+    Raises:
+        ValueError: a bad option or baseline.
+        RuntimeError: contenders disagree about a result.
+    """
+    options = options_of(args)
+    baseline = None if args.baseline is None else json.loads(args.baseline.read_text())
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    machine = describe()
+    print("\n".join([*machine_lines(machine), "", HEADER]), flush=True)
+    results, ceilings = bench.run(options, lambda result: print(result_line(result), flush=True))
+    report = bench.Report(machine, results, ceilings, dataclasses.asdict(options))
+    sections = [ceiling_lines(ceilings), summary_lines(report), goal_lines(report)]
+    if baseline is not None:
+        sections.append(compare_lines(report, baseline))
+    for lines in sections:
+        print("\n".join(["", *lines]))
+    report.write_json(args.out / "bench.json")
+    print(f"\nin {time.perf_counter() - start:.0f} s; wrote {args.out / 'bench.json'}")
+    return report
+
+
+def picture(report: bench.Report, path: Path) -> None:
+    """Draw the report, or say how to get a picture."""
+    try:
+        from fastattn.bench.plot import draw
+
+        draw(report.to_dict(), path)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        print("no picture: matplotlib is not installed; run: pip install 'fastattn[bench]'")
+    else:
+        print(f"wrote {path}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Status 1 where an option is wrong or contenders disagree."""
+    try:
+        if args.list:
+            for case in options_of(args).cases():
+                print(f"{case.group:<30}{case.name:<40}{case.timed:<10}{case.shape}")
+        else:
+            picture(measure(args), args.out / "bench.png")
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
