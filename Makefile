@@ -21,7 +21,7 @@ help:
 	@echo "make demo          train a small language model with and without fastattn and compare"
 	@echo "make test          the test suite"
 	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and aarch64 under qemu"
-	@echo "make bench         measure against PyTorch (BENCH_FLAGS=... for options)"
+	@echo "make bench         measure against PyTorch, then guard the floors (BENCH_FLAGS=--quick for the short run)"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite the sources as lint wants them"
 	@echo "make clean         remove what was built (and not .venv)"
@@ -59,6 +59,7 @@ test-install: $(REQUIREMENTS)
 
 bench: build
 	$(BIN)/python -m fastattn bench $(BENCH_FLAGS)
+	$(BIN)/python -m pytest -q bench/test_bench_guard.py
 
 demo: build
 	$(BIN)/python -m fastattn demo

@@ -7,13 +7,14 @@ comparison with PyTorch itself run `python -m fastattn bench`, which interleaves
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fastattn.bench import BENCH_CASES, BenchCase
 from fastattn.bench.contenders import contenders, usable
+from fastattn.bench.runner import thread_count
 from fastattn.bench.work import work
 from fastattn.testing.inputs import make_inputs
 
+THREADS = 1  # the steadier measure; `python -m fastattn bench` does both
 QUICK = [case for case in BENCH_CASES if case.quick]
 
 
@@ -25,5 +26,6 @@ def test_bench(benchmark, case: BenchCase, side: str):
     assert usable(contender) is not None
     amount = work(inputs, case.timed)
     benchmark.group = case.name
-    benchmark.extra_info |= {"shape": case.shape, "threads": torch.get_num_threads(), "flops": amount.flops}
-    benchmark(contender.call)
+    benchmark.extra_info |= {"shape": case.shape, "threads": THREADS, "flops": amount.flops}
+    with thread_count(THREADS):
+        benchmark(contender.call)
