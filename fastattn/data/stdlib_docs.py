@@ -70,8 +70,8 @@ def load_stdlib_docs(folder: str | Path | None = None) -> StdlibDocs:
     docstrings = list(dict.fromkeys(docstrings))  # inherited and copied ones would be learnt by heart
     if not topics and not docstrings:
         raise FileNotFoundError(
-            f"no documentation found in {folder}: this Python comes without the source of its library. Install "
-            "the full standard library (on Debian: apt-get install libpython3-stdlib), or another Python"
+            f"no documentation found in {folder}: this Python comes without the source of its library. "
+            "Install the full standard library (Debian: apt-get install libpython3-stdlib), or another Python"
         )
     text = "".join(f"{piece}\n\n" for piece in [*topics, *docstrings])
     return StdlibDocs(text, len(topics), len(docstrings), num_modules, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 import warnings
@@ -60,7 +59,7 @@ class override_sdpa(TorchFunctionMode):
         super().__init__()
         dispatch.forced_backend(backend)
         self.backend = backend
-        self._sdpa, self._mha = _functions(backend)
+        self._sdpa, self._mha = _FUNCTIONS[backend]
 
     def __repr__(self) -> str:
         return f"override_sdpa(backend={self.backend!r})"
@@ -73,10 +72,11 @@ class override_sdpa(TorchFunctionMode):
         # PyTorch runs what follows with this mode off, so the call inside this one function would escape.
         if func is _torch_mha and not any(_has_own_behaviour(kind) for kind in types):
             return self._mha(*args, **(kwargs or {}))
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # the method's super() stops torch.compile under any mode
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-@functools.cache
 def _functions(backend: str | None) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     """Stand-ins for F.scaled_dot_product_attention and F.multi_head_attention_forward."""
 
@@ -195,3 +195,7 @@ def _missing_kernels(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
     if any(reason is None for reason in own.values()):
         return None
     return f"no kernel for {query.device.type} ({'; '.join(f'{n}: {r}' for n, r in own.items())})"
+
+
+# Made once, not on entry: torch.compile can trace entering a mode, but not making functions and modules.
+_FUNCTIONS = {backend: _functions(backend) for backend in (None, *dispatch.BACKENDS)}
