@@ -10,15 +10,15 @@ SYSROOT="${AARCH64_SYSROOT:-/usr/aarch64-linux-gnu}"
 build_smoke() {  # build_smoke FOLDER CMAKE_ARGUMENT...
   local folder="$1"
   shift
-  cmake -S . -B "$folder" -G Ninja -DFASTATTN_PYTHON=OFF -DFASTATTN_SMOKE=ON "$@" >"$folder.log" 2>&1 ||
+  cmake -S . -B "$folder" -G Ninja -DFASTATTN_PYTHON=OFF -DFASTATTN_SMOKE=ON -DFASTATTN_WERROR=ON "$@" >"$folder.log" 2>&1 ||
     { cat "$folder.log" >&2; return 1; }
   ninja -C "$folder" --quiet
 }
 
 mkdir -p build
 echo "== this machine, address and undefined-behaviour sanitizers"
-build_smoke build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all"
+build_smoke build/sanitize -DCMAKE_BUILD_TYPE=None \
+  "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 build/sanitize/fastattn_smoke
 
 echo "== aarch64 under qemu"
