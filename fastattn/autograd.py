@@ -74,10 +74,9 @@ def eager(
     """`attention` where nothing but plain autograd watches."""
     if not torch.is_grad_enabled() or not _wants_gradient(q, k, v, operands):
         return kernels.forward(q, k, v, operands, params, need_lse)
-    # One tuple for what has no gradient: apply() walks its arguments one by one.
-    out, lse = _Attention.apply(
-        q, k, v, *operands[:DIFFERENTIABLE], operands[DIFFERENTIABLE:], kernels, params
-    )
+    # One tuple for what has no gradient, empty where there is nothing: apply() walks its arguments.
+    fixed = () if operands is NO_OPERANDS else operands[DIFFERENTIABLE:]
+    out, lse = _Attention.apply(q, k, v, *operands[:DIFFERENTIABLE], fixed, kernels, params)
     return out, lse
 
 
@@ -116,9 +115,9 @@ class _Attention(torch.autograd.Function):
         kernels: Any,
         params: Params,
     ) -> tuple[Tensor, Tensor]:
-        operands = Operands(bias, diag, sinks, *fixed)
+        operands = Operands(bias, diag, sinks, *fixed) if fixed else NO_OPERANDS
         out, lse = kernels.forward(q, k, v, operands, params, True)
-        ctx.save_for_backward(q, k, v, out, lse, *operands)
+        ctx.save_for_backward(q, k, v, out, lse, *(operands if fixed else ()))
         ctx.kernels, ctx.params = kernels, params
         ctx.set_materialize_grads(False)
         return out, lse
@@ -137,7 +136,7 @@ class _Attention(torch.autograd.Function):
                 ctx.kernels, ctx.params, needs, q, k, v, out, lse, dout, dlse, *fields
             )
         else:
-            operands = Operands(*fields)
+            operands = Operands(*fields) if fields else NO_OPERANDS
             grads = ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
         return grads + unused
 
@@ -157,7 +156,8 @@ class _AttentionBackward(torch.autograd.Function):
         *rest: Any,
     ) -> Gradients:
         out, lse, dout, dlse, *fields = rest
-        return kernels.backward(q, k, v, out, lse, dout, dlse, Operands(*fields), params, needs)
+        operands = Operands(*fields) if fields else NO_OPERANDS
+        return kernels.backward(q, k, v, out, lse, dout, dlse, operands, params, needs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -68,22 +68,11 @@ def attention(
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
     views = plain_views(q, k, v) if backend is None else None
-    if (
-        views is not None
-        and mask is None
-        and bias is None
-        and softcap is None
-        and sinks is None
-        and dropout_seed is None
-        and not return_lse
-        and dropout_p == 0.0
-        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
-    ):
-        if scale is None:
-            return cpu.small(q, views, 1.0 / math.sqrt(views[1][1][3]))
-        if type(scale) is float and scale - scale == 0.0:  # finite
-            return cpu.small(q, views, scale)
-    if views is None and has_torch_function_variadic(q, k, v):
+    if views is not None:
+        return plain_attention(
+            views, q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse
+        )
+    if has_torch_function_variadic(q, k, v):
         return handle_torch_function(
             attention,
             (q, k, v),
@@ -100,10 +89,63 @@ def attention(
             return_lse=return_lse,
             backend=backend,
         )
-    call = Call(
-        "attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
+    return run(
+        Call(
+            "attention",
+            q,
+            k,
+            v,
+            mask,
+            bias,
+            scale,
+            softcap,
+            sinks,
+            dropout_p,
+            dropout_seed,
+            return_lse,
+            backend,
+        )
     )
-    return run(call) if views is None else _run_plain(call)
+
+
+def plain_attention(
+    views: cpu.Views,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    bias: Bias | Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    return_lse: bool,
+) -> Any:
+    """`attention` where `plain_views` found nothing to check about q, k and v."""
+    if (
+        mask is None
+        and bias is None
+        and softcap is None
+        and sinks is None
+        and dropout_seed is None
+        and not return_lse
+        and dropout_p == 0.0
+        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
+    ):
+        if scale is None:
+            return cpu.small(q, views, 1.0 / math.sqrt(views[1][1][3]))
+        if type(scale) is float and scale - scale == 0.0:  # finite
+            return cpu.small(q, views, scale)
+    call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
+    validate_options(call)
+    if call.dropout_p == 1:
+        return run(call)
+    if call.dropout_p > 0 and call.dropout_seed is None:
+        call.dropout_seed = dispatch.draw_seed(call.q.device)
+    operands, params = lower(call)
+    out, lse = autograd.eager(cpu, q, k, v, operands, params, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def varlen_attention(
@@ -260,18 +302,6 @@ def explain(
     _autocast(call)
     validate(call)
     return dispatch.explain(call)
-
-
-def _run_plain(call: Call) -> Any:
-    """`run` of a dense call whose q, k and v are plain."""
-    validate_options(call)
-    if call.dropout_p == 1:
-        return run(call)
-    if call.dropout_p > 0 and call.dropout_seed is None:
-        call.dropout_seed = dispatch.draw_seed(call.q.device)
-    operands, params = lower(call)
-    out, lse = autograd.eager(cpu, call.q, call.k, call.v, operands, params, call.return_lse)
-    return (out, lse) if call.return_lse else out
 
 
 def run(call: Call) -> Any:

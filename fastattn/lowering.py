@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fastattn.call import Call
 from fastattn.masks import LoweredMask, Mask, MaskShape
+from fastattn.masks.band import Band
 from fastattn.masks.built import BuiltMask
 from fastattn.spec import accumulate_dtype
 
@@ -44,11 +44,10 @@ DIFFERENTIABLE = 3  # leading fields of Operands that gradients reach
 BLOCK_FIELDS = Operands._fields[7:14]
 NO_OPERANDS = Operands()
 
-Band = tuple[int | None, int | None, int | None, int | None]
+Bounds = tuple[int | None, int | None, int | None, int | None]
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(NamedTuple):
     """Every number of a kernel call.
 
     band is (lo_top, hi_top, lo_bottom, hi_bottom): i + lo_top <= j <= i + hi_top, and the same about
@@ -59,7 +58,7 @@ class Params:
     scale: float
     softcap: float | None = None
     dropout_p: float = 0.0
-    band: Band | None = None
+    band: Bounds | None = None
     diag_lo: int = 0
     diag_bottom_right: bool = True
     max_seqlen_q: int = 0
@@ -72,10 +71,10 @@ def lower(call: Call) -> tuple[Operands, Params]:
     tensors: dict[str, Tensor | None] = {}
     if call.dropout_p > 0:
         tensors["seed"] = call.dropout_seed
-    if call.op == "attention" and call.mask is None and call.bias is None and call.sinks is None:
+    band = None if call.mask is None else lower_mask(call, call.mask, tensors)
+    if call.op == "attention" and call.bias is None and call.sinks is None:
         operands = Operands(**tensors) if tensors else NO_OPERANDS
-        return operands, Params(scale, call.softcap, call.dropout_p)
-    band = lower_mask(call, tensors)
+        return operands, Params(scale, call.softcap, call.dropout_p, band)
     diag_lo, bottom_right = _lower_bias(call, tensors)
     if call.sinks is not None:
         tensors["sinks"] = call.sinks.to(accumulate_dtype(call.q.dtype)).contiguous()
@@ -94,14 +93,15 @@ def to_4d(tensor: Tensor) -> Tensor:
     return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
 
 
-def lower_mask(call: Call, tensors: dict[str, Tensor | None]) -> Band | None:
+def lower_mask(call: Call, mask: Mask | Tensor, tensors: dict[str, Tensor | None]) -> Bounds | None:
     """Put the mask's tensors into `tensors` and return its band."""
-    if call.mask is None:
+    if isinstance(mask, Tensor):
+        tensors["mask"] = to_4d(mask)
         return None
-    if isinstance(call.mask, Tensor):
-        tensors["mask"] = to_4d(call.mask)
-        return None
-    lowered = _lowered(call.mask, call.mask_shape(), call.q.device)
+    if type(mask) is Band:  # the form of most calls, and the same for every shape
+        lo, hi = mask.lo, mask.hi
+        return (None, None, lo, hi) if mask.align == "bottom_right" else (lo, hi, None, None)
+    lowered = _lowered(mask, call.mask_shape(), call.q.device)
     if lowered.key_starts is not None:
         tensors["key_starts"] = lowered.key_starts
     if lowered.key_ends is not None:

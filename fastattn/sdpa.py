@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastattn.functional import attention
+from fastattn.functional import attention, plain_attention
 from fastattn.masks import causal
+from fastattn.plain import plain_views
 from fastattn.spec import dtype_name
 from fastattn.validation import broadcasts, check_tensor
+
+_CAUSAL = causal(align="top_left")
 
 
 def scaled_dot_product_attention(
@@ -47,6 +50,13 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
+    if attn_mask is None:
+        views = plain_views(query, key, value)
+        if views is not None and (enable_gqa or views[1][1][1] == views[2][1][1]):
+            mask = _CAUSAL if is_causal else None
+            return plain_attention(
+                views, query, key, value, mask, None, scale, None, None, dropout_p, None, False
+            )
     causal_bias = type(attn_mask).__module__ == "torch.nn.attention.bias"
     others = () if attn_mask is None or causal_bias else (attn_mask,)
     if has_torch_function_variadic(query, key, value, *others):
@@ -66,7 +76,7 @@ def scaled_dot_product_attention(
     _check(query, key, value, attn_mask, is_causal)
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "backend": backend}
     if is_causal:
-        options["mask"] = causal(align="top_left")
+        options["mask"] = _CAUSAL
     elif causal_bias:
         options["mask"] = _causal_variant(attn_mask, query, key)
         attn_mask = None

@@ -49,7 +49,8 @@ def supports(spec: AttentionSpec) -> str | None:
 def output_like(q: Tensor, head_dim_v: int) -> Tensor:
     """Uninitialised [..., head_dim_v] in q's dtype and stride order, the last dimension contiguous."""
     if q.is_contiguous():
-        return q.new_empty((*q.shape[:-1], head_dim_v))
+        shape = q.shape
+        return torch.empty_like(q) if head_dim_v == shape[-1] else q.new_empty((*shape[:-1], head_dim_v))
     leading = range(q.dim() - 1)
     order = sorted(leading, key=q.stride, reverse=True)
     out = q.new_empty([q.shape[dim] for dim in order] + [head_dim_v])
@@ -66,7 +67,7 @@ def lse_like(q: Tensor) -> Tensor:
 def dense_last(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, otherwise a contiguous copy."""
     if tensor.is_neg():
-        tensor = tensor.resolve_neg()
+        return tensor.resolve_neg().contiguous()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -231,8 +232,9 @@ class _Layout:
 
     def _view(self, tensor: Tensor, seqlen: int) -> View:
         if not self.packed:
+            strides = tensor.stride()
             # A last dimension of one element may carry any stride; kernels want to read 1.
-            return tensor.data_ptr(), tensor.shape, (*tensor.stride()[:3], 1)
+            return tensor.data_ptr(), tensor.shape, strides if strides[3] == 1 else (*strides[:3], 1)
         _, heads, dim = tensor.shape
         step, head, _ = tensor.stride()
         return tensor.data_ptr(), (self.batch, heads, seqlen, dim), (0, head, step, 1)
@@ -245,7 +247,11 @@ class _Layout:
 
     def scores(self, tensor: Tensor) -> View:
         """A [B, Hq, Lq, Lk] view with stride 0 where the tensor broadcasts."""
-        return view(tensor.expand(self.batch, self.heads, self.seqlen_q, self.seqlen_k))
+        a, b, c, d = tensor.shape
+        sa, sb, sc, sd = tensor.stride()
+        # What expand() would give, without the tensor.
+        strides = (0 if a == 1 else sa, 0 if b == 1 else sb, 0 if c == 1 else sc, 0 if d == 1 else sd)
+        return tensor.data_ptr(), (self.batch, self.heads, self.seqlen_q, self.seqlen_k), strides
 
     def options(self, operands: Operands, params: Params) -> dict[str, Any] | None:
         """The options dict of fastattn._C, or None where there is nothing to say."""
