@@ -282,16 +282,16 @@ def check_cache_values(
             raise ValueError(
                 f"lengths must be between 0 and the capacity {capacity}, got {value} at index {index}"
             )
-    if table is None:
+    if table is None or lengths is None or shape[2] == 0:
         return
     pages, page = shape[0], shape[2]
-    for index, (value, row) in enumerate(zip(values, table.tolist(), strict=True)):
-        used = -(-value // page) if page else 0
-        for entry in row[:used]:
-            if not 0 <= entry < pages:
-                raise ValueError(
-                    f"block_table must name pages between 0 and {pages - 1}, got {entry} in row {index}"
-                )
+    # Tables are long; lengths and cu_seqlens are not.
+    used = torch.arange(table.shape[1]) * page < lengths[:, None]
+    wrong = used & ((table < 0) | (table >= pages))
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        entry = int(table[row, column])
+        raise ValueError(f"block_table must name pages between 0 and {pages - 1}, got {entry} in row {row}")
 
 
 def _shape(value: Tensor) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -227,6 +228,26 @@ def test_environment_forces_a_backend(monkeypatch):
     assert fastattn.explain(q, k, v, backend="reference").backend == "reference"
     monkeypatch.setenv("FASTATTN_BACKEND", "")
     assert fastattn.explain(q, k, v).forced is None
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+def test_an_unknown_instruction_set_raises_in_calls_and_explanations():
+    code = """
+import fastattn, torch
+q = torch.randn(1, 1, 2, 8)
+for call in (fastattn.attention, fastattn.explain):
+    try:
+        call(q, q, q)
+    except ValueError as error:
+        print(error)
+"""
+    environment = {**os.environ, "FASTATTN_CPU_ISA": "fast"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("FASTATTN_CPU_ISA must be one of") for line in lines)
 
 
 def test_a_fall_to_the_reference_warns_once(monkeypatch):

@@ -35,7 +35,13 @@ def available() -> bool:
 
 
 def supports(spec: AttentionSpec) -> str | None:
-    """None, or every reason why this backend cannot run the call."""
+    """None, or every reason why this backend cannot run the call.
+
+    Raises:
+        ValueError: FASTATTN_CPU_ISA names no instruction set, or one that this processor lacks.
+    """
+    if _C is not None:
+        _C.info()
     reasons = []
     if _missing is not None:
         reasons.append(_missing)
