@@ -128,8 +128,7 @@ def _attention(
         bias, keep = (None if x is None else x.flip(-1) for x in (bias, keep))
     p, lse, visible = _probabilities(q, k, visible, bias, scale, softcap, sinks)
     if keep is not None:
-        factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        p = torch.where(keep, p * factor, 0.0)
+        p = p * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)  # a dropped NaN stays: it is visible
     out = _Mix.apply(p.to(v.dtype), v.repeat_interleave(q.shape[1] // v.shape[1], 1), visible)
     return out, lse
 
