@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
-    if attn_mask is None:
+    if attn_mask is None and backend is None:
         views = plain_views(query, key, value)
         if views is not None and (enable_gqa or views[1][1][1] == views[2][1][1]):
             mask = _CAUSAL if is_causal else None

@@ -144,14 +144,24 @@ def test_multihead_attention_and_encoder_layers(calls, training):
         torch.testing.assert_close(got, want)
 
 
-def test_checkpoint_with_backward_inside(calls):
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("how", ["tensor", "autograd.backward", "autograd.grad"])
+def test_checkpointing_with_backward_inside(calls, how, use_reentrant):
+    if use_reentrant and how == "autograd.grad":
+        pytest.skip("torch's reentrant checkpoints refuse autograd.grad")
     net, x = Net(), inputs().requires_grad_()
+    (want,) = torch.autograd.grad(net(x).sum(), x)
     with override_sdpa():
-        checkpoint(net, x, use_reentrant=False).sum().backward()
-    assert len(calls) == 2
-    got, x.grad = x.grad, None
-    net(x).sum().backward()
-    torch.testing.assert_close(got, x.grad)
+        loss = checkpoint(net, x, use_reentrant=use_reentrant).sum()
+        if how == "autograd.grad":
+            (x.grad,) = torch.autograd.grad(loss, x)
+        elif how == "autograd.backward":
+            torch.autograd.backward(loss)
+        else:
+            loss.backward()
+        assert len(calls) == 2
+        assert is_active()
+    torch.testing.assert_close(x.grad, want)
 
 
 def test_autocast(calls):
@@ -208,6 +218,7 @@ def test_the_innermost_backend_counts(calls):
         with override_sdpa(outer), override_sdpa(inner):
             got = F.scaled_dot_product_attention(q, k, v)
         assert calls[0]["backend"] == inner
+        assert torch.equal(got, fastattn.scaled_dot_product_attention(q, k, v, backend=inner))
         torch.testing.assert_close(got, want)
 
 

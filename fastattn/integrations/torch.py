@@ -20,6 +20,7 @@ from fastattn.spec import FLOAT_DTYPES, AttentionSpec, dtype_name
 
 _torch_sdpa = F.scaled_dot_product_attention
 _torch_mha = F.multi_head_attention_forward
+_torch_backward = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 _warned: set[str] = set()  # reasons that were mentioned
 
@@ -37,9 +38,9 @@ class override_sdpa(TorchFunctionMode):
     It holds for the thread that enters it, under whatever name a model imported the function, and leaves no
     trace afterwards. It nests (the innermost counts), and one object can be entered again and from several
     threads. Gradients belong to the forward call: backward may run outside, except under activation
-    checkpointing, whose recomputation is a forward call. `nn.MultiheadAttention(need_weights=False)` and the
-    encoder layers above it are reached, in eval mode too. Under torch.compile it holds when entered around
-    the compiled call, which is then compiled once more.
+    checkpointing, which calls the model again in backward. `nn.MultiheadAttention(need_weights=False)` and
+    the encoder layers above it are reached, in eval mode too. Under torch.compile it holds when entered
+    around the compiled call, which is then compiled once more.
 
     Not reached: TorchScript, C++ and `torch.ops.aten` callers; models that do not call the function, among
     them `nn.MultiheadAttention` with `need_weights=True`.
@@ -69,9 +70,12 @@ class override_sdpa(TorchFunctionMode):
     ) -> Any:
         if func is _torch_sdpa:
             return self._sdpa(*args, **(kwargs or {}))
-        # PyTorch runs what follows with this mode off, so the call inside this one function would escape.
+        # PyTorch runs what follows with this mode off: calls inside these few functions would escape.
         if func is _torch_mha and not any(_has_own_behaviour(kind) for kind in types):
             return self._mha(*args, **(kwargs or {}))
+        if any(func is backward for backward in _torch_backward):  # recomputes checkpointed models
+            with self:
+                return _BACKWARD[func](*args, **(kwargs or {}))
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # the method's super() stops torch.compile under any mode
         return func(*args, **kwargs) if kwargs else func(*args)
@@ -88,23 +92,24 @@ def _functions(backend: str | None) -> tuple[Callable[..., Tensor], Callable[...
         _warn_once(reason)
         return _torch_sdpa(query, key, value, *args, **kwargs)
 
-    # The same code reading other globals: nothing shared is patched, so other threads see no change. These
-    # live in a module because torch.compile finds a function's globals by its module's name.
-    module = types.ModuleType(
-        f"{__name__}._functional_{backend}", "torch.nn.functional with another attention."
-    )
-    module.__dict__.update(
-        {name: value for name, value in _torch_mha.__globals__.items() if not name.startswith("__")},
-        __builtins__=_torch_mha.__globals__["__builtins__"],
-        scaled_dot_product_attention=sdpa,
-        has_torch_function=_never,
-    )
+    return sdpa, _rebound(_torch_mha, f"_functional_{backend}", scaled_dot_product_attention=sdpa)
+
+
+def _rebound(function: Any, name: str, **names: Any) -> Callable[..., Any]:
+    """The same code reading other globals: `names`, and modes unseen.
+
+    Nothing shared is patched, so other threads see no change. The globals live in a module of that name
+    because torch.compile finds a function's globals by their module's name.
+    """
+    module = types.ModuleType(f"{__name__}.{name}", f"The globals of {function.__qualname__}, with changes.")
+    inherited = {key: value for key, value in function.__globals__.items() if not key.startswith("__")}
+    builtins = function.__globals__["__builtins__"]
+    modes = {"has_torch_function": _never, "has_torch_function_unary": _never}
+    module.__dict__.update(inherited, __builtins__=builtins, **modes, **names)
     sys.modules[module.__name__] = module
-    mha = types.FunctionType(
-        _torch_mha.__code__, module.__dict__, _torch_mha.__name__, _torch_mha.__defaults__
-    )
-    mha.__kwdefaults__ = _torch_mha.__kwdefaults__
-    return sdpa, mha
+    copy = types.FunctionType(function.__code__, module.__dict__, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _never(tensors: Any) -> bool:
@@ -199,3 +204,4 @@ def _missing_kernels(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
 
 # Made once, not on entry: torch.compile can trace entering a mode, but not making functions and modules.
 _FUNCTIONS = {backend: _functions(backend) for backend in (None, *dispatch.BACKENDS)}
+_BACKWARD = {function: _rebound(function, f"_{function.__qualname__}") for function in _torch_backward}
