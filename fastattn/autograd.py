@@ -55,14 +55,19 @@ def attention(
     kernels: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a lowered call on a backend's kernels, by the route that the surroundings ask for."""
-    if torch.compiler.is_compiling() or is_traced(q, k, v):
-        from fastattn import ops
-
-        return ops.attention(kernels.name, q, k, v, operands, params)
+    is_compiling = torch.compiler.is_compiling()
     if torch._C._are_functorch_transforms_active():
+        if is_compiling:
+            from fastattn import in_graph
+
+            return in_graph.attention(kernels.name, q, k, v, *operands, *params)
         from fastattn import functorch
 
         return functorch.attention(kernels, q, k, v, operands, params)
+    if is_compiling or is_traced(q, k, v):
+        from fastattn import ops
+
+        return ops.attention(kernels.name, q, k, v, operands, params)
     if forward_ad._current_level >= 0 and _has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
         raise NotImplementedError(FORWARD_MODE)
     return eager(kernels, q, k, v, operands, params, need_lse)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE
+from fastattn import ops
+from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE, is_traced
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 
 _COUNT = len(Operands._fields)
+_SEED = Operands._fields.index("seed")
 _SINKS = Operands._fields.index("sinks")
 _DIAG = Operands._fields.index("diag")
 _LISTS = [Operands._fields.index(name) for name in ("row_tiles", "row_bits", "col_tiles", "col_bits", "bits")]
@@ -23,14 +25,18 @@ _LISTS = [Operands._fields.index(name) for name in ("row_tiles", "row_bits", "co
 def attention(
     kernels: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a lowered call."""
+    """(out, lse) of a lowered call.
+
+    Beneath the transforms the tensors may be traced in their turn, by make_fx for one: then through the ops.
+    """
     return _Forward.apply(kernels, params, q, k, v, *operands)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(kernels: Any, params: Params, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Any:
-        return kernels.forward(q, k, v, Operands(*operands), params, True)
+        runs = ops.Kernels(kernels.name) if is_traced(q, k, v) else kernels
+        return runs.forward(q, k, v, Operands(*operands), params, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -60,7 +66,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(kernels: Any, params: Params, needs: Sequence[bool], *tensors: Any) -> Any:
         q, k, v, out, lse, dout, dlse, *operands = tensors
-        return kernels.backward(q, k, v, out, lse, dout, dlse, Operands(*operands), params, needs)
+        runs = ops.Kernels(kernels.name) if is_traced(q, k, v) else kernels
+        return runs.backward(q, k, v, out, lse, dout, dlse, Operands(*operands), params, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -112,13 +119,11 @@ def _vmap(
     foldable = foldable and all(operand_dims[index] is None for index in (_SINKS, _DIAG, *_LISTS))
     if foldable and size > 0:
         batch = _batch_of(tensors[0], in_dims[0])
+        unbatched = {heads + index for index in (_SINKS, _SEED, *_LISTS)}
         folded = [
-            _fold(tensor, dim, size, batch, always=index < heads)
+            tensor if index in unbatched else _fold(tensor, dim, size, batch, always=index < heads)
             for index, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=True))
         ]
-        # Operands without a batch dimension of their own.
-        for index in (_SINKS, *_LISTS, Operands._fields.index("seed")):
-            folded[heads + index] = tensors[heads + index]
         results = call(*folded)
         unfolded = tuple(None if r is None else r.unflatten(0, (size, batch)) for r in results)
         return unfolded, tuple(None if r is None else 0 for r in results)

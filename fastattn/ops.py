@@ -44,6 +44,26 @@ def attention(
     return torch.ops.fastattn.attention_forward(backend, q, k, v, *operands, *_flat(params))
 
 
+class Kernels:
+    """A backend's kernels, called through the ops."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        return attention(self.name, q, k, v, operands, params)
+
+    def backward(self, *args: Any) -> tuple[Tensor | None, ...]:
+        *tensors, operands, params, needs = args
+        grads = torch.ops.fastattn.attention_backward(
+            self.name, *tensors, *operands, *_flat(params), list(needs)
+        )
+        wanted = [True] * 3 + [n and t is not None for n, t in zip(needs[3:], operands, strict=False)]
+        return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
 def _flat(params: Params) -> tuple[Any, ...]:
     band = params.band or (None,) * 4
     return (

@@ -6,6 +6,7 @@ import pytest
 import torch
 from call_support import EXACT, NATIVE, qkv, randn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn.biases import ALiBi, RelativePosition
@@ -232,6 +233,36 @@ def test_per_example_gradients_of_a_module():
         module(x[n : n + 1]).square().sum().backward()
         for name, parameter in module.named_parameters():
             torch.testing.assert_close(got[name][n], parameter.grad, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["causal", "blocks", "bias", "alibi", "dropout"])
+def test_transforms_inside_compiled_functions(name):
+    torch._dynamo.reset()
+    args = batch_of(3)
+
+    def one(q, k, v):
+        return loss(q, k, v, **OPTIONS[name])
+
+    for function in (vmap(one), grad(lambda *t: vmap(one)(*t).sum()), vmap(grad(one, (0, 1, 2)))):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_same(compiled(*args), function(*args))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_traces_of_transforms_hold_ops(tracing_mode):
+    args = batch_of(3)
+
+    def one(q, k, v):
+        return fastattn.attention(q, k, v, mask=causal(), bias=ALiBi(torch.ones(4))).square().sum()
+
+    function = vmap(grad(one, (0, 1, 2)))
+    graph = make_fx(function, tracing_mode=tracing_mode)(*args)
+    assert [str(n.target) for n in graph.graph.nodes if "fastattn" in str(n.target)] == [
+        "fastattn.attention_forward.default",
+        "fastattn.attention_backward.default",
+    ]
+    assert_same(graph(*args), function(*args))
 
 
 def test_what_kernels_lack_points_to_the_reference():

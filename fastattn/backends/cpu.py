@@ -40,7 +40,7 @@ def supports(spec: AttentionSpec) -> str | None:
     Raises:
         ValueError: FASTATTN_CPU_ISA names no instruction set, or one that this processor lacks.
     """
-    if _C is not None:
+    if _C is not None and not torch.compiler.is_compiling():
         _C.info()
     reasons = []
     if _missing is not None:
