@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.functional import run
 from fastattn.lowering import to_4d
-from fastattn.masks import Mask, MaskShape, as_mask
+from fastattn.masks import Mask, as_mask
 from fastattn.masks.space import Pairs
 from fastattn.spec import accumulate_dtype, dtype_name
 from fastattn.validation import check_tensor, validate
+
+# Values as wide as this keep the kernels' tiles small.
+COLUMNS_AT_ONCE = 256
 
 Index = Tensor | Sequence[int] | slice | int
 
@@ -37,8 +41,8 @@ def attention_weights(
     """p_ij = exp(s_ij - lse_i), the weight that `attention` gives key j in query i, for chosen i and j.
 
     The same arguments mean the same as in `attention`; weights are those before dropout. Differentiable in
-    q, k, bias and sinks. Time and memory: chosen rows cost R * Lk each; chosen columns of all rows cost one
-    fused pass and Lq * C; all of both cost the whole matrix.
+    q, k, bias and sinks. Time and memory: chosen rows cost R * Lk each; chosen columns of all rows cost fused
+    passes over values of up to 256 columns and Lq * C; all of both cost the whole matrix.
 
     >>> q = k = torch.eye(2).view(1, 1, 2, 2)
     >>> attention_weights(q, k, rows=[1], mask=torch.tensor([[True, False], [True, True]]), scale=0.0)
@@ -50,7 +54,7 @@ def attention_weights(
             from the end; None for all.
         cols: the C keys, likewise.
         mask, bias, scale, softcap, sinks: as in `attention`.
-        backend: of the fused pass.
+        backend: of the fused passes.
     Returns:
         [B, Hq, R, C], float32 (float64 for float64). A row sums to 1 over all keys, to less where there are
         sinks, and to 0 where it has no visible key.
@@ -58,83 +62,55 @@ def attention_weights(
         TypeError, ValueError: naming the argument, the rule and the value got.
     """
     v = k.new_zeros(*k.shape[:-1], 1) if isinstance(k, Tensor) and k.dim() > 0 else k
-    call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, return_lse=True, backend=backend)
+    call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, backend=backend)
     validate(call)
     at_rows = _index("rows", rows, q.shape[2], q.device)
     at_cols = _index("cols", cols, k.shape[2], q.device)
-    shape = call.mask_shape()
+    dtype = accumulate_dtype(q.dtype)
+    call.q, call.k, call.scale = q.to(dtype), k.to(dtype), call.scale_value()
+    if isinstance(bias, Tensor):
+        call.bias = bias.to(dtype)
     if at_rows is None and at_cols is not None:
-        _, lse = run(call)
-        pairs = _Pairs(call, shape, None, at_cols)
-        return pairs.weights(lse)
-    # Few rows, or the whole matrix: their softmax is at hand.
-    pairs = _Pairs(call, shape, at_rows, None)
-    p = reference._probabilities(
-        pairs.q, pairs.k, pairs.visible(), pairs.bias(), call.scale_value(), call.softcap, call.sinks
-    )[0].to(pairs.dtype)
-    return p if at_cols is None else p.index_select(3, at_cols)
+        return _columns(call, at_cols)
+    # Few rows, or the whole matrix: softmax itself is at hand.
+    weights = _rows(call, at_rows)
+    return weights if at_cols is None else weights.index_select(3, at_cols)
 
 
-class _Pairs:
-    """The chosen rows and columns of one call."""
+def _columns(call: Call, cols: Tensor) -> Tensor:
+    """Weights of all rows for the chosen columns: attention over values that are columns of the identity."""
+    parts = []
+    for chosen in cols.split(COLUMNS_AT_ONCE) if cols.numel() else [cols]:
+        heads_kv, seqlen_k = call.k.shape[1:3]
+        values = call.k.new_zeros(seqlen_k, chosen.shape[0])
+        values[chosen, torch.arange(chosen.shape[0], device=chosen.device)] = 1
+        parts.append(run(replace(call, v=values.expand(call.k.shape[0], heads_kv, *values.shape))))
+    return torch.cat(parts, -1)
 
-    def __init__(self, call: Call, shape: MaskShape, rows: Tensor | None, cols: Tensor | None) -> None:
-        self.call, self.shape = call, shape
-        self.rows, self.cols = rows, cols
-        self.dtype = accumulate_dtype(call.q.dtype)
-        q, k = call.q.to(self.dtype), call.k.to(self.dtype)
-        self.q = q if rows is None else q.index_select(2, rows)
-        self.k = k if cols is None else k.index_select(2, cols)
 
-    def indices(self) -> tuple[Tensor, Tensor]:
-        device = self.call.q.device
-        i = torch.arange(self.shape.seqlen_q, device=device) if self.rows is None else self.rows
-        j = torch.arange(self.shape.seqlen_k, device=device) if self.cols is None else self.cols
-        return i, j
-
-    def visible(self) -> Tensor:
-        """Which pairs the mask shows: bool, broadcastable to [B, Hq, R, C]."""
-        device = self.call.q.device
-        i, j = self.indices()
-        if self.call.mask is None:
-            return torch.ones(1, 1, i.shape[0], j.shape[0], dtype=torch.bool, device=device)
-        mask = as_mask(self.call.mask)
-        mask._check(self.shape, device)
-        b = torch.arange(self.shape.batch, device=device).view(-1, 1, 1, 1)
-        h = torch.arange(self.shape.heads, device=device).view(1, -1, 1, 1)
-        return mask._visible(Pairs(self.shape, b, h, i.view(1, 1, -1, 1), j.view(1, 1, 1, -1)))
-
-    def bias(self) -> Tensor | None:
-        """The bias of the pairs, broadcastable to [B, Hq, R, C]."""
-        bias = self.call.bias
-        if bias is None:
-            return None
-        if isinstance(bias, Tensor):
-            bias = to_4d(bias)
-            if self.rows is not None and bias.shape[2] != 1:
-                bias = bias.index_select(2, self.rows)
-            if self.cols is not None and bias.shape[3] != 1:
-                bias = bias.index_select(3, self.cols)
-            return bias
-        i, j = self.indices()
-        offset = 0 if bias.align == "top_left" else self.shape.seqlen_k - self.shape.seqlen_q
-        return bias.values(j - i[:, None] - offset, self.dtype)
-
-    def weights(self, lse: Tensor) -> Tensor:
-        """exp(s - lse), 0 where a pair is not visible."""
-        call, visible, bias = self.call, self.visible(), self.bias()
-        if bias is not None:
-            visible = visible & (bias != -torch.inf)
-        groups = call.num_heads() // max(call.num_heads_kv(), 1)
-        shape = (*self.q.shape[:3], self.k.shape[2])
-        visible = visible.expand(shape)
-        s = call.scale_value() * reference._Scores.apply(self.q, self.k.repeat_interleave(groups, 1), visible)
-        if call.softcap is not None:
-            s = call.softcap * torch.tanh(s / call.softcap)
-        if bias is not None:
-            s = s + bias
-        # Selected before exp, so that what is invisible has gradient 0 and not 0 * inf.
-        return torch.where(visible, s - lse.unsqueeze(-1), -torch.inf).exp()
+def _rows(call: Call, rows: Tensor | None) -> Tensor:
+    """Weights of the chosen rows for all columns."""
+    shape, device = call.mask_shape(), call.q.device
+    i = torch.arange(shape.seqlen_q, device=device) if rows is None else rows
+    j = torch.arange(shape.seqlen_k, device=device)
+    visible = torch.ones(1, 1, i.shape[0], j.shape[0], dtype=torch.bool, device=device)
+    if call.mask is not None:
+        mask = as_mask(call.mask)
+        mask._check(shape, device)
+        b = torch.arange(shape.batch, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(shape.heads, device=device).view(1, -1, 1, 1)
+        visible = mask._visible(Pairs(shape, b, h, i.view(1, 1, -1, 1), j.view(1, 1, 1, -1)))
+    bias = call.bias
+    if isinstance(bias, Tensor):
+        bias = to_4d(bias)
+        bias = bias if bias.shape[2] == 1 else bias.index_select(2, i)
+    elif bias is not None:
+        offset = 0 if bias.align == "top_left" else shape.seqlen_k - shape.seqlen_q
+        bias = bias.values(j - i[:, None] - offset, call.q.dtype)
+    q = call.q.index_select(2, i)
+    return reference._probabilities(q, call.k, visible, bias, call.scale_value(), call.softcap, call.sinks)[
+        0
+    ].to(q.dtype)
 
 
 def _index(name: str, value: Any, size: int, device: torch.device) -> Tensor | None:

@@ -119,6 +119,20 @@ def test_columns_of_a_long_call_take_linear_memory():
     assert got[0, 0, 4, 0] == 0
 
 
+def test_more_columns_than_one_pass_takes():
+    q, k, _ = qkv(1, 4, 2, 40, 700, dtype=torch.float32)
+    got = fastattn.attention_weights(q, k, cols=range(5, 695), mask=causal())
+    torch.testing.assert_close(got, fastattn.attention_weights(q, k, mask=causal())[..., 5:695])
+
+
+@pytest.mark.parametrize("choice", [{"rows": [0, 1]}, {"cols": [0, 3]}], ids=["rows", "cols"])
+def test_rows_of_the_lowest_bias_stay_uniform(choice):
+    q, k, _ = qkv(1, 2, 2, 2, 4, dtype=torch.float32)
+    lowest = torch.full((2, 4), torch.finfo(torch.float32).min)
+    got = fastattn.attention_weights(q, k, bias=lowest, **choice)
+    torch.testing.assert_close(got, torch.full_like(got, 0.25))
+
+
 def test_the_docstrings_example_by_hand():
     q = k = torch.eye(2).view(1, 1, 2, 2)
     mask = torch.tensor([[True, False], [True, True]])
