@@ -129,6 +129,23 @@ def test_every_path_gives_the_same_results(name):
         assert runner.disagreement(result, results["sdpa-math"]) < 1e-5, way
 
 
+def test_the_backward_pass_is_compared_with_the_path_that_is_fastest_over_both(monkeypatch):
+    case = named("backward-64-64")
+    alone = {OURS: Timing((0.1,), 1), "sdpa-flash": Timing((2.0,), 1), "sdpa-math": Timing((1.0,), 1)}
+    both = {OURS: Timing((0.2,), 1), "sdpa-flash": Timing((3.0,), 1), "sdpa-math": Timing((4.0,), 1)}
+    screened = []
+
+    def screen(ways, options):
+        screened.extend(way.name for way in ways)
+        return both
+
+    monkeypatch.setattr(runner, "screen", screen)
+    inputs = make_inputs(case.case)
+    assert runner.fastest_path(case, inputs, alone, TINY) == "sdpa-flash"
+    assert set(screened) == set(alone)
+    assert runner.fastest_path(replace(case, timed="forward"), inputs, alone, TINY) == "sdpa-math"
+
+
 def test_a_wrong_result_stops_the_run(monkeypatch):
     def wrong(bench_case, inputs):
         ways = contenders(bench_case, inputs)
