@@ -12,8 +12,7 @@ from fastattn.validation import check_tensor
 
 
 def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-    """out = sum_n exp(lse_n - lse) out_n with lse = log(sum_n exp(lse_n)): attention over the union of the
-    key sets.
+    """out = sum_n exp(lse_n - lse) out_n with lse = log(sum_n exp(lse_n)): attention over all parts' keys.
 
     Exact, where each part is attention of the same queries over keys that no other part has. Sinks belong
     into one part only. Differentiable in outs and lses.

@@ -45,8 +45,8 @@ _warned: set[str] = set()  # backends whose slowness was mentioned
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the meaning of the call, the backend that runs it, and each backend's reason if
-    it has one.
+    """What `explain` found: the meaning of a call, the backend that runs it, and each backend's reason or
+    None.
 
     `backend` is None where a backend was forced that cannot run the call.
     """

@@ -36,8 +36,7 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """out_i = sum_j p_ij v_j with p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over the visible keys
-    j.
+    """out_i = sum_j p_ij v_j with p_i = softmax_j(softcap(scale q_i . k_j) + bias_ij) over visible j.
 
     >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
     >>> attention(q, k, v, mask=torch.tensor([[True, False], [True, True]]), scale=0.0)
@@ -224,8 +223,7 @@ def decode_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Attention of the last Lq tokens of each entry over its cache, of which the first lengths[b] keys are
-    valid.
+    """Attention of the last Lq tokens of each entry over the first lengths[b] keys of its cache.
 
     The cache already holds the new tokens' keys and values: query i stands at position lengths[b] - Lq + i.
     No mask is implied beyond the lengths: with Lq > 1, pass mask=causal() so that a new token does not see

@@ -230,6 +230,19 @@ def test_environment_forces_a_backend(monkeypatch):
     assert fastattn.explain(q, k, v).forced is None
 
 
+@pytest.mark.parametrize("size", [2**31, 2**63, 2**70])
+def test_windows_wider_than_any_length(size):
+    q, k, v = qkv(1, 2, 2, 5, 7)
+    for mask in (
+        window(size, 0),
+        window(None, 0) & window(size, size, align="top_left"),
+        ~window(None, size) | causal(),
+    ):
+        torch.testing.assert_close(
+            fastattn.attention(q, k, v, mask=mask), fastattn.attention(q, k, v, mask=causal()), rtol=0, atol=0
+        )
+
+
 @pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 def test_an_unknown_instruction_set_raises_in_calls_and_explanations():
     code = """

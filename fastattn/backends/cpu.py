@@ -138,8 +138,8 @@ def backward(
     params: Params,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; the last three None unless `needs`
-    asks.
+    """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; of the last three those that are
+    needed.
 
     Args:
         q, k, v, out, lse: inputs and results of `forward`.

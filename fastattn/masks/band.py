@@ -11,6 +11,8 @@ from fastattn.masks.base import LoweredMask, Mask, register
 from fastattn.masks.space import Align, MaskShape, Pairs, check_align
 from fastattn.masks.tiles import Tiler, TileRows, Tiles, low_words
 
+FARTHEST = 2**31
+
 
 def causal(*, align: Align = "bottom_right") -> Mask:
     """Keys j <= i + offset: each query sees keys up to its own position.
@@ -49,6 +51,9 @@ def window(left: int | None, right: int | None, *, align: Align = "bottom_right"
         if side < 0:
             raise ValueError(f"window {name} must be >= 0 or None, got {side}")
     check_align(align)
+    # Beyond every length one bound is as good as another, and kernels add positions to it in 64 bits.
+    left = None if left is None else min(left, FARTHEST)
+    right = None if right is None else min(right, FARTHEST)
     return Band(None if left is None else -left, right, align)
 
 
