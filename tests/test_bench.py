@@ -16,9 +16,11 @@ from fastattn import bench
 from fastattn.bench import contenders as contenders_module
 from fastattn.bench import runner
 from fastattn.bench.contenders import OURS, Contender, contenders, is_plain_causal
+from fastattn.bench.flex import band
+from fastattn.bench.machine import describe
 from fastattn.bench.measure import Timing, calls_for, interleave, ratio
 from fastattn.bench.report import GOALS, SCHEMA, geometric_mean
-from fastattn.bench.table import compare_lines, goal_lines, result_line, summary_lines
+from fastattn.bench.table import compare_lines, goal_lines, machine_lines, result_line, summary_lines
 from fastattn.bench.work import work
 from fastattn.cli import main
 from fastattn.testing.bench_cases import BENCH_CASES, TIMED
@@ -80,6 +82,17 @@ def test_operations_and_bytes():
     amount = work(make_inputs(decode.case), "forward")
     assert amount.bytes == 2 * (2 * 8 * 8192 * 128 + 2 * 8 * 128)
     assert amount.is_memory_bound
+
+
+def test_flex_takes_band_masks_alone():
+    def bounds(name):
+        return band(make_inputs(named(name).case))
+
+    assert bounds("window-128-4096-64") == (-127, 0)
+    assert bounds("window-128-both-4096-64") == (-64, 63)
+    assert bounds("causal-512-64") == (None, 0)
+    for name in ("forward-512-64", "padding-512-64", "documents-1024-64", "bool-mask-rows-512-64"):
+        assert bounds(name) is None, name
 
 
 def test_rounds_are_interleaved_and_turn_round():
@@ -147,8 +160,8 @@ def test_the_backward_pass_is_compared_with_the_path_that_is_fastest_over_both(m
 
 
 def test_a_wrong_result_stops_the_run(monkeypatch):
-    def wrong(bench_case, inputs):
-        ways = contenders(bench_case, inputs)
+    def wrong(*arguments):
+        ways = contenders(*arguments)
         right = ways[0].call
         return [Contender(OURS, lambda: right() * 1.01), *ways[1:]]
 
@@ -253,6 +266,13 @@ def test_a_disturbed_measurement_is_said_to_be_so(report):
         assert len(made.disturbed()) == count
         assert ("disturbed" in "\n".join(summary_lines(made))) == bool(count)
         assert "small-16-64" in result_line(made.results[0])
+
+
+def test_a_busy_machine_is_said_to_be_so():
+    facts = describe()
+    assert not [line for line in machine_lines(facts | {"load_at_start": 0.1}) if line.startswith("warning")]
+    assert "load average 5.0" in machine_lines(facts | {"load_at_start": 5.0})[-1]
+    assert torch.__version__ in "\n".join(machine_lines(facts))
 
 
 def test_the_command_writes_json_and_a_picture(tmp_path, capsys):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from fastattn.bench.flex import flex
 from fastattn.bench.work import dense_mask
 from fastattn.biases import Bias
 from fastattn.masks import Mask, MaskShape
@@ -45,7 +46,7 @@ class Contender:
         return contextlib.nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
 
 
-def contenders(bench: BenchCase, inputs: Inputs) -> list[Contender]:
+def contenders(bench: BenchCase, inputs: Inputs, with_flex: bool = False) -> list[Contender]:
     """Ours first, then PyTorch's paths; which of them take the case is found out by calling them."""
     torch_call = sdpa(inputs)
     ways: list[tuple[str, Forward, SDPBackend | None]] = [
@@ -57,6 +58,8 @@ def contenders(bench: BenchCase, inputs: Inputs) -> list[Contender]:
     case = inputs.case
     if case.op == "decode" and case.heads > case.num_heads_kv and inputs.mask is None:
         ways.append(("sdpa-folded", sdpa_folded, None))
+    if with_flex and (compiled := flex(bench, inputs)) is not None:
+        ways.append(("flex", compiled, None))
     return [Contender(name, timed(bench.timed, call, inputs, kernel), kernel) for name, call, kernel in ways]
 
 

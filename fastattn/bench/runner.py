@@ -35,6 +35,7 @@ class Options:
         quick: only the quick cases, with less time for each.
         filter: a regular expression that a case's group or name must contain.
         seconds: time for a case and a number of threads, which sets the number of rounds; None: by `quick`.
+        flex: whether PyTorch's compiled FlexAttention takes part, see `fastattn.bench.flex`.
         min_sample: seconds that a sample takes at least, by repeating short calls.
     """
 
@@ -42,6 +43,7 @@ class Options:
     quick: bool = False
     filter: str = ""
     seconds: float | None = None
+    flex: bool = False
     min_sample: float = 0.004
     min_rounds: int = 5
     max_rounds: int = 60
@@ -177,7 +179,7 @@ def thread_count(threads: int) -> Iterator[None]:
 
 def run_case(bench: BenchCase, inputs: Inputs, ceilings: Ceilings, options: Options) -> Result:
     """Screen every contender, then time ours against PyTorch's fastest."""
-    firsts = {way: usable(way) for way in contenders(bench, inputs)}
+    firsts = {way: usable(way) for way in contenders(bench, inputs, options.flex)}
     ways = [way for way, first in firsts.items() if first is not None]
     screened = screen(ways, options)
     chosen = fastest_path(bench, inputs, screened, options)

@@ -15,6 +15,7 @@ HEADER = (
     f"{'case':<38}{'thr':>3}{'fastattn ms':>13}{'quartiles':>17}{'GFLOP/s':>9}{'peak':>6}{'GB/s':>6}"
     f"{'PyTorch ms':>12}{'GFLOP/s':>9}  {'path':<13}ratio [95%]"
 )
+BUSY = 0.7  # one busy process is enough to disturb a run with as many threads as cores
 
 
 def thread_word(threads: int) -> str:
@@ -23,11 +24,16 @@ def thread_word(threads: int) -> str:
 
 def machine_lines(machine: dict[str, Any]) -> list[str]:
     """What is measured on, and with what."""
-    return [
+    lines = [
         f"machine   {machine['cpu']}, {machine['cores']} cores, {machine['platform']}",
         f"software  fastattn {machine['fastattn']} ({machine['isa']}), torch {machine['torch']} "
         f"({machine['torch_cpu_capability']}), Python {machine['python']}",
     ]
+    if (machine["load_at_start"] or 0) > BUSY:
+        lines.append(
+            f"warning   load average {machine['load_at_start']}: other work is running, times mean little"
+        )
+    return lines
 
 
 def ceiling_lines(ceilings: Sequence[Ceilings]) -> list[str]:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1 2, one core: 1)")
     add("--filter", default="", metavar="REGEX", help="only cases whose group or name contains a match")
     add("--seconds", type=float, metavar="S", help="time for a case and a number of threads")
+    add("--flex", action="store_true", help="also against compiled FlexAttention on causal and window masks")
     add("--out", type=Path, default=Path("fastattn-bench"), metavar="DIR", help="default: %(default)s")
     add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
     add("--list", action="store_true", help="list the chosen cases and stop")
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options_of(args: argparse.Namespace) -> bench.Options:
     """The run that the arguments ask for."""
     threads = args.threads or ([1, 2] if (os.cpu_count() or 1) > 1 else [1])
-    return bench.Options(tuple(threads), args.quick, args.filter, args.seconds)
+    return bench.Options(tuple(threads), args.quick, args.filter, args.seconds, args.flex)
 
 
 def measure(args: argparse.Namespace) -> bench.Report:
