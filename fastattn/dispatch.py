@@ -17,6 +17,7 @@ from fastattn.backends import torch as torch_backend
 from fastattn.call import Call
 from fastattn.lowering import lower
 from fastattn.spec import AttentionSpec, spec_of
+from fastattn.strides import in_order_of
 
 VARIABLE = "FASTATTN_BACKEND"
 
@@ -148,7 +149,8 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a validated call on the backend of choice; lse may be None where it was not asked for."""
     backend = choose(call)
     if not hasattr(backend, "forward"):
-        return backend.run(call)
+        out, lse = backend.run(call)
+        return in_order_of(call.q, out), lse
     operands, params = lower(call)
     return autograd.attention(backend, call.q, call.k, call.v, operands, params, call.return_lse)
 

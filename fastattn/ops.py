@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.autograd import DOUBLE_BACKWARD
 from fastattn.backends import cpu
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
+from fastattn.strides import output_like
 
 _OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
 _PARAMS = (
@@ -122,11 +123,11 @@ def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
 
 
 def _forward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return cpu.output_like(q, v.shape[-1]), cpu.lse_like(q)
+    return output_like(q, v.shape[-1]), cpu.lse_like(q)
 
 
 def _backward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grads = [cpu.output_like(t, t.shape[-1]) for t in (q, k, v)]
+    grads = [output_like(t, t.shape[-1]) for t in (q, k, v)]
     for tensor, need in zip(rest[4 : 4 + DIFFERENTIABLE], rest[-1][3:], strict=True):
         if tensor is None or not need:
             grads.append(q.new_empty(0))

@@ -38,7 +38,8 @@ def test_lse_dtype_and_value(dtype):
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     scores = q.double() @ k.double().repeat_interleave(2, 1).mT / 4
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-4)
-    torch.testing.assert_close(out, fastattn.attention(q, k, v), rtol=0, atol=0)
+    if NATIVE:
+        torch.testing.assert_close(out, fastattn.attention(q, k, v), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [
@@ -330,6 +331,7 @@ def test_sdpa_with_causal_bias_objects(lengths):
     torch.testing.assert_close(got, fastattn.attention(q, k, v, mask=causal()), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 def test_sdpa_differs_where_it_should():
     q, k, v = qkv(1, 1, 1, 4)
     got = fastattn.scaled_dot_product_attention(q, k, v, is_causal=True, scale=-1.0)

@@ -202,6 +202,7 @@ def test_checkpointing_redraws_the_same_dropout(use_reentrant):
         assert torch.equal(a, b)
 
 
+@needs_native
 def test_saved_tensor_hooks_see_what_is_saved():
     q, k, v = qkv(1, 2, 2, 4, grad=True)
     packed = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from call_support import EXACT, grads, qkv, randn
+from call_support import EXACT, NATIVE, grads, qkv, randn
 
 import fastattn
 from fastattn import reference
@@ -85,6 +85,7 @@ def test_gradients_of_biases_and_sinks(choice):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 @pytest.mark.parametrize("choice", [{"rows": [4]}, {"cols": [1]}, {}], ids=["rows", "cols", "all"])
 def test_nothing_leaks_from_what_is_masked(choice):
     q, k, _ = qkv(1, 2, 2, 5, grad=True)

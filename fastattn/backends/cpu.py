@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.lowering import BLOCK_FIELDS, NO_OPERANDS, Operands, Params
 from fastattn.spec import AttentionSpec
+from fastattn.strides import dense_last, output_like
 
 try:
     from fastattn import _C  # type: ignore[attr-defined]
@@ -52,29 +53,11 @@ def supports(spec: AttentionSpec) -> str | None:
     return "; ".join(reasons) or None
 
 
-def output_like(q: Tensor, head_dim_v: int) -> Tensor:
-    """Uninitialised [..., head_dim_v] in q's dtype and stride order, the last dimension contiguous."""
-    if q.is_contiguous():
-        shape = q.shape
-        return torch.empty_like(q) if head_dim_v == shape[-1] else q.new_empty((*shape[:-1], head_dim_v))
-    leading = range(q.dim() - 1)
-    order = sorted(leading, key=q.stride, reverse=True)
-    out = q.new_empty([q.shape[dim] for dim in order] + [head_dim_v])
-    return out.permute([order.index(dim) for dim in leading] + [q.dim() - 1])
-
-
 def lse_like(q: Tensor) -> Tensor:
     """Uninitialised lse: [B, Hq, Lq], or [Hq, total_q] of a packed q."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
     return q.new_empty(shape, dtype=dtype)
-
-
-def dense_last(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, otherwise a contiguous copy."""
-    if tensor.is_neg():
-        return tensor.resolve_neg().contiguous()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def small(q: Tensor, views: Views, scale: float) -> Tensor:
