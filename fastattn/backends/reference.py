@@ -24,13 +24,11 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     dtype = call.q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     q, k, v = call.q.to(wide), call.k.to(wide), call.v.to(wide)
-    if (
-        call.num_heads() == 0
-    ):  # nothing to compute, and no ratio of head counts; the sum ties zeros to the graph
+    if call.num_heads() == 0 or call.batch() == 0:
+        # Nothing to compute, and no ratio of head counts; the sum ties the empty result to the graph.
         lse = q.sum(-1) if q.dim() == 4 else q.sum(-1).mT
-        return q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=dtype) + (q.sum() + k.sum() + v.sum()).to(
-            dtype
-        ), lse
+        link = (q.sum() + k.sum() + v.sum()).to(dtype)
+        return q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=dtype) + link, lse
     options: dict[str, Any] = {
         "mask": call.mask,
         "bias": call.bias,
