@@ -366,10 +366,29 @@ T lse_residual(const AttentionParams& p, int64_t b, int64_t h, int64_t i, T lse)
   return std::log(sum);
 }
 
+// delta[i] = dO_i·O_i, added up in the order in which the products of panels add up dP = dO·V: in a row that
+// puts all its weight on one key, O is that key's V, and dP - delta is exactly 0.
+template <class T>
+void row_products(const AttentionParams& p, const Rows& outs, const Rows& douts, int64_t rows, T* delta) {
+  const int64_t dim = p.head_dim_v;
+  Vector<T> out(kPanel<T> * dim), dout(kPanel<T> * dim);
+  for (int64_t i = 0; i < rows; i += kPanel<T>) {
+    const int64_t n = std::min(kPanel<T>, rows - i);
+    pack_panel<T>([&](int64_t r) { return outs(i + r); }, p.dtype, n, dim, T{1}, out.data());
+    pack_panel<T>([&](int64_t r) { return douts(i + r); }, p.dtype, n, dim, T{1}, dout.data());
+    for (int64_t r = 0; r < n; r += kLanes<T>) {
+      Vec<T> sum{};
+      for (int64_t d = 0; d < dim; ++d)
+        sum += load(dout.data() + d * kPanel<T> + r) * load(out.data() + d * kPanel<T> + r);
+      std::memcpy(delta + i + r, &sum, std::min<int64_t>(kLanes<T>, n - r) * sizeof(T));
+    }
+  }
+}
+
 template <class T>
 RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
-  // Below this magnitude the rounding of lse is below that of the scores themselves.
-  constexpr T kLargeLse = static_cast<T>(1024);
+  // Below this magnitude what rounding takes from lse is a few units in the last place of P.
+  constexpr T kLargeLse = static_cast<T>(64);
   rows_ = p.cu_seqlens_q != nullptr ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q;
   lse_.ensure(p.num_heads * rows_);
   residual_.ensure(p.num_heads * rows_);
@@ -378,20 +397,17 @@ RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
     const int64_t b = n / p.num_heads, h = n % p.num_heads;
     const Sequence s = sequence_of(p, b);
     const Rows outs(p, p.out, b, h, s.q_begin), douts(p, p.dout, b, h, s.q_begin);
-    Vector<T> out(round_to_lanes<T>(p.head_dim_v), T{0}), dout(out);
+    T* lse_row = lse_.data() + index(b, h);
+    T* residual_row = residual_.data() + index(b, h);
+    T* delta_row = delta_.data() + index(b, h);
+    row_products(p, outs, douts, s.len_q, delta_row);
     for (int64_t i = 0; i < s.len_q; ++i) {
-      load_row<T>(outs(i), p.dtype, p.head_dim_v, T{1}, out.data());
-      load_row<T>(douts(i), p.dtype, p.head_dim_v, T{1}, dout.data());
-      Vec<T> sum{};
-      for (size_t d = 0; d < out.size(); d += kLanes<T>) sum += load(out.data() + d) * load(dout.data() + d);
-      T delta = reduce_add<T>(sum);
       if (p.dlse.data != nullptr)
-        delta -= static_cast<const T*>(p.dlse.data)[p.dlse.offset(b, h, s.q_begin + i)];
+        delta_row[i] -= static_cast<const T*>(p.dlse.data)[p.dlse.offset(b, h, s.q_begin + i)];
       const T lse = static_cast<const T*>(p.lse.data)[p.lse.offset(b, h, s.q_begin + i)];
       const bool large = std::abs(lse) >= kLargeLse && std::abs(lse) < kInfinity<T>;
-      lse_.data()[index(b, h) + i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
-      residual_.data()[index(b, h) + i] = large ? lse_residual<T>(p, b, h, i, lse) : T{0};
-      delta_.data()[index(b, h) + i] = delta;
+      lse_row[i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+      residual_row[i] = large ? lse_residual<T>(p, b, h, i, lse) : T{0};
     }
   });
 }
