@@ -51,7 +51,7 @@ class Options:
 
     @property
     def budget(self) -> float:
-        return self.seconds if self.seconds is not None else (0.6 if self.quick else 3.0)
+        return self.seconds if self.seconds is not None else (0.5 if self.quick else 3.0)
 
     def cases(self) -> list[BenchCase]:
         """The chosen cases, in order.
