@@ -5,6 +5,7 @@
 #include "buffer.h"
 #include "dropout.h"
 #include "exact.h"
+#include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
 
@@ -13,29 +14,6 @@ namespace fastattn::FASTATTN_ISA {
 constexpr int64_t kKeyTile =
     kMaskTile;  // keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128
 constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
-
-// Per query row of the whole call, by [head][row]: lse (made +inf for an empty row, so that P = exp(S - lse)
-// = 0), delta = dO·O - dlse, and residual = log(sum exp(S - lse)), which is 0 but for what rounding took from
-// lse. Where lse is large, as in a row biased by the most negative float, that can be all of log(number of
-// keys), and P must be exp((S - lse) - residual).
-template <class T>
-class RowGradients {
- public:
-  explicit RowGradients(const AttentionBackwardParams& p);
-
-  const T* lse(int64_t b, int64_t h) const { return lse_.data() + index(b, h); }
-  const T* residual(int64_t b, int64_t h) const { return residual_.data() + index(b, h); }
-  const T* delta(int64_t b, int64_t h) const { return delta_.data() + index(b, h); }
-
- private:
-  int64_t index(int64_t b, int64_t h) const {
-    return h * rows_ + (p_.cu_seqlens_q != nullptr ? p_.cu_seqlens_q[b] : b * p_.seqlen_q);
-  }
-
-  const AttentionBackwardParams& p_;
-  int64_t rows_;
-  Buffer<T> lse_, residual_, delta_;
-};
 
 // Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
 template <class T>
