@@ -10,46 +10,58 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// The high and low halves of 32 x 32-bit products.
-FASTATTN_INLINE void multiply_wide(Vec<uint32_t> a, uint32_t b, Vec<uint32_t>& high, Vec<uint32_t>& low) {
-  low = a * b;
+// Products of the low halves of 64-bit lanes; what the high halves hold does not matter.
+FASTATTN_INLINE Vec<uint64_t> multiply_low_halves(Vec<uint64_t> a, uint32_t b) {
 #if defined(__AVX512F__)
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  high = (Vec<uint32_t>)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
-  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
-  high = (Vec<uint32_t>)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+  return (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #else
-  for (int n = 0; n < kLanes<uint32_t>; ++n)
-    high[n] = static_cast<uint32_t>((static_cast<uint64_t>(a[n]) * b) >> 32);
+  return (a & 0xFFFFFFFFull) * static_cast<uint64_t>(b);
 #endif
 }
 
+// Counters in the low halves of 64-bit lanes. The machine multiplies 32 x 32 to 64 bits there, and as it
+// ignores the high halves of its operands, a round's low product needs no masking.
+struct PhiloxLanes {
+  Vec<uint64_t> c0, c1, c2, c3;
+
+  FASTATTN_INLINE void round(uint32_t k0, uint32_t k1) {
+    const Vec<uint64_t> p0 = multiply_low_halves(c0, kPhiloxMul0);
+    const Vec<uint64_t> p1 = multiply_low_halves(c2, kPhiloxMul1);
+    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
+    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
+    c1 = p1;
+    c3 = p0;
+  }
+};
+
 // words[j] for the keys [64 * block, 64 * block + 64) of row i.
 inline void dropout_words(uint64_t seed, uint32_t bh, uint32_t i, uint32_t block, uint32_t* words) {
-  for (int first = 0; first < 16; first += kLanes<uint32_t>) {
-    Vec<uint32_t> c0, c1 = splat(i), c2 = splat(bh), c3 = splat(0u);
-    for (int n = 0; n < kLanes<uint32_t>; ++n) c0[n] = 16 * block + first + n;
+  constexpr int kHalf = kLanes<uint64_t>;
+  for (int first = 0; first < 16; first += 2 * kHalf) {
+    PhiloxLanes even{{}, splat<uint64_t>(i), splat<uint64_t>(bh), {}}, odd = even;
+    for (int n = 0; n < kHalf; ++n) {
+      even.c0[n] = uint64_t{16} * block + first + 2 * n;
+      odd.c0[n] = even.c0[n] + 1;
+    }
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      Vec<uint32_t> high0, low0, high1, low1;
-      multiply_wide(c0, kPhiloxMul0, high0, low0);
-      multiply_wide(c2, kPhiloxMul1, high1, low1);
-      c0 = high1 ^ c1 ^ k0;
-      c2 = high0 ^ c3 ^ k1;
-      c1 = low1;
-      c3 = low0;
+      even.round(k0, k1);
+      odd.round(k0, k1);
       k0 += kPhiloxWeyl0;
       k1 += kPhiloxWeyl1;
     }
-    store(words + first, c0);
-    store(words + 16 + first, c1);
-    store(words + 32 + first, c2);
-    store(words + 48 + first, c3);
+    const auto put = [&](int word, Vec<uint64_t> e, Vec<uint64_t> o) {
+      store(words + 16 * word + first, (Vec<uint32_t>)((e & 0xFFFFFFFFull) | (o << 32)));
+    };
+    put(0, even.c0, odd.c0);
+    put(1, even.c1, odd.c1);
+    put(2, even.c2, odd.c2);
+    put(3, even.c3, odd.c3);
   }
 }
 
