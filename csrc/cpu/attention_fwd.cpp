@@ -110,14 +110,15 @@ struct Scratch {
 // Writes one row of the results. sums are the unnormalised outputs.
 template <class T>
 void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state,
-                const T* sums) {
+                T* sums) {
   const Sequence s = sequence_of(p, b);
   const int64_t dim = p.head_dim_v;
   void* out = row_address_mutable<T>(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
   T* lse = p.lse.data == nullptr ? nullptr : static_cast<T*>(p.lse.data) + p.lse.offset(b, h, s.q_begin + i);
   const bool empty = state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i);
   if (empty || (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim)))) {
-    store_row<T>(sums, empty ? T{0} : Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
+    if (empty) std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
+    store_row<T>(sums, empty ? T{1} : Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
     if (lse != nullptr) *lse = empty ? -kInfinity<T> : state.max + std::log(state.sum);
     return;
   }

@@ -110,6 +110,8 @@ RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
     T* delta_row = delta_.data() + index(b, h);
     row_products(p, outs, douts, s.len_q, delta_row);
     for (int64_t i = 0; i < s.len_q; ++i) {
+      // An empty row's out is 0 whatever its dO holds.
+      if (!std::isfinite(delta_row[i]) && !ScoreRules<T>(p, b, h, s).sees_any(i)) delta_row[i] = T{0};
       if (p.dlse.data != nullptr)
         delta_row[i] -= static_cast<const T*>(p.dlse.data)[p.dlse.offset(b, h, s.q_begin + i)];
       const T lse = static_cast<const T*>(p.lse.data)[p.lse.offset(b, h, s.q_begin + i)];
