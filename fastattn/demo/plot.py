@@ -43,7 +43,7 @@ def draw_speed(results: Results, path: Path) -> None:
     shape = next(iter(results.runs.values())).model.config
     title = (
         f"Training steps of a language model ({shape.num_layers} layers, {shape.num_heads} heads of "
-        f"{shape.head_dim}, float32, 2048 tokens a step): PyTorch's attention, fastattn's, and the first over the second"
+        f"{shape.head_dim}, float32, 2048 tokens a step): PyTorch's attention, fastattn's, and their ratio"
     )
     figure = new_figure(13, 4.4, title, results)
     panels = figure.subplots(1, 3, sharey=True)

@@ -55,7 +55,8 @@ def loss_table(results: Results, rows: int = 8) -> Iterator[str]:
         yield f"{step + 1:>10}{stock[step]:>12.5f}{ours[step]:>12.5f}{differences[step]:>13.1e}"
     held_out = [results.held_out[name] for name in SIDES]
     yield f"{'held out':>10}{held_out[0]:>12.5f}{held_out[1]:>12.5f}{abs(held_out[0] - held_out[1]):>13.1e}"
-    worst = max(range(len(differences)), key=differences.__getitem__)
+    # A difference that is no number is worse than any that is.
+    worst = max(range(len(differences)), key=lambda n: (math.isnan(differences[n]), differences[n]))
     verdict = "within" if results.agrees() else "NOT WITHIN"
     yield f"largest difference {differences[worst]:.1e}, at step {worst + 1}: {verdict} {TOLERANCE:g}"
 
