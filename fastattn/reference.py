@@ -106,14 +106,14 @@ def _probabilities(
     if bias is not None:
         s = s + bias
     s = torch.where(visible, s, -math.inf)
-    empty = ~visible.any(-1, keepdim=True)
-    if sinks is not None:
-        sink = sinks.view(-1, 1, 1).expand(*shape[:-1], 1)
-        s = torch.cat([s, sink.to(torch.promote_types(s.dtype, sinks.dtype))], -1)
-        empty = empty & (sink == -math.inf)
+    sink = s.new_tensor(-math.inf) if sinks is None else sinks.view(-1, 1, 1)
+    s = torch.cat([s, sink.expand(*shape[:-1], 1)], -1)
+    empty = ~visible.any(-1, keepdim=True) & (sink == -math.inf)
     s = torch.where(empty, 0.0, s)  # an empty row must not reach softmax: its gradient would be NaN
     p = torch.where(empty, 0.0, torch.softmax(s, -1))[..., : shape[-1]]
-    lse = torch.where(empty, -math.inf, torch.logsumexp(s, -1, keepdim=True)).squeeze(-1)
+    # Not torch.logsumexp: its gradient exp(s - lse) is wrong where lse is so large that it absorbs log(sum).
+    largest = s.detach().amax(-1, keepdim=True)
+    lse = torch.where(empty, -math.inf, largest + (s - largest).exp().sum(-1, keepdim=True).log()).squeeze(-1)
     return p, lse.to(torch.promote_types(q.dtype, torch.float32)), visible
 
 

@@ -89,7 +89,14 @@ def test_alibi_slopes(options: dict[str, Any], align: str, backend: str):
         return finite(*fastattn.attention(q, k, v, bias=bias, **options, return_lse=True, backend=backend))
 
     assert gradcheck(call, [*qkv(), rand(2, seed=6)])
-    assert gradcheck(call, [*qkv(batch=2), rand(2, 2, seed=6)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alibi_slopes_per_batch(backend: str):
+    def call(q, k, v, slopes):
+        return fastattn.attention(q, k, v, bias=ALiBi(slopes), return_lse=True, backend=backend)
+
+    assert gradcheck(call, [*qkv(batch=2, heads=1, lq=2, lk=3), rand(2, 1, seed=6)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,11 +30,14 @@ def max_error(value: Tensor, ref64: Tensor) -> float:
     return error.max().item() if error.numel() else 0.0
 
 
-def bound(ref64: Tensor, native: Tensor, dtype: torch.dtype, factor: int) -> float:
-    """factor * max |native - ref64| + atol, atol a few ulp of max |ref64| in `dtype`."""
-    finite = ref64[ref64.isfinite()].abs()
-    largest = finite.max().item() if finite.numel() else 0.0
-    return factor * max_error(native, ref64) + ulps(dtype) * torch.finfo(dtype).eps * largest
+def bound(
+    ref64: Tensor, native: Tensor, dtype: torch.dtype, factor: int, magnitude: float | None = None
+) -> float:
+    """factor * max |native - ref64| + atol, atol a few ulp of max |ref64| (or of `magnitude`) in `dtype`."""
+    if magnitude is None:
+        finite = ref64[ref64.isfinite()].abs()
+        magnitude = finite.max().item() if finite.numel() else 0.0
+    return factor * max_error(native, ref64) + ulps(dtype) * torch.finfo(dtype).eps * magnitude
 
 
 def check(
@@ -44,6 +47,7 @@ def check(
     native: Tensor,
     factor: int = FORWARD_FACTOR,
     dtype: torch.dtype | None = None,
+    magnitude: float | None = None,
 ) -> None:
     """Compare one result: first its shape, then where it is NaN or infinite, then the error.
 
@@ -54,6 +58,7 @@ def check(
         native: the eager formula in the input's dtype.
         factor: how many of `native`'s errors are allowed.
         dtype: whose units in the last place are allowed; value's where None.
+        magnitude: of which they are units; max |ref64| where None.
     Raises:
         AssertionError: where they disagree.
     """
@@ -67,7 +72,7 @@ def check(
         if differs.any():
             where = differs.nonzero()[0].tolist()
             raise AssertionError(f"{name}: {kind} at {int(differs.sum())} wrong places, first {where}")
-    error, limit = max_error(value, ref64), bound(ref64, native, dtype or value.dtype, factor)
+    error, limit = max_error(value, ref64), bound(ref64, native, dtype or value.dtype, factor, magnitude)
     if error > limit:
         distance = torch.where(value.isfinite(), (value.double() - ref64).abs(), 0.0)
         worst = tuple(torch.unravel_index(distance.argmax(), distance.shape))
@@ -80,10 +85,17 @@ def check(
 Named = Mapping[str, "Tensor | None"]
 
 
-def check_all(value: Named, ref64: Named, native: Named, dtype: torch.dtype) -> None:
+def check_all(
+    value: Named,
+    ref64: Named,
+    native: Named,
+    dtype: torch.dtype,
+    magnitudes: Mapping[str, float] | None = None,
+) -> None:
     """`check` every result of a call: "out" and "lse" forward, the rest gradients.
 
-    A result that is None (no gradient) must be None, or all zeros, in both. `dtype` is the inputs'.
+    A result that is None (no gradient) must be None, or all zeros, in both. `dtype` is the inputs';
+    `magnitudes` replace max |ref64| of the results that they name.
     """
     for name, expected in ref64.items():
         got, eager = value[name], native[name]
@@ -92,4 +104,5 @@ def check_all(value: Named, ref64: Named, native: Named, dtype: torch.dtype) -> 
                 raise AssertionError(f"{name}: one side has no gradient: got {got}, expected {expected}")
             continue
         factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
-        check(name, got, expected, eager, factor, None if name == "lse" else dtype)
+        magnitude = (magnitudes or {}).get(name)
+        check(name, got, expected, eager, factor, None if name == "lse" else dtype, magnitude)
