@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastattn.checks import check_bool, check_int
 from fastattn.masks.space import Align, MaskShape, check_align, check_device, describe
+from fastattn.spec import dtype_name
 
 BiasType = TypeVar("BiasType", bound="Bias")
 
@@ -27,17 +29,17 @@ class Bias:
 
     align: Align
 
-    def diagonals(self, heads: int, lo: int, hi: int) -> Tensor:
+    def diagonals(self, heads: int, lo: int, hi: int, dtype: torch.dtype | None = None) -> Tensor:
         """The bias at relative positions lo <= r <= hi: [1|B, heads, hi - lo + 1], entry d at r = lo + d.
 
         Differentiable, O(heads * (hi - lo)), so that autograd carries gradients to the parameters.
-        float32, or float64 where the parameters are.
+        Of the given dtype; where None float32, or float64 where the parameters are.
 
         Raises:
             ValueError: the parameters are for another number of heads.
         """
         self._check_heads(heads)
-        return self.values(torch.arange(lo, hi + 1, device=self.parameter.device))
+        return self.values(torch.arange(lo, hi + 1, device=self.parameter.device), dtype)
 
     def to_dense(self, shape: MaskShape, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The definition: [1|B, heads, Lq, Lk] of the given dtype, differentiable.
@@ -65,9 +67,8 @@ class Bias:
         check_device(f"bias {type(self).__name__}", self.parameter, device)
         self._check_heads(shape.heads)
         if self.batch not in (1, shape.batch):
-            raise ValueError(
-                f"bias {type(self).__name__} must have batch size {shape.batch} (or 1), got {self.batch}"
-            )
+            want = "1" if shape.batch == 1 else f"{shape.batch} (or 1)"
+            raise ValueError(f"bias {type(self).__name__} must have batch size {want}, got {self.batch}")
 
     @property
     def parameter(self) -> Tensor:
@@ -182,14 +183,14 @@ def alibi_slopes(
     For other head counts: the slopes of the largest power of two below, then every other slope of its double.
 
     Raises:
+        TypeError: num_heads is not an int.
         ValueError: num_heads < 1.
 
     Example: `alibi_slopes(4)` is [2^-2, 2^-4, 2^-6, 2^-8].
 
     Source: Press et al., "Train Short, Test Long" (arXiv 2108.12409), section 3 and its reference code.
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+    num_heads = check_int("num_heads", num_heads, 1)
     below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (n + 1) / below) for n in range(below)]
     slopes += [2.0 ** (-4.0 * (2 * n + 1) / below) for n in range(num_heads - below)]
@@ -211,7 +212,7 @@ class RelativePosition(Bias):
         align: "bottom_right" (offset = seqlen_k - seqlen_q) or "top_left" (0).
 
     Raises:
-        TypeError: table is not a floating-point tensor.
+        TypeError: table is not a floating-point tensor, bidirectional no bool, or max_distance no int.
         ValueError: other dimensions, too few buckets, a max_distance that the exact buckets already cover,
             unknown align, or, when used, another number of heads.
 
@@ -228,16 +229,18 @@ class RelativePosition(Bias):
     def __post_init__(self) -> None:
         _check_parameter("RelativePosition table", self.table, (2,))
         check_align(self.align)
+        check_bool("RelativePosition bidirectional", self.bidirectional)
+        max_distance = check_int("RelativePosition max_distance", self.max_distance)
+        object.__setattr__(self, "max_distance", max_distance)  # NumPy's ints become Python's
         least = 4 if self.bidirectional else 2
         if self.table.shape[0] < least:
             raise ValueError(
                 f"RelativePosition table must have at least {least} buckets, got {self.table.shape[0]}"
             )
         exact = self.table.shape[0] // least
-        if self.max_distance <= exact:
-            got = self.max_distance
+        if max_distance <= exact:
             raise ValueError(
-                f"RelativePosition max_distance must exceed the {exact} exact distances, got {got}"
+                f"RelativePosition max_distance must exceed the {exact} exact distances, got {max_distance}"
             )
 
     @property
@@ -274,7 +277,7 @@ def _check_parameter(name: str, value: object, dims: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a floating-point tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {dtype_name(value.dtype)}")
     if value.dim() not in dims:
         raise ValueError(
             f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}"

@@ -283,7 +283,7 @@ ONES = torch.ones(32, 2)
         (
             lambda: ALiBi(torch.ones(2).int()),
             TypeError,
-            "ALiBi slopes must be a floating-point tensor, got torch.int32",
+            "ALiBi slopes must be a floating-point tensor, got int32",
         ),
         (
             lambda: ALiBi(ONES[None]),
@@ -309,6 +309,24 @@ ONES = torch.ones(32, 2)
             ValueError,
             "must exceed the 8 exact distances, got 8",
         ),
+        (lambda: RelativePosition(ONES, max_distance="x"), TypeError, "max_distance must be an int, got str"),
+        (
+            lambda: RelativePosition(ONES, max_distance=8.5),
+            TypeError,
+            "max_distance must be an int, got float",
+        ),
+        (
+            lambda: RelativePosition(ONES, max_distance=float("nan")),
+            TypeError,
+            "max_distance must be an int, got float",
+        ),
+        (
+            lambda: RelativePosition(ONES, bidirectional="no"),
+            TypeError,
+            "RelativePosition bidirectional must be a bool, got str",
+        ),
+        (lambda: alibi_slopes(2.5), TypeError, "num_heads must be an int, got float"),
+        (lambda: alibi_slopes("4"), TypeError, "num_heads must be an int, got str"),
         (lambda: RelativePosition(ONES, align="y"), ValueError, "align must be one of"),
         (lambda: ALiBi(ONES[0]).diagonals(3, 0, 1), ValueError, "bias ALiBi must be for 3 heads, got 2"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -528,6 +529,34 @@ def test_last_result_depends_on_lengths() -> None:
     assert mask.lower(MaskShape(2, 1, 1, 8)) is not first
 
 
+@pytest.mark.parametrize("compose", [lambda m: m, lambda m: ~m, lambda m: causal() & (m | prefix(1))])
+def test_what_a_predicate_captures_may_change(compose: Callable[[Mask], Mask]) -> None:
+    reach = [1]
+    mask, shape = compose(predicate(lambda b, h, i, j: (i - j).abs() <= reach[0])), MaskShape(1, 1, 9, 9)
+    before = expand(mask.lower(shape), shape)
+    built = mask.build(9, 9)
+    reach[0] = 5
+    assert torch.equal(expand(mask.lower(shape), shape), mask.to_dense(shape))
+    assert torch.equal(expand(built.lower(shape), shape), before)
+    assert not torch.equal(mask.to_dense(shape), before)
+
+
+def test_signatures_that_serve_a_predicate() -> None:
+    def several(*index: torch.Tensor) -> torch.Tensor:
+        return index[2] >= index[3]
+
+    for fn in (several, functools.partial(several), lambda b, h, i, j, reach=1: i - j <= reach):
+        assert predicate(fn).to_dense(MaskShape(1, 1, 3, 3)).dtype == torch.bool
+
+
+def test_numpy_ints() -> None:
+    import numpy
+
+    one = numpy.int64(1)
+    assert repr(window(one, one)) == "window(1, 1)"
+    assert causal().build(one, one).lower(MaskShape(1, 1, 1, 1)).hi_bottom == 0
+
+
 def test_inference_tensors() -> None:
     with torch.inference_mode():
         mask = documents(torch.zeros(1, 9, dtype=torch.int64))
@@ -668,10 +697,33 @@ FLOATS = torch.ones(2)
         (
             lambda: padding(FLOATS),
             TypeError,
-            "padding key_lengths must be an integer tensor, got torch.float32",
+            "padding key_lengths must be an integer tensor, got float32",
         ),
-        (lambda: padding(BOOLS), TypeError, "padding key_lengths must be an integer tensor, got torch.bool"),
+        (lambda: padding(BOOLS), TypeError, "padding key_lengths must be an integer tensor, got bool"),
         (lambda: padding([0.5]), TypeError, "padding key_lengths must be .* a sequence of ints, got list"),
+        (lambda: padding([-1, 3]), ValueError, "padding key_lengths must be >= 0, got -1"),
+        (lambda: padding([1], [-2]), ValueError, "padding key_starts must be >= 0, got -2"),
+        (lambda: prefix(-3), ValueError, "prefix lengths must be >= 0, got -3"),
+        (lambda: window("a", 0), TypeError, "window left must be an int or None, got str"),
+        (
+            lambda: predicate(lambda i, j: i >= j),
+            TypeError,
+            r"predicate fn must take \(b, h, i, j\), got .*<lambda>\(i, j\)",
+        ),
+        (lambda: causal().build(6.5, 7), TypeError, "seqlen_q must be an int, got float"),
+        (lambda: causal().build(-6, 7), ValueError, "seqlen_q must be >= 0, got -6"),
+        (lambda: causal().build(6, 7, batch=None), TypeError, "batch must be an int, got NoneType"),
+        (lambda: causal().to_dense(6), TypeError, "shape must be a fastattn.masks.MaskShape, got int"),
+        (
+            lambda: (causal() | prefix([1, 2, 3])).build(6, 7),
+            ValueError,
+            r"prefix lengths must have batch size 1, got 3; in build\(\), pass batch=3",
+        ),
+        (
+            lambda: blocks(torch.ones(1, 2, 1, 1) > 0, 9).build(6, 7),
+            ValueError,
+            r"blocks layout must have 1 heads, got 2; in build\(\), pass heads=2",
+        ),
         (lambda: padding([1], FLOATS), TypeError, "padding key_starts must be an integer tensor"),
         (
             lambda: padding(torch.tensor(3)),
@@ -683,7 +735,7 @@ FLOATS = torch.ones(2)
         (
             lambda: documents(FLOATS),
             TypeError,
-            "documents q_ids must be an integer tensor, got torch.float32",
+            "documents q_ids must be an integer tensor, got float32",
         ),
         (
             lambda: documents(torch.arange(3), 3),
@@ -710,7 +762,7 @@ FLOATS = torch.ones(2)
         (
             lambda: dense(FLOATS),
             TypeError,
-            r"mask must be a bool tensor \(True = attend\), got torch.float32",
+            r"mask must be a bool tensor \(True = attend\), got float32",
         ),
         (lambda: dense(3), TypeError, "mask must be a fastattn.masks.Mask or a bool tensor, got int"),
         (lambda: dense(BOOLS[None, None, None]), ValueError, "mask must have at most 4 dimensions"),
@@ -756,7 +808,7 @@ def test_errors_of_constructors(make: Callable[[], Mask], error: type[Exception]
         (
             predicate(lambda b, h, i, j: i - j),
             TypeError,
-            "predicate fn must return a bool tensor, got torch.int64",
+            "predicate fn must return a bool tensor, got int64",
         ),
         (predicate(lambda b, h, i, j: True), TypeError, "predicate fn must return a bool tensor, got bool"),
         (

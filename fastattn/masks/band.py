@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastattn.checks import check_int
 from fastattn.masks.base import LoweredMask, Mask, register
 from fastattn.masks.space import Align, MaskShape, Pairs, check_align
 from fastattn.masks.tiles import Tiler, TileRows, Tiles, low_words
@@ -43,17 +44,10 @@ def window(left: int | None, right: int | None, *, align: Align = "bottom_right"
 
     Example: `window(1, 0)` on 3x3 is [[1, 0, 0], [1, 1, 0], [0, 1, 1]].
     """
-    for name, side in (("left", left), ("right", right)):
-        if side is None:
-            continue
-        if isinstance(side, (bool, float, Tensor)):
-            raise TypeError(f"window {name} must be an int or None, got {type(side).__name__}")
-        if side < 0:
-            raise ValueError(f"window {name} must be >= 0 or None, got {side}")
     check_align(align)
     # Beyond every length one bound is as good as another, and kernels add positions to it in 64 bits.
-    left = None if left is None else min(left, FARTHEST)
-    right = None if right is None else min(right, FARTHEST)
+    left = None if left is None else min(check_int("window left", left, 0, or_none=True), FARTHEST)
+    right = None if right is None else min(check_int("window right", right, 0, or_none=True), FARTHEST)
     return Band(None if left is None else -left, right, align)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastattn.block_mask import BlockMask
+from fastattn.checks import check_int
 from fastattn.masks.space import MaskShape, Pairs
 from fastattn.masks.tiles import Tiler, build_block_mask
 
@@ -72,8 +73,11 @@ class Mask:
             device: of the result; the mask's tensors must lie there.
 
         Raises:
+            TypeError: shape is no MaskShape.
             ValueError: a tensor of the mask has another device, or does not fit the shape.
         """
+        if not isinstance(shape, MaskShape):
+            raise TypeError(f"shape must be a fastattn.masks.MaskShape, got {type(shape).__name__}")
         device = torch.device(device)
         self._check(shape, device)
         at = Pairs.all(shape, device)
@@ -85,7 +89,8 @@ class Mask:
         return visible
 
     def lower(self, shape: MaskShape, device: torch.device | str = "cpu") -> LoweredMask:
-        """The form for kernels. Block lists, once built, are kept for the next call of equal shape.
+        """The form for kernels. Block lists, once built, are kept for the next call of equal shape; those of
+        a mask that holds a predicate are not, since its function may change its mind.
 
         Args:
             shape: the index space.
@@ -118,19 +123,29 @@ class Mask:
     ) -> Mask:
         """The same mask with its kernel form computed now: for reuse across layers and steps, or compile.
 
+        It serves calls of exactly these lengths, so not `varlen_attention` and `decode_attention`, where each
+        sequence has its own: they raise, and take the mask that was built from.
+
         Args:
             seqlen_q, seqlen_k: the lengths it will be used with.
             batch, heads: batch size and number of query heads; needed where the mask depends on them.
             device: of the calls.
 
         Raises:
-            ValueError: a tensor of the mask has another device, or does not fit the shape.
+            TypeError: a size is not an int.
+            ValueError: a negative size; a tensor of the mask has another device, or does not fit the shape.
 
         Example: `mask = (causal() | prefix(16)).build(1024, 1024)`.
         """
         from fastattn.masks.built import build
 
-        return build(self, MaskShape(batch, heads, seqlen_q, seqlen_k), torch.device(device))
+        shape = MaskShape(
+            check_int("batch", batch, 0),
+            check_int("heads", heads, 0),
+            check_int("seqlen_q", seqlen_q, 0),
+            check_int("seqlen_k", seqlen_k, 0),
+        )
+        return build(self, shape, torch.device(device))
 
     def to(self, device: torch.device | str) -> Mask:
         """The mask with its tensors on another device (a predicate's function stays as it is)."""
@@ -179,6 +194,18 @@ class Mask:
     def is_dense(self) -> bool:
         """Whether it consists of bool tensors alone."""
         return False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it says the same for as long as its tensors do."""
+        return all(part.is_constant for part in self._parts())
+
+    def _parts(self) -> Iterator[Mask]:
+        """The masks that it is composed of."""
+        for value in vars(self).values():
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Mask):
+                    yield part
 
     def _visible(self, at: Pairs) -> Tensor:
         """Whether each pair is visible: bool, broadcastable to the pairs' common shape."""

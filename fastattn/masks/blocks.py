@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastattn.block_mask import pack
+from fastattn.checks import check_int
 from fastattn.masks.base import Mask, register
-from fastattn.masks.space import MaskShape, Pairs, check_batch, check_device, describe, lookup
+from fastattn.masks.space import MaskShape, Pairs, check_batch, check_device, check_heads, describe, lookup
 from fastattn.masks.tiles import TILE, Tiler, TileRows, Tiles
 
 
@@ -30,11 +31,7 @@ def blocks(layout: Tensor, block_size: int) -> Mask:
         raise TypeError(f"blocks layout must be a bool tensor, got {describe(layout)}")
     if layout.dim() not in (2, 4):
         raise ValueError(f"blocks layout must have 2 or 4 dimensions, got shape {list(layout.shape)}")
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"blocks block_size must be an int, got {type(block_size).__name__}")
-    if block_size < 1:
-        raise ValueError(f"blocks block_size must be >= 1, got {block_size}")
-    return Blocks(layout, block_size)
+    return Blocks(layout, check_int("blocks block_size", block_size, 1))
 
 
 @register
@@ -50,8 +47,7 @@ class Blocks(Mask):
         layout = check_device("blocks layout", self.layout, device)
         layout = layout[None, None] if layout.dim() == 2 else layout
         check_batch("blocks layout", layout.shape[0], shape.batch)
-        if layout.shape[1] not in (1, shape.heads):
-            raise ValueError(f"blocks layout must have {shape.heads} heads (or 1), got {layout.shape[1]}")
+        check_heads("blocks layout", layout.shape[1], shape.heads)
         want = [-(-length // self.block_size) for length in (shape.seqlen_q, shape.seqlen_k)]
         if list(layout.shape[2:]) != want:
             raise ValueError(

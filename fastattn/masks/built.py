@@ -78,7 +78,10 @@ def build(mask: Mask, shape: MaskShape, device: torch.device) -> Mask:
 
 
 def keep(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
-    """The mask's block lists: those of its last call if they still hold, else new ones, which it keeps."""
+    """The mask's block lists: those of its last call if they still hold, else new ones, which it keeps.
+
+    Only in-place changes to the mask's own tensors are seen, so nothing is kept of a mask that holds more.
+    """
     kept = mask.__dict__.get("_kept")
     if kept is not None and kept[0].matches(shape, device, mask):
         return kept[1]
@@ -88,7 +91,8 @@ def keep(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
     else:
         lowered = mask._build_blocks(shape, device)
     # Frozen for the user. One assignment, so threads at worst build twice.
-    object.__setattr__(mask, "_kept", (_Key.of(shape, device, mask), lowered))
+    if mask.is_constant:
+        object.__setattr__(mask, "_kept", (_Key.of(shape, device, mask), lowered))
     return lowered
 
 
@@ -122,9 +126,8 @@ def _versions(mask: Mask) -> tuple[int, ...]:
     for value in vars(mask).values():
         if isinstance(value, Tensor):
             versions.append(-1 if value.is_inference() else value._version)
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Mask):
-                versions.extend(_versions(part))
+    for part in mask._parts():
+        versions.extend(_versions(part))
     return tuple(versions)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.masks.base import LoweredMask, Mask, register
 from fastattn.masks.space import MaskShape, Pairs, check_device, describe, lookup
+from fastattn.spec import dtype_name
 
 
 def dense(mask: Tensor) -> Mask:
@@ -27,7 +28,7 @@ def dense(mask: Tensor) -> Mask:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor (True = attend), got {mask.dtype}")
+        raise TypeError(f"mask must be a bool tensor (True = attend), got {dtype_name(mask.dtype)}")
     if mask.dim() > 4:
         raise ValueError(f"mask must have at most 4 dimensions, got shape {list(mask.shape)}")
     return Dense(mask)

@@ -11,6 +11,7 @@ from fastattn.block_mask import pack
 from fastattn.masks.base import Mask, register
 from fastattn.masks.space import MaskShape, Pairs, check_batch, check_device, describe, is_integer, lookup
 from fastattn.masks.tiles import Tiler, TileRows, Tiles, tile_bounds
+from fastattn.spec import dtype_name
 
 
 def documents(q_ids: Tensor, k_ids: Tensor | None = None) -> Mask:
@@ -32,7 +33,7 @@ def documents(q_ids: Tensor, k_ids: Tensor | None = None) -> Mask:
         if not isinstance(ids, Tensor):
             raise TypeError(f"documents {name} must be an integer tensor, got {type(ids).__name__}")
         if not is_integer(ids):
-            raise TypeError(f"documents {name} must be an integer tensor, got {ids.dtype}")
+            raise TypeError(f"documents {name} must be an integer tensor, got {dtype_name(ids.dtype)}")
         if ids.dim() not in (1, 2):
             raise ValueError(f"documents {name} must have 1 or 2 dimensions, got shape {list(ids.shape)}")
     return Documents(q_ids, k_ids)

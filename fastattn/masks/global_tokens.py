@@ -47,8 +47,6 @@ def global_tokens(index_or_bool: Tensor | int | Sequence[int], *, align: Align =
             raise ValueError(f"{name} must have 1 or 2 dimensions, got shape {list(index_or_bool.shape)}")
         return GlobalTokens(index_or_bool, align)
     index = as_ints(name, index_or_bool, (1,))
-    if isinstance(index, tuple) and any(item < 0 for item in index):
-        raise ValueError(f"{name} must be >= 0, got {min(index)}")
     return GlobalTokens(index, align)
 
 

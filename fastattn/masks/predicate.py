@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastattn.masks.base import Mask, register
 from fastattn.masks.space import MaskShape, Pairs
+from fastattn.spec import dtype_name
 
 PairFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -26,15 +28,33 @@ def predicate(fn: PairFunction) -> Mask:
             h [1, H, 1, 1], i [1, 1, Lq, 1], j [1, 1, 1, Lk]. A result that does not extend along b (or h)
             says that the mask is the same for every batch entry (or head).
 
+    What fn captures may change: a mask that holds a predicate evaluates it anew in every call. Where it stays
+    as it is, `build` the mask once instead.
+
     Raises:
-        TypeError: fn is not callable, or, when used, returns something else than a bool tensor.
+        TypeError: fn is not callable with four arguments, or, when used, returns something else than a bool
+            tensor.
         ValueError: when used, fn's result does not broadcast.
 
     Example: `predicate(lambda b, h, i, j: (i - j) % 4 == 0) & causal()` is a dilated causal mask.
     """
     if not callable(fn):
         raise TypeError(f"predicate fn must be callable, got {type(fn).__name__}")
+    if not torch.compiler.is_compiling():
+        _check_signature(fn)
     return Predicate(fn)
+
+
+def _check_signature(fn: PairFunction) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin that does not tell
+        return
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError:
+        name = getattr(fn, "__qualname__", type(fn).__name__)
+        raise TypeError(f"predicate fn must take (b, h, i, j), got {name}{signature}") from None
 
 
 @register
@@ -44,10 +64,14 @@ class Predicate(Mask):
 
     fn: PairFunction
 
+    @property
+    def is_constant(self) -> bool:
+        return False
+
     def _call(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         result = self.fn(b, h, i, j)
         if not isinstance(result, Tensor) or result.dtype != torch.bool:
-            got = result.dtype if isinstance(result, Tensor) else type(result).__name__
+            got = dtype_name(result.dtype) if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(f"predicate fn must return a bool tensor, got {got}")
         want = torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)
         result = result[(None,) * (4 - result.dim())]

@@ -9,6 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastattn.checks import check_int
+from fastattn.spec import dtype_name
+
 Align = Literal["bottom_right", "top_left"]
 Ints = Tensor | tuple[int, ...]
 
@@ -93,7 +96,7 @@ def check_align(align: str) -> None:
 def describe(value: object) -> str:
     """Short text for an argument: `int64[4, 7]` for a tensor, its repr otherwise."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return f"{dtype_name(value.dtype)}{list(value.shape)}"
     return repr(value)
 
 
@@ -104,11 +107,12 @@ def is_integer(value: Tensor) -> bool:
 def as_ints(name: str, value: Tensor | int | Sequence[int], dims: tuple[int, ...]) -> Ints:
     """Check an integer argument: a tensor of one of the given numbers of dimensions, or Python ints.
 
-    Python ints stay a tuple, which follows each call to its device; a tensor must already be there.
+    Python ints stay a tuple, which follows each call to its device; a tensor must already be there. Those
+    below 0 are refused; a tensor's values are not looked at.
     """
     if isinstance(value, Tensor):
         if not is_integer(value):
-            raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+            raise TypeError(f"{name} must be an integer tensor, got {dtype_name(value.dtype)}")
         if value.dim() not in dims:
             raise ValueError(
                 f"{name} must have {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}"
@@ -117,6 +121,8 @@ def as_ints(name: str, value: Tensor | int | Sequence[int], dims: tuple[int, ...
     items = (value,) if isinstance(value, int) else value
     if not isinstance(items, (list, tuple, range)) or not all(type(item) is int for item in items):
         raise TypeError(f"{name} must be an integer tensor or a sequence of ints, got {type(value).__name__}")
+    for item in items:
+        check_int(name, item, 0)
     return tuple(items)
 
 
@@ -141,7 +147,16 @@ def ints_on(name: str, value: Ints, device: torch.device) -> Tensor:
 
 def check_batch(name: str, size: int, batch: int) -> None:
     if size not in (1, batch):
-        raise ValueError(f"{name} must have batch size {batch} (or 1), got {size}")
+        raise ValueError(f"{name} must have batch size {batch}{_or_hint('batch', batch, size)}")
+
+
+def check_heads(name: str, size: int, heads: int) -> None:
+    if size not in (1, heads):
+        raise ValueError(f"{name} must have {heads} heads{_or_hint('heads', heads, size)}")
+
+
+def _or_hint(keyword: str, size: int, got: int) -> str:
+    return f", got {got}; in build(), pass {keyword}={got}" if size == 1 else f" (or 1), got {got}"
 
 
 def lookup(values: Tensor, *index: Tensor) -> Tensor:
