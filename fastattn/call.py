@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,12 @@ class Call:
     max_seqlen_k: int = 0
     lengths: Tensor | None = None
     block_table: Tensor | None = None
+    names: Mapping[str, str] | None = None  # what the user knows arguments by, where not by the fields' names
+    checked: bool = False  # whether the contents of the index tensors are known to be right
+
+    def name(self, argument: str) -> str:
+        """An argument's name in messages."""
+        return argument if self.names is None else self.names.get(argument, argument)
 
     def scale_value(self) -> float:
         """The scale in force; scores of zero-width heads are zero whatever it is."""

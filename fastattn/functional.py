@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils._pytree import tree_leaves
 
 from fastattn import autograd, dispatch
 from fastattn.backends import cpu
@@ -19,6 +20,8 @@ from fastattn.lowering import lower
 from fastattn.masks import Mask
 from fastattn.plain import plain_views
 from fastattn.validation import check_tensor, check_values, validate, validate_options
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def attention(
@@ -94,15 +97,15 @@ def attention(
             q,
             k,
             v,
-            mask,
-            bias,
-            scale,
-            softcap,
-            sinks,
-            dropout_p,
-            dropout_seed,
-            return_lse,
-            backend,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            return_lse=return_lse,
+            backend=backend,
         )
     )
 
@@ -129,12 +132,13 @@ def plain_attention(
         and sinks is None
         and dropout_seed is None
         and not return_lse
+        and type(dropout_p) is float
         and dropout_p == 0.0
         and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
     ):
         if scale is None:
             return cpu.small(q, views, 1.0 / math.sqrt(views[1][1][3]))
-        if type(scale) is float and scale - scale == 0.0:  # finite
+        if type(scale) is float and -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:  # finite in every dtype's kernels
             return cpu.small(q, views, scale)
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
     validate_options(call)
@@ -186,22 +190,42 @@ def varlen_attention(
         the values of cu_seqlens raise on CPU.
     """
     call = Call(
-        "varlen", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend
+        "varlen",
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        backend=backend,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=_declared(max_seqlen_q, "cu_seqlens_q", cu_seqlens_q, q),
+        max_seqlen_k=_declared(max_seqlen_k, "cu_seqlens_k", cu_seqlens_k, k),
     )
-    call.cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
-    call.max_seqlen_q = _longest(max_seqlen_q, "cu_seqlens_q", cu_seqlens_q, q)
-    call.max_seqlen_k = _longest(max_seqlen_k, "cu_seqlens_k", cu_seqlens_k, k)
     return run(call)
 
 
-def _longest(given: int | None, name: str, cu_seqlens: Tensor, packed: Tensor) -> int:
+def _declared(given: int | None, name: str, cu_seqlens: Tensor | None, packed: Tensor) -> int:
     """The given maximal length, or the one in cu_seqlens; an upper bound where values cannot be read."""
     if given is not None:
         return given
-    check_tensor(name, cu_seqlens)
-    if not _has_values(cu_seqlens):
-        return packed.shape[0]
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if _has_values(check_tensor(name, cu_seqlens)):
+        return _longest(cu_seqlens)
+    return packed.shape[0] if isinstance(packed, Tensor) and packed.dim() else 0
+
+
+def _longest(cu_seqlens: Tensor | None) -> int:
+    """The longest sequence, 0 where there is none."""
+    # validate() names what is wrong with a tensor of another kind.
+    if cu_seqlens is None or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+        return 0
+    if cu_seqlens.shape[0] < 2:
         return 0
     return max(0, int((cu_seqlens[1:] - cu_seqlens[:-1]).max()))
 
@@ -251,17 +275,18 @@ def decode_attention(
         q,
         k_cache,
         v_cache,
-        mask,
-        bias,
-        scale,
-        softcap,
-        sinks,
-        dropout_p,
-        dropout_seed,
-        return_lse,
-        backend,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        backend=backend,
+        lengths=lengths,
+        block_table=block_table,
     )
-    call.lengths, call.block_table = lengths, block_table
     return run(call)
 
 
@@ -272,44 +297,63 @@ def explain(
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
-    **options: Any,
+    mask: Mask | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
 ) -> Explanation:
     """Which backend runs a call, and why each other one does not; nothing is computed.
 
     Args:
-        q, k, v: as in `attention`; with cu_seqlens_q and cu_seqlens_k as in `varlen_attention`; with lengths
-            (and block_table) as in `decode_attention`.
-        options: any of that function's other arguments.
+        q, k, v: as in `attention`; with cu_seqlens_q and cu_seqlens_k (and max_seqlen_q, max_seqlen_k) as in
+            `varlen_attention`; with lengths (and block_table) as in `decode_attention`.
+        mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse, backend: as in that function.
     Returns:
         An Explanation, whose str() is a small table.
     Raises:
         TypeError, ValueError, NotImplementedError: as the call itself would.
     """
-    op = "attention"
+    call = Call(
+        "attention",
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        backend=backend,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        lengths=lengths,
+        block_table=block_table,
+    )
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        op = "varlen"
-        options["max_seqlen_q"] = _longest(options.get("max_seqlen_q"), "cu_seqlens_q", cu_seqlens_q, q)  # type: ignore[arg-type]
-        options["max_seqlen_k"] = _longest(options.get("max_seqlen_k"), "cu_seqlens_k", cu_seqlens_k, k)  # type: ignore[arg-type]
-    elif lengths is not None:
-        op = "decode"
-    call = Call(op, q, k, v, **options)
-    call.cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
-    call.lengths, call.block_table = lengths, block_table
-    _autocast(call)
-    validate(call)
+        call.op = "varlen"
+        call.max_seqlen_q = _declared(max_seqlen_q, "cu_seqlens_q", cu_seqlens_q, q)
+        call.max_seqlen_k = _declared(max_seqlen_k, "cu_seqlens_k", cu_seqlens_k, k)
+    elif lengths is not None or block_table is not None:
+        call.op = "decode"
+    _prepare(call)
     return dispatch.explain(call)
 
 
 def run(call: Call) -> Any:
     """Validate and run a call; out, or (out, lse) where the call asks for it."""
-    _autocast(call)
-    validate(call)
-    if call.op != "attention" and _has_values(
-        call.cu_seqlens_q, call.cu_seqlens_k, call.lengths, call.block_table
-    ):
-        check_values(call)
+    _prepare(call)
     head_dim_v = call.v.shape[-1]
     if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
         call.scale = call.scale_value()
@@ -330,11 +374,43 @@ def run(call: Call) -> Any:
     return (out, lse) if call.return_lse else out
 
 
+def _prepare(call: Call) -> None:
+    """Cast and check the arguments of a call, as far as they can be seen."""
+    _autocast(call)
+    validate(call)
+    if call.op == "attention" or not _has_values(
+        call.cu_seqlens_q, call.cu_seqlens_k, call.lengths, call.block_table
+    ):
+        return
+    check_values(call)
+    call.checked = True
+    if call.op == "varlen" and not _is_sized(call.mask):
+        # Work on masks and biases grows with the declared maxima, which nothing keeps from being too large.
+        call.max_seqlen_q = min(call.max_seqlen_q, _longest(call.cu_seqlens_q))
+        call.max_seqlen_k = min(call.max_seqlen_k, _longest(call.cu_seqlens_k))
+
+
+def _is_sized(mask: Any) -> bool:
+    """Whether the mask may hold tensors whose sizes are the declared lengths."""
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(mask))
+
+
 def _has_values(*tensors: Tensor | None) -> bool:
-    """Whether the contents of the tensors may be read: plain CPU tensors outside any trace."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether the contents of the tensors may be read here: CPU tensors that no trace or transform watches.
+
+    Where not, and the tensors turn out to have contents, kernels check them themselves.
+    """
+    if torch.compiler.is_compiling():
         return False
-    return all(t is None or (type(t) is Tensor and t.is_cpu) for t in tensors)
+    transforms = torch._C._are_functorch_transforms_active()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+            return False
+        if transforms and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+    return True
 
 
 def _autocast(call: Call) -> None:

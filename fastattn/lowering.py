@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastattn.call import Call
 from fastattn.masks import LoweredMask, Mask, MaskShape
@@ -52,7 +53,7 @@ class Params(NamedTuple):
 
     band is (lo_top, hi_top, lo_bottom, hi_bottom): i + lo_top <= j <= i + hi_top, and the same about
     i + offset for the bottom pair; None = unbounded. max_seqlen_q and max_seqlen_k are read in varlen calls
-    only.
+    only. `checked`: the contents of the index tensors are known to be right, so kernels need not look.
     """
 
     scale: float
@@ -63,6 +64,7 @@ class Params(NamedTuple):
     diag_bottom_right: bool = True
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    checked: bool = False
 
 
 def lower(call: Call) -> tuple[Operands, Params]:
@@ -84,7 +86,15 @@ def lower(call: Call) -> tuple[Operands, Params]:
         index = getattr(call, name)
         tensors[name] = None if index is None else index.contiguous()
     params = Params(
-        scale, call.softcap, call.dropout_p, band, diag_lo, bottom_right, call.max_seqlen_q, call.max_seqlen_k
+        scale,
+        call.softcap,
+        call.dropout_p,
+        band,
+        diag_lo,
+        bottom_right,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        call.checked,
     )
     return Operands(**tensors) if tensors else NO_OPERANDS, params
 
@@ -116,12 +126,28 @@ def lower_mask(call: Call, mask: Mask | Tensor, tensors: dict[str, Tensor | None
 
 
 def _lowered(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
+    if mask.needs_blocks and torch._C._are_functorch_transforms_active():
+        if any(isinstance(leaf, Tensor) and _is_mapped(leaf) for leaf in tree_leaves(mask)):
+            raise NotImplementedError(
+                f"mask {type(mask).__name__} needs block lists, whose size differs from entry to entry of a "
+                "vmap over its tensors: give those and q, k, v a batch dimension instead of the vmap"
+            )
     is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if not is_watched or not mask.needs_blocks or isinstance(mask, BuiltMask):
         return mask.lower(shape, device)
     from fastattn.mask_ops import block_lists
 
     return LoweredMask(block=block_lists(mask, shape, device))
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a vmap maps over the tensor, under whatever other transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, bool]:
@@ -139,8 +165,8 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
     # lengths are.
     lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
     # Without queries and keys there is no position, but a tensor of one does no harm.
-    relative = torch.arange(lo, max(lo, hi) + 1, device=call.q.device)
     dtype = accumulate_dtype(call.q.dtype)
-    diagonals = bias.values(relative, torch.promote_types(dtype, bias.parameter.dtype))
+    wide = torch.promote_types(dtype, bias.parameter.dtype)
+    diagonals = bias.diagonals(call.num_heads(), lo, max(lo, hi), wide)
     tensors["diag"] = diagonals.to(dtype).contiguous()
     return lo, bottom_right

@@ -87,29 +87,8 @@ def _params(flat: Sequence[Any]) -> Params:
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    operands = Operands(*rest[:_COUNT])
-    _check_values(q, k, operands, _params(rest[_COUNT:]))
-    out, lse = _KERNELS[backend].forward(q, k, v, operands, _params(rest[_COUNT:]), True)
+    out, lse = _KERNELS[backend].forward(q, k, v, Operands(*rest[:_COUNT]), _params(rest[_COUNT:]), True)
     return out, lse
-
-
-def _check_values(q: Tensor, k: Tensor, operands: Operands, params: Params) -> None:
-    """Rules on values, which no trace could check."""
-    from fastattn import validation
-
-    if not q.is_cpu:
-        return
-    if operands.cu_seqlens_q is not None:
-        validation.check_cu_seqlens_values(
-            "cu_seqlens_q", operands.cu_seqlens_q, q.shape[0], params.max_seqlen_q, "q"
-        )
-        validation.check_cu_seqlens_values(
-            "cu_seqlens_k", operands.cu_seqlens_k, k.shape[0], params.max_seqlen_k, "k"
-        )
-    if operands.seqlens_k is not None:
-        table = operands.block_table
-        capacity = k.shape[2] * (1 if table is None else table.shape[1])
-        validation.check_cache_values(operands.seqlens_k, table, capacity, k.shape)
 
 
 def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

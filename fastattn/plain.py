@@ -44,6 +44,7 @@ def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
         and strides[3] == strides_k[3] == strides_v[3] == 1
         and (batch and heads and heads_kv and seqlen_q and seqlen_k and head_dim and head_dim_v)
         and (heads == heads_kv or heads % heads_kv == 0)
+        and not (q.is_neg() or k.is_neg() or v.is_neg())
         and not (_function_modes() or _dispatch_modes() or _transforms() or _autocast())
         and forward_ad._current_level < 0
         and _trace() is None
@@ -51,10 +52,12 @@ def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
         and dtype in cpu.DTYPE_CODES
         and cpu.available()
     ):
-        return (
-            cpu.DTYPE_CODES[dtype],
-            (q.data_ptr(), shape, strides),
-            (k.data_ptr(), shape_k, strides_k),
-            (v.data_ptr(), shape_v, strides_v),
-        )
+        pointer, pointer_k, pointer_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if pointer and pointer_k and pointer_v:  # a lazy zero tensor has no memory
+            return (
+                cpu.DTYPE_CODES[dtype],
+                (pointer, shape, strides),
+                (pointer_k, shape_k, strides_k),
+                (pointer_v, shape_v, strides_v),
+            )
     return None

@@ -27,8 +27,17 @@ def in_order_of(q: Tensor, out: Tensor) -> Tensor:
     return out.permute(order).contiguous().permute([order.index(dim) for dim in range(q.dim())])
 
 
+def resolved(tensor: Tensor) -> Tensor:
+    """The tensor itself where its memory holds its values, otherwise a copy whose memory does.
+
+    A lazily negated view holds the opposite values, and a lazy zero tensor has no memory at all.
+    """
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
 def dense_last(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, otherwise a contiguous copy."""
-    if tensor.is_neg():
-        return tensor.resolve_neg().contiguous()
+    """The tensor itself, resolved, where its last dimension is contiguous, otherwise a contiguous copy."""
+    tensor = resolved(tensor)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

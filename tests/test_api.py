@@ -210,6 +210,21 @@ def test_explain_of_packed_and_cached_calls():
     assert choice.reasons["torch"] == "PyTorch has no decode call"
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lengths": torch.tensor([-3, 99])}, ValueError, "lengths must be between 0 and the capacity 16"),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, TypeError, "lengths must be a torch.Tensor"),
+        ({"is_causal": True}, TypeError, r"explain\(\) got an unexpected keyword argument 'is_causal'"),
+        ({"op": "varlen"}, TypeError, r"explain\(\) got an unexpected keyword argument 'op'"),
+    ],
+    ids=["lengths", "table alone", "unknown", "internal"],
+)
+def test_explain_raises_as_the_call_would(options, error, message):
+    with pytest.raises(error, match=message):
+        fastattn.explain(*qkv(2, 4, 2, 1, 16), **options)
+
+
 def test_specs_are_values():
     q, k, v = qkv()
     first, second = (fastattn.explain(q, k, v, dropout_p=0.5).spec for _ in range(2))

@@ -8,7 +8,7 @@ from call_support import EXACT, NATIVE, grads, randn
 
 import fastattn
 from fastattn.biases import ALiBi, RelativePosition
-from fastattn.masks import causal, documents, global_tokens, padding, prefix, window
+from fastattn.masks import MaskShape, causal, documents, global_tokens, padding, prefix, window
 
 LENGTHS = {
     "equal": ([4, 4, 4], [4, 4, 4]),
@@ -151,3 +151,38 @@ def test_dtypes(dtype):
     assert lse.shape == (4, 75)
     want = fastattn.varlen_attention(q.double(), k.double(), v.double(), cu_q, cu_k, backend="reference")
     torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.mark.parametrize("declared", [1 << 20, 10**10])
+@pytest.mark.parametrize("options", [{}, {"bias": ALiBi(randn(4))}], ids=["mask", "bias"])
+def test_declared_maxima_cost_nothing(declared, options):
+    inputs, cu_q, cu_k = packed([20, 44], [20, 44])
+    options = {"mask": causal() | prefix(1), **options}
+    want = fastattn.varlen_attention(*inputs, cu_q, cu_k, **options)
+    # Lists of as many tiles, or a bias of as many diagonals, would not fit into memory.
+    got = fastattn.varlen_attention(
+        *inputs, cu_q, cu_k, max_seqlen_q=declared, max_seqlen_k=declared, **options
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_masks_of_the_declared_length():
+    inputs, cu_q, cu_k = packed([3, 5, 2], [6, 5, 4])
+    q_ids, k_ids = torch.arange(9 * 3).view(3, 9) % 2, torch.arange(200 * 3).view(3, 200) % 2
+    want = fastattn.varlen_attention(
+        *inputs, cu_q, cu_k, mask=documents(q_ids[:, :5], k_ids[:, :6]) | prefix(1)
+    )
+    got = fastattn.varlen_attention(
+        *inputs, cu_q, cu_k, max_seqlen_q=9, max_seqlen_k=200, mask=documents(q_ids, k_ids) | prefix(1)
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_block_lists_of_declared_lengths_end_in_empty_rows():
+    lengths = torch.tensor([70, 3])
+    exact = (causal() | prefix(1)).lower(MaskShape(2, 1, 70, 70, lengths, lengths)).block
+    got = (causal() | prefix(1)).lower(MaskShape(2, 1, 1000, 300, lengths, lengths)).block
+    assert (got.row_ptr.shape, got.col_ptr.shape) == ((2, 1, 17), (2, 1, 6))
+    assert torch.equal(got.to_dense()[:, :, :70, :70], exact.to_dense())
+    for pointers in (got.row_ptr, got.col_ptr):
+        assert (pointers[..., 2:] == pointers[..., 2:3]).all()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastattn.lowering import BLOCK_FIELDS, NO_OPERANDS, Operands, Params
 from fastattn.spec import AttentionSpec
-from fastattn.strides import dense_last, output_like
+from fastattn.strides import dense_last, output_like, resolved
+from fastattn.validation import check_cache_values, check_cu_seqlens_values
 
 try:
     from fastattn import _C  # type: ignore[attr-defined]
@@ -86,7 +87,10 @@ def forward(
     Returns:
         out in q's dtype and stride order; lse float32 (float64 for float64), [B, Hq, Lq] or [Hq, total_q],
         or None.
+    Raises:
+        ValueError: lengths, offsets or pages that point outside their tensors.
     """
+    operands = _prepare(q, k, operands, params)
     out = output_like(q, v.shape[-1])
     lse = lse_like(q) if need_lse else None
     if 0 in q.shape[:-1]:
@@ -128,7 +132,11 @@ def backward(
         q, k, v, out, lse: inputs and results of `forward`.
         dout, dlse: gradients of out and lse; dlse may be None.
         needs: six flags, of which the last three are read: q, k and v always get theirs.
+    Raises:
+        ValueError: as `forward`.
     """
+    operands = _prepare(q, k, operands, params)
+    dlse = None if dlse is None else resolved(dlse)
     dq, dk, dv = (output_like(t, t.shape[-1]) for t in (q, k, v))
     extra = _extra_gradients(operands, needs)
     if 0 in q.shape[:-1] or _no_keys(k, v, operands):
@@ -136,6 +144,7 @@ def backward(
             grad.zero_()
         return dq, dk, dv, *_finish(extra, operands, dlse)
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
+    lse = resolved(lse)
     seq = _Layout(q, k, operands, params)
     if operands.seqlens_k is not None:  # no kernel visits the keys beyond an entry's length
         dk.zero_()
@@ -159,6 +168,26 @@ def backward(
         options or None,
     )
     return dq, dk, dv, *_finish(extra, operands, None)
+
+
+def _prepare(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Operands:
+    """The operands as the kernels may read them.
+
+    The last Python on every route, so the only place that sees the values a trace or a transform hides.
+    """
+    if operands is NO_OPERANDS:
+        return operands
+    operands = Operands(*[None if t is None else resolved(t) for t in operands])
+    if params.checked:
+        return operands
+    if operands.cu_seqlens_q is not None:
+        check_cu_seqlens_values("cu_seqlens_q", operands.cu_seqlens_q, q.shape[0], params.max_seqlen_q, "q")
+        check_cu_seqlens_values("cu_seqlens_k", operands.cu_seqlens_k, k.shape[0], params.max_seqlen_k, "k")
+    if operands.seqlens_k is not None:
+        table = operands.block_table
+        capacity = k.shape[2] * (1 if table is None else table.shape[1])
+        check_cache_values(operands.seqlens_k, table, capacity, k.shape)
+    return operands
 
 
 def _no_keys(k: Tensor, v: Tensor, operands: Operands) -> bool:

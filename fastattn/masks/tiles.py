@@ -148,7 +148,9 @@ def build_block_mask(
     """
     batch = shape.batch if varies[0] or shape.is_ragged else 1
     heads = shape.heads if varies[1] else 1
-    rows, cols = -(-shape.seqlen_q // TILE), -(-shape.seqlen_k // TILE)
+    # Declared lengths may exceed every sequence's; of the empty tiles beyond, only pointers need to tell.
+    rows = -(-_longest(shape.seqlen_q, shape.seqlens_q) // TILE)
+    cols = -(-_longest(shape.seqlen_k, shape.seqlens_k) // TILE)
     total = batch * heads * rows
     strips = []
     step = max(1, STRIP_TILES // max(cols, 1))
@@ -158,7 +160,7 @@ def build_block_mask(
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     flat, tile = (torch.cat([strip[n] for strip in strips] or [empty]) for n in (0, 1))
     words, index = _merge_bits([(strip[2], strip[3]) for strip in strips], device)
-    row_ptr = _pointers(flat, batch, heads, rows)
+    row_ptr = _pad(_pointers(flat, batch, heads, rows), -(-shape.seqlen_q // TILE))
     # Stable, so that query tiles stay ascending within each key tile.
     column = flat.div(max(rows, 1), rounding_mode="floor") * cols + tile
     column, order = torch.sort(column, stable=True)
@@ -166,7 +168,7 @@ def build_block_mask(
         row_ptr=row_ptr,
         row_tiles=tile.to(torch.int32),
         row_bits=index.to(torch.int32),
-        col_ptr=_pointers(column, batch, heads, cols),
+        col_ptr=_pad(_pointers(column, batch, heads, cols), -(-shape.seqlen_k // TILE)),
         col_tiles=(flat % max(rows, 1))[order].to(torch.int32),
         col_bits=index[order].to(torch.int32),
         bits=words.view(torch.int32).view(-1, TILE, 2),
@@ -254,6 +256,21 @@ def _distinct(words: Tensor) -> tuple[Tensor, Tensor]:
         return distinct, inverse
     distinct, inverse = torch.unique(words, dim=0, return_inverse=True)
     return distinct, inverse
+
+
+def _longest(declared: int, lengths: Tensor | None) -> int:
+    """The longest length where they are given, at most the declared one."""
+    if lengths is None or lengths.numel() == 0:
+        return declared
+    return max(0, min(declared, int(lengths.max())))
+
+
+def _pad(pointers: Tensor, rows: int) -> Tensor:
+    """Pointers of further, empty rows after those there are."""
+    missing = rows + 1 - pointers.shape[2]
+    if missing == 0:
+        return pointers
+    return torch.cat([pointers, pointers[:, :, -1:].expand(-1, -1, missing)], 2)
 
 
 def _pointers(sorted_rows: Tensor, batch: int, heads: int, rows: int) -> Tensor:
