@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import reference
+from fastattn import dispatch, reference
 from fastattn.biases import Bias
 from fastattn.call import Call
-from fastattn.functional import run
+from fastattn.checks import check_int
+from fastattn.functional import _autocast, run
 from fastattn.lowering import to_4d
 from fastattn.masks import Mask, as_mask
 from fastattn.masks.space import Pairs
@@ -54,22 +55,33 @@ def attention_weights(
             from the end; None for all.
         cols: the C keys, likewise.
         mask, bias, scale, softcap, sinks: as in `attention`.
-        backend: of the fused passes.
+        backend: of the fused passes; one that cannot run the call raises whatever is chosen.
     Returns:
         [B, Hq, R, C], float32 (float64 for float64). A row sums to 1 over all keys, to less where there are
         sinks, and to 0 where it has no visible key.
     Raises:
-        TypeError, ValueError: naming the argument, the rule and the value got.
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
     v = k.new_zeros(*k.shape[:-1], 1) if isinstance(k, Tensor) and k.dim() > 0 else k
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, backend=backend)
+    _autocast(call)
     validate(call)
+    dispatch.choose(call)  # raises where a forced backend is unknown, or cannot run the call
     at_rows = _index("rows", rows, q.shape[2], q.device)
     at_cols = _index("cols", cols, k.shape[2], q.device)
-    dtype = accumulate_dtype(q.dtype)
-    call.q, call.k, call.scale = q.to(dtype), k.to(dtype), call.scale_value()
-    if isinstance(bias, Tensor):
-        call.bias = bias.to(dtype)
+    dtype = accumulate_dtype(call.q.dtype)
+    call.q, call.k, call.scale = call.q.to(dtype), call.k.to(dtype), call.scale_value()
+    if isinstance(call.bias, Tensor):
+        call.bias = call.bias.to(dtype)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Its casts are made; those within would round the weights.
+        with torch.autocast(device, enabled=False):
+            return _weights(call, at_rows, at_cols)
+    return _weights(call, at_rows, at_cols)
+
+
+def _weights(call: Call, at_rows: Tensor | None, at_cols: Tensor | None) -> Tensor:
     if at_rows is None and at_cols is not None:
         return _columns(call, at_cols)
     # Few rows, or the whole matrix: softmax itself is at hand.
@@ -118,18 +130,22 @@ def _index(name: str, value: Any, size: int, device: torch.device) -> Tensor | N
     if value is None:
         return None
     if isinstance(value, slice):
+        for part in ("start", "stop", "step"):
+            if getattr(value, part) is not None:
+                check_int(f"{name}'s {part}", getattr(value, part), 1 if part == "step" else None, or_none=True)
         return torch.arange(size, device=device)[value]
     if isinstance(value, Tensor):
         check_tensor(name, value, device)
         if value.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} must be int64 or int32, got {dtype_name(value.dtype)}")
         if value.dim() != 1:
-            raise ValueError(f"{name} must be 1-D, got shape {tuple(value.shape)}")
+            raise ValueError(f"{name} must be 1-D, got shape {list(value.shape)}")
         index = value.long()
     else:
-        items = [value] if isinstance(value, int) else list(value)
-        if not all(type(item) is int for item in items):
-            raise TypeError(f"{name} must hold ints, got {value!r}")
+        try:
+            items = [check_int(name, item) for item in (value if hasattr(value, "__iter__") else [value])]
+        except TypeError:
+            raise TypeError(f"{name} must hold ints, got {value!r}") from None
         index = torch.tensor(items, dtype=torch.int64, device=device)
     if not torch.compiler.is_compiling() and index.is_cpu and type(index) is Tensor and index.numel():
         low, high = int(index.min()), int(index.max())

@@ -138,3 +138,22 @@ def test_the_docstrings_example_by_hand():
     q = k = torch.eye(2).view(1, 1, 2, 2)
     mask = torch.tensor([[True, False], [True, True]])
     assert fastattn.attention_weights(q, k, rows=[1], mask=mask, scale=0.0).tolist() == [[[[0.5, 0.5]]]]
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_under_autocast_they_are_the_weights_of_the_rounded_call(choice):
+    q, k, _ = qkv(2, 4, 2, 5, 7, dtype=torch.float32)
+    want = fastattn.attention_weights(q.bfloat16(), k.bfloat16(), **choice)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fastattn.attention_weights(q, k, **choice)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_a_forced_backend_that_cannot_run_raises(choice):
+    q, k, _ = qkv(2, 4, 2, 5, 7)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        fastattn.attention_weights(q, k, backend="nope", **choice)
+    with pytest.raises(NotImplementedError, match="backend 'cuda' cannot run"):
+        fastattn.attention_weights(q, k, backend="cuda", **choice)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn.call import Call
 from fastattn.lowering import to_4d
+from fastattn.masks.band import Band
 from fastattn.spec import AttentionSpec, needs_grad
 
 name = "torch"
@@ -83,10 +84,9 @@ def _bias_dtype(call: Call) -> torch.dtype:
 
 
 def _is_plain_causal(call: Call) -> bool:
-    from fastattn.masks import Mask, causal
-
+    mask = call.mask
     seqlen_q, seqlen_k = call.seqlens()
     # With scale <= 0 PyTorch's causal path gives NaN.
-    if not isinstance(call.mask, Mask) or seqlen_q != seqlen_k or call.scale_value() <= 0:
+    if not isinstance(mask, Band) or seqlen_q != seqlen_k or call.scale_value() <= 0:
         return False
-    return repr(call.mask) in (repr(causal()), repr(causal(align="top_left")))
+    return mask.lo is None and mask.hi == 0
