@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.spec import FLOAT_DTYPES, dtype_name
 from fastattn.validation import check_tensor
+
+_DTYPES = ", ".join(map(dtype_name, FLOAT_DTYPES))
 
 
 def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
@@ -27,17 +30,15 @@ def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> t
     Returns:
         out in the outs' dtype and lse in the lses'. A row that is empty in every part has out 0 and lse -inf.
     Raises:
-        TypeError, ValueError: no parts, unequal numbers, shapes or dtypes that do not fit.
+        TypeError, ValueError: no parts, unequal numbers, shapes, dtypes or devices that do not fit.
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = _as_list("outs", outs), _as_list("lses", lses)
     _check(outs, lses)
     stacked = torch.stack(lses)
     dtype = torch.promote_types(stacked.dtype, torch.promote_types(outs[0].dtype, torch.float32))
     logits = stacked.to(dtype)
     highest = logits.detach().amax(0)
-    highest = highest.masked_fill(
-        highest == -torch.inf, 0.0
-    )  # empty everywhere: -inf - 0 instead of -inf + inf
+    highest = highest.masked_fill(highest.isinf(), 0.0)  # whose difference with itself would be NaN
     weights = (logits - highest).exp()
     total = weights.sum(0)
     is_empty = total == 0
@@ -51,6 +52,14 @@ def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> t
     return out.to(outs[0].dtype), lse.to(stacked.dtype)
 
 
+def _as_list(name: str, parts: Any) -> list[Tensor]:
+    is_scalar = isinstance(parts, Tensor) and parts.dim() == 0
+    if is_scalar or not hasattr(parts, "__iter__"):
+        got = "a tensor of shape []" if is_scalar else type(parts).__name__
+        raise TypeError(f"{name} must be a sequence of tensors or a stacked tensor, got {got}")
+    return list(parts)
+
+
 def _as_factor(per_row: Tensor, out: Tensor) -> Tensor:
     return per_row.unsqueeze(-1) if out.dim() == 4 else per_row.mT.unsqueeze(-1)
 
@@ -60,20 +69,28 @@ def _check(outs: list[Tensor], lses: list[Tensor]) -> None:
         raise ValueError("outs must have at least one part, got none")
     if len(outs) != len(lses):
         raise ValueError(f"lses must have as many parts as outs, {len(outs)}, got {len(lses)}")
-    for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        check_tensor(f"outs[{n}]", out)
-        check_tensor(f"lses[{n}]", lse, out.device)
-        for name, tensor, first in ((f"outs[{n}]", out, outs[0]), (f"lses[{n}]", lse, lses[0])):
-            if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != first.dtype:
-                raise TypeError(f"{name} must be {dtype_name(first.dtype)}, got {dtype_name(tensor.dtype)}")
-            if tensor.shape != first.shape:
-                raise ValueError(f"{name} must have shape {tuple(first.shape)}, got {tuple(tensor.shape)}")
+    check_tensor("outs[0]", outs[0])
+    for name, parts in (("outs", outs), ("lses", lses)):
+        first = parts[0]
+        for n, part in enumerate(parts):
+            check_tensor(f"{name}[{n}]", part, outs[0].device, "outs[0]")
+            if part.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"{name}[{n}] must be one of {_DTYPES}, got {dtype_name(part.dtype)}")
+            if part.dtype != first.dtype:
+                dtype = dtype_name(first.dtype)
+                raise TypeError(
+                    f"{name}[{n}] must have {name}[0]'s dtype {dtype}, got {dtype_name(part.dtype)}"
+                )
+            if part.shape != first.shape:
+                raise ValueError(
+                    f"{name}[{n}] must have {name}[0]'s shape {list(first.shape)}, got {list(part.shape)}"
+                )
     out, lse = outs[0], lses[0]
     if out.dim() not in (3, 4):
         raise ValueError(
             "outs must be [batch, heads, length, head_dim_v] or [tokens, heads, head_dim_v], "
-            f"got {tuple(out.shape)}"
+            f"got shape {list(out.shape)}"
         )
-    want = tuple(out.shape[:3]) if out.dim() == 4 else (out.shape[1], out.shape[0])
-    if tuple(lse.shape) != want:
-        raise ValueError(f"lses must have shape {want}, got {tuple(lse.shape)}")
+    want = list(out.shape[:3]) if out.dim() == 4 else [out.shape[1], out.shape[0]]
+    if list(lse.shape) != want:
+        raise ValueError(f"lses must have shape {want}, got {list(lse.shape)}")

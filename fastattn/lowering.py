@@ -126,12 +126,11 @@ def lower_mask(call: Call, mask: Mask | Tensor, tensors: dict[str, Tensor | None
 
 
 def _lowered(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
-    if mask.needs_blocks and torch._C._are_functorch_transforms_active():
-        if any(isinstance(leaf, Tensor) and _is_mapped(leaf) for leaf in tree_leaves(mask)):
-            raise NotImplementedError(
-                f"mask {type(mask).__name__} needs block lists, whose size differs from entry to entry of a "
-                "vmap over its tensors: give those and q, k, v a batch dimension instead of the vmap"
-            )
+    if mask.needs_blocks and _is_mapped(mask):
+        raise NotImplementedError(
+            f"mask {type(mask).__name__} needs block lists, whose size differs from entry to entry of a "
+            "vmap over its tensors: give those and q, k, v a batch dimension instead of the vmap"
+        )
     is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if not is_watched or not mask.needs_blocks or isinstance(mask, BuiltMask):
         return mask.lower(shape, device)
@@ -140,13 +139,16 @@ def _lowered(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
     return LoweredMask(block=block_lists(mask, shape, device))
 
 
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether a vmap maps over the tensor, under whatever other transforms."""
+def _is_mapped(mask: Mask) -> bool:
+    """Whether a vmap maps over a tensor of the mask, under whatever other transforms."""
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    for tensor in tree_leaves(mask):
+        while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
     return False
 
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastattn.functional import attention, plain_attention
+from fastattn.call import Call
+from fastattn.functional import plain_attention, run
 from fastattn.masks import causal
 from fastattn.plain import plain_views
 from fastattn.spec import dtype_name
-from fastattn.validation import broadcasts, check_tensor
+from fastattn.validation import check_broadcast, check_tensor
 
 _CAUSAL = causal(align="top_left")
+_NAMES = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask"}
 
 
 def scaled_dot_product_attention(
@@ -50,6 +52,8 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
+    if type(dropout_p) is bool:  # as in `dropout_p=self.training and p`, which PyTorch takes
+        dropout_p = float(dropout_p)
     if attn_mask is None and backend is None:
         views = plain_views(query, key, value)
         if views is not None and (enable_gqa or views[1][1][1] == views[2][1][1]):
@@ -84,24 +88,39 @@ def scaled_dot_product_attention(
         if attn_mask is not None:
             want = (*query.shape[:3], key.shape[2])
             options["mask" if attn_mask.dtype == torch.bool else "bias"] = _broadcastable(attn_mask, want)
-        return attention(query, key, value, **options)
+        return _attention(query, key, value, options)
     return _any_shape(query, key, value, attn_mask, enable_gqa, options)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """`attention`, with messages that name this function's arguments."""
+    views = plain_views(q, k, v) if options["backend"] is None else None
+    if views is None:
+        return run(Call("attention", q, k, v, names=_NAMES, **options))
+    mask, bias = options.get("mask"), options.get("bias")
+    return plain_attention(
+        views, q, k, v, mask, bias, options["scale"], None, None, options["dropout_p"], None, False
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, is_causal: bool) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
+        check_tensor(name, tensor, query.device if isinstance(query, Tensor) else None, "query")
         if tensor.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must have at least 2 dimensions, got shape {list(tensor.shape)}")
     if attn_mask is None:
         return
     if is_causal:
         raise ValueError("attn_mask must be None with is_causal=True: combine them into one mask")
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
+    if type(attn_mask).__module__ == "torch.nn.attention.bias":
+        return
+    check_tensor("attn_mask", attn_mask, query.device, "query")
     allowed = (torch.bool, query.dtype, torch.float32)
-    # Under autocast the query's dtype is not yet the one in force; attention() casts both.
-    if attn_mask.dtype not in allowed and not torch._C._is_any_autocast_enabled():
+    # Under autocast the query's dtype is not yet the one in force: run() casts both.
+    is_cast = attn_mask.dtype.is_floating_point and torch._C._is_any_autocast_enabled()
+    if attn_mask.dtype not in allowed and not is_cast:
         names = ", ".join(dtype_name(dtype) for dtype in dict.fromkeys(allowed))
         raise TypeError(f"attn_mask must be one of {names}, got {dtype_name(attn_mask.dtype)}")
 
@@ -109,15 +128,14 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, is_causal:
 def _causal_variant(attn_mask: Any, query: Tensor, key: Tensor) -> Any:
     from torch.nn.attention.bias import CausalVariant
 
-    got, want = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
+    got, want = [attn_mask.seq_len_q, attn_mask.seq_len_kv], [query.shape[-2], key.shape[-2]]
     if got != want:
         raise ValueError(f"attn_mask must be for lengths {want}, got {got}")
     return causal(align="top_left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom_right")
 
 
 def _broadcastable(attn_mask: Tensor, want: tuple[int, ...]) -> Tensor:
-    if not broadcasts(attn_mask.shape, want):
-        raise ValueError(f"attn_mask must broadcast to {want}, got {tuple(attn_mask.shape)}")
+    check_broadcast("attn_mask", attn_mask, want)
     return attn_mask
 
 
@@ -146,7 +164,7 @@ def _any_shape(
         shared = all(n == 1 for n in mask.shape[: len(lead)])
         mask = _to_4d(mask, (1,) * len(lead) if shared else lead, dims)
         options["mask" if mask.dtype == torch.bool else "bias"] = mask
-    out = attention(q, k, v, **options)
+    out = _attention(q, k, v, options)
     if dims < 4:
         return out.reshape(*lead, seqlen_q, value.shape[-1])
     return out.reshape(*lead, q.shape[1], seqlen_q, value.shape[-1])
@@ -155,7 +173,7 @@ def _any_shape(
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     """Common leading dimensions: all before the heads, or before the length where there are none."""
     last = 2 if query.dim() < 4 else 3
-    shapes = [tuple(t.shape[:-last]) for t in (query, key, value)]
+    shapes = [list(t.shape[:-last]) for t in (query, key, value)]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:

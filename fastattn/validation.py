@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fastattn.biases import Bias
 from fastattn.call import Call
+from fastattn.checks import check_int
 from fastattn.masks import Mask
-from fastattn.spec import FLOAT_DTYPES, dtype_name
+from fastattn.spec import FLOAT_DTYPES, accumulate_dtype, dtype_name
 
 _DTYPES = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
 _LAYOUTS = {
@@ -54,8 +56,8 @@ def validate_options(call: Call) -> None:
         _check_seed(call.dropout_seed, call.q.device)
 
 
-def check_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """`value` as a dense tensor on `device`."""
+def check_tensor(name: str, value: Any, device: torch.device | None = None, owner: str = "q") -> Tensor:
+    """`value` as a dense tensor on `device`, that of the argument called `owner`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -63,26 +65,25 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None) -> T
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
+        raise ValueError(f"{name} must be on {owner}'s device {device}, got {value.device}")
     return value
 
 
 def _check_qkv(call: Call) -> None:
     layouts = _LAYOUTS["paged" if call.block_table is not None else call.op]
     device = call.q.device if isinstance(call.q, Tensor) else None
-    names = ("q", "k", "v") if call.op != "decode" else ("q", "k_cache", "v_cache")
+    names = tuple(map(call.name, ("q", "k", "v") if call.op != "decode" else ("q", "k_cache", "v_cache")))
     for name, layout, value in zip(names, layouts, (call.q, call.k, call.v), strict=True):
-        check_tensor(name, value, device)
+        check_tensor(name, value, device, names[0])
         dims = layout.count(",") + 1
         if value.dim() != dims:
             raise ValueError(f"{name} must be {dims}-D {layout}, got shape {_shape(value)}")
-        if name == "q":
+        if name == names[0]:
             if value.dtype not in FLOAT_DTYPES:
-                raise TypeError(f"q must be one of {_DTYPES}, got {dtype_name(value.dtype)}")
+                raise TypeError(f"{name} must be one of {_DTYPES}, got {dtype_name(value.dtype)}")
         elif value.dtype != call.q.dtype:
-            raise TypeError(
-                f"{name} must have q's dtype {dtype_name(call.q.dtype)}, got {dtype_name(value.dtype)}"
-            )
+            want = dtype_name(call.q.dtype)
+            raise TypeError(f"{name} must have {names[0]}'s dtype {want}, got {dtype_name(value.dtype)}")
     _check_qkv_shapes(call, *names)
 
 
@@ -95,10 +96,8 @@ def _check_qkv_shapes(call: Call, name_q: str, name_k: str, name_v: str) -> None
             if value.shape[0] != q.shape[0]:
                 raise ValueError(f"{name} must have {name_q}'s batch size {q.shape[0]}, got {value.shape[0]}")
     if k.shape[:-1] != v.shape[:-1]:
-        want = (*k.shape[:-1], "head_dim_v")
-        raise ValueError(
-            f"{name_v} must have shape ({', '.join(map(str, want))}) like {name_k}, got {_shape(v)}"
-        )
+        want = ", ".join(map(str, (*k.shape[:-1], "head_dim_v")))
+        raise ValueError(f"{name_v} must have shape [{want}] like {name_k}, got {_shape(v)}")
     heads, heads_kv = call.num_heads(), call.num_heads_kv()
     if heads_kv == 0 or heads == 0:
         if heads != heads_kv:
@@ -109,23 +108,29 @@ def _check_qkv_shapes(call: Call, name_q: str, name_k: str, name_v: str) -> None
         raise ValueError(f"{name_q}'s heads must be a multiple of {name_k}'s {heads_kv}, got {heads}")
 
 
-def check_number(name: str, value: Any) -> float:
-    """`value` as a finite Python float."""
+def check_number(name: str, value: Any, dtype: torch.dtype = torch.float64) -> float:
+    """`value` as a Python float that is finite in `dtype`."""
     if isinstance(value, torch.SymFloat | torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite in {dtype_name(dtype)}, got {value}") from None
     # A traced number has no value yet.
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    if not torch.compiler.is_compiling() and not abs(number) <= torch.finfo(dtype).max:
+        kind = f" in {dtype_name(dtype)}" if math.isfinite(number) else ""
+        raise ValueError(f"{name} must be finite{kind}, got {value}")
+    return number
 
 
 def _check_numbers(call: Call) -> None:
+    dtype = accumulate_dtype(call.q.dtype)
     if call.scale is not None:
-        call.scale = check_number("scale", call.scale)
+        call.scale = check_number("scale", call.scale, dtype)
     if call.softcap is not None:
-        call.softcap = check_number("softcap", call.softcap)
+        call.softcap = check_number("softcap", call.softcap, dtype)
         if call.softcap <= 0:
             raise ValueError(f"softcap must be positive, got {call.softcap}")
     if type(call.dropout_p) is not float:
@@ -147,14 +152,14 @@ def check_sinks(value: Any, heads: int, q: Tensor) -> None:
     if sinks.dtype not in FLOAT_DTYPES:
         raise TypeError(f"sinks must be one of {_DTYPES}, got {dtype_name(sinks.dtype)}")
     if sinks.shape != (heads,):
-        raise ValueError(f"sinks must have shape ({heads},), one per query head, got {_shape(sinks)}")
+        raise ValueError(f"sinks must have shape [{heads}], one per query head, got {_shape(sinks)}")
 
 
-def _scores_shape(call: Call) -> tuple[int, ...]:
-    return call.batch(), call.num_heads(), *call.seqlens()
+def _scores_shape(call: Call) -> list[int]:
+    return [call.batch(), call.num_heads(), *call.seqlens()]
 
 
-def broadcasts(shape: torch.Size, want: tuple[int, ...]) -> bool:
+def broadcasts(shape: torch.Size, want: Sequence[int]) -> bool:
     """Whether `shape` broadcasts to exactly `want`."""
     if len(shape) > len(want):
         return False
@@ -162,42 +167,42 @@ def broadcasts(shape: torch.Size, want: tuple[int, ...]) -> bool:
 
 
 def _check_mask(call: Call) -> None:
-    mask = call.mask
+    mask, name = call.mask, call.name("mask")
     if isinstance(mask, Mask):
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
-    check_tensor("mask", mask, call.q.device)
+        raise TypeError(f"{name} must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
+    check_tensor(name, mask, call.q.device, call.name("q"))
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool (True = attend), got {dtype_name(mask.dtype)}: pass additive masks as bias"
-        )
+        got = dtype_name(mask.dtype)
+        raise TypeError(f"{name} must be bool (True = attend), got {got}: pass additive masks as bias")
     if call.op == "varlen":
         raise NotImplementedError(
-            "mask must be a fastattn.masks.Mask in varlen_attention, got a dense tensor"
+            f"{name} must be a fastattn.masks.Mask in varlen_attention, got a dense tensor"
         )
-    want = _scores_shape(call)
-    if not broadcasts(mask.shape, want):
-        raise ValueError(f"mask must broadcast to {want}, got {_shape(mask)}")
+    check_broadcast(name, mask, _scores_shape(call))
 
 
 def _check_bias(call: Call) -> None:
-    bias = call.bias
+    bias, name = call.bias, call.name("bias")
     if isinstance(bias, Bias):
         bias.check(call.mask_shape(), call.q.device)
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor or a fastattn.biases.Bias, got {type(bias).__name__}")
-    check_tensor("bias", bias, call.q.device)
+        raise TypeError(f"{name} must be a tensor or a fastattn.biases.Bias, got {type(bias).__name__}")
+    check_tensor(name, bias, call.q.device, call.name("q"))
     if bias.dtype != call.q.dtype and bias.dtype != torch.float32:
-        raise TypeError(
-            f"bias must have q's dtype {dtype_name(call.q.dtype)} or float32, got {dtype_name(bias.dtype)}"
-        )
+        want, got = dtype_name(call.q.dtype), dtype_name(bias.dtype)
+        either = want if call.q.dtype == torch.float32 else f"{want} or float32"
+        raise TypeError(f"{name} must have {call.name('q')}'s dtype {either}, got {got}")
     if call.op == "varlen":
-        raise NotImplementedError("bias must be a fastattn.biases.Bias in varlen_attention, got a tensor")
-    want = _scores_shape(call)
-    if not broadcasts(bias.shape, want):
-        raise ValueError(f"bias must broadcast to {want}, got {_shape(bias)}")
+        raise NotImplementedError(f"{name} must be a fastattn.biases.Bias in varlen_attention, got a tensor")
+    check_broadcast(name, bias, _scores_shape(call))
+
+
+def check_broadcast(name: str, tensor: Tensor, want: Sequence[int]) -> None:
+    if not broadcasts(tensor.shape, want):
+        raise ValueError(f"{name} must broadcast to {list(want)}, got {_shape(tensor)}")
 
 
 def _check_index(name: str, value: Any, dims: int, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
@@ -213,7 +218,7 @@ def _check_cu_seqlens(call: Call) -> None:
     for name, value in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)):
         _check_index(name, value, 1, (torch.int32,), call.q)
         if value is not None and value.shape[0] < 1:
-            raise ValueError(f"{name} must have one element more than there are sequences, got shape (0,)")
+            raise ValueError(f"{name} must have one element more than there are sequences, got shape [0]")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         sizes = call.cu_seqlens_q.shape[0], call.cu_seqlens_k.shape[0]
         if sizes[0] != sizes[1]:
@@ -221,12 +226,7 @@ def _check_cu_seqlens(call: Call) -> None:
                 f"cu_seqlens_k must have as many elements as cu_seqlens_q, {sizes[0]}, got {sizes[1]}"
             )
     for name, longest in (("max_seqlen_q", call.max_seqlen_q), ("max_seqlen_k", call.max_seqlen_k)):
-        if isinstance(longest, torch.SymInt):
-            continue
-        if isinstance(longest, bool) or not isinstance(longest, int):
-            raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
-        if longest < 0:
-            raise ValueError(f"{name} must not be negative, got {longest}")
+        setattr(call, name, check_int(name, longest, 0))
 
 
 def _check_cache(call: Call) -> None:
@@ -234,7 +234,7 @@ def _check_cache(call: Call) -> None:
     batch = call.batch()
     if call.lengths is not None and call.lengths.shape[0] != batch:
         raise ValueError(
-            f"lengths must have shape ({batch},), one per batch entry, got {_shape(call.lengths)}"
+            f"lengths must have shape [{batch}], one per batch entry, got {_shape(call.lengths)}"
         )
     if call.block_table is None:
         return
@@ -294,5 +294,5 @@ def check_cache_values(
         raise ValueError(f"block_table must name pages between 0 and {pages - 1}, got {entry} in row {row}")
 
 
-def _shape(value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape)
+def _shape(value: Tensor) -> list[int]:
+    return list(value.shape)

@@ -130,9 +130,9 @@ def _index(name: str, value: Any, size: int, device: torch.device) -> Tensor | N
     if value is None:
         return None
     if isinstance(value, slice):
-        for part in ("start", "stop", "step"):
+        for part, least in (("start", None), ("stop", None), ("step", 1)):
             if getattr(value, part) is not None:
-                check_int(f"{name}'s {part}", getattr(value, part), 1 if part == "step" else None, or_none=True)
+                check_int(f"{name}'s {part}", getattr(value, part), least, or_none=True)
         return torch.arange(size, device=device)[value]
     if isinstance(value, Tensor):
         check_tensor(name, value, device)

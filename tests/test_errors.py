@@ -10,7 +10,7 @@ from call_support import NATIVE, qkv, randn
 
 import fastattn
 from fastattn.biases import ALiBi
-from fastattn.masks import causal, dense
+from fastattn.masks import causal, dense, documents
 
 I32 = torch.int32
 
@@ -32,12 +32,12 @@ ATTENTION = {
     "q 3-D": (
         {"q": f32(4, 5, 8)},
         ValueError,
-        "q must be 4-D [batch, heads, length, head_dim], got shape (4, 5, 8)",
+        "q must be 4-D [batch, heads, length, head_dim], got shape [4, 5, 8]",
     ),
     "v 3-D": (
         {"v": f32(2, 7, 6)},
         ValueError,
-        "v must be 4-D [batch, heads, length, head_dim], got shape (2, 7, 6)",
+        "v must be 4-D [batch, heads, length, head_dim], got shape [2, 7, 6]",
     ),
     "q int": (
         {"q": torch.ones(2, 4, 5, 8, dtype=I32)},
@@ -58,12 +58,12 @@ ATTENTION = {
     "length of v": (
         {"v": f32(2, 2, 8, 6)},
         ValueError,
-        "v must have shape (2, 2, 7, head_dim_v) like k, got (2, 2, 8, 6)",
+        "v must have shape [2, 2, 7, head_dim_v] like k, got [2, 2, 8, 6]",
     ),
     "heads of v": (
         {"v": f32(2, 4, 7, 6)},
         ValueError,
-        "v must have shape (2, 2, 7, head_dim_v) like k, got (2, 4, 7, 6)",
+        "v must have shape [2, 2, 7, head_dim_v] like k, got [2, 4, 7, 6]",
     ),
     "heads": ({"q": f32(2, 3, 5, 8)}, ValueError, "q's heads must be a multiple of k's 2, got 3"),
     "no heads of k": (
@@ -76,6 +76,9 @@ ATTENTION = {
     "scale tensor": ({"scale": torch.ones(())}, TypeError, "scale must be a real number, got Tensor"),
     "scale nan": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     "scale inf": ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    "scale too large": ({"scale": 1e300}, ValueError, "scale must be finite in float32, got 1e+300"),
+    "scale too large an int": ({"scale": -(10**400)}, ValueError, "scale must be finite in float32, got -10"),
+    "softcap too large": ({"softcap": 1e39}, ValueError, "softcap must be finite in float32, got 1e+39"),
     "softcap zero": ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
     "softcap negative": ({"softcap": -1}, ValueError, "softcap must be positive, got -1.0"),
     "softcap inf": ({"softcap": float("inf")}, ValueError, "softcap must be finite, got inf"),
@@ -84,6 +87,17 @@ ATTENTION = {
     "dropout below": ({"dropout_p": -0.5}, ValueError, "dropout_p must be between 0 and 1, got -0.5"),
     "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be between 0 and 1, got nan"),
     "dropout type": ({"dropout_p": None}, TypeError, "dropout_p must be a real number, got NoneType"),
+    "dropout bool": ({"dropout_p": False}, TypeError, "dropout_p must be a real number, got bool"),
+    "dropout tensor": (
+        {"dropout_p": torch.zeros(3)},
+        TypeError,
+        "dropout_p must be a real number, got Tensor",
+    ),
+    "dropout 0-D tensor": (
+        {"dropout_p": torch.zeros(())},
+        TypeError,
+        "dropout_p must be a real number, got Tensor",
+    ),
     "seed type": ({"dropout_seed": 3}, TypeError, "dropout_seed must be a torch.Tensor, got int"),
     "seed dtype": (
         {"dropout_seed": torch.ones(1)},
@@ -93,7 +107,7 @@ ATTENTION = {
     "seed shape": (
         {"dropout_seed": torch.ones(2, dtype=torch.int64)},
         ValueError,
-        "dropout_seed must have one element, got shape (2,)",
+        "dropout_seed must have one element, got shape [2]",
     ),
     "seed device": (
         {"dropout_seed": torch.ones(1, dtype=torch.int64, device="meta")},
@@ -109,7 +123,7 @@ ATTENTION = {
     "sinks shape": (
         {"sinks": torch.ones(2)},
         ValueError,
-        "sinks must have shape (4,), one per query head, got (2,)",
+        "sinks must have shape [4], one per query head, got [2]",
     ),
     "mask type": (
         {"mask": "causal"},
@@ -124,17 +138,17 @@ ATTENTION = {
     "mask shape": (
         {"mask": torch.ones(5, 8).bool()},
         ValueError,
-        "mask must broadcast to (2, 4, 5, 7), got (5, 8)",
+        "mask must broadcast to [2, 4, 5, 7], got [5, 8]",
     ),
     "mask of heads of k": (
         {"mask": torch.ones(2, 5, 7).bool()},
         ValueError,
-        "mask must broadcast to (2, 4, 5, 7), got (2, 5, 7)",
+        "mask must broadcast to [2, 4, 5, 7], got [2, 5, 7]",
     ),
     "mask 5-D": (
         {"mask": torch.ones(1, 1, 1, 5, 7).bool()},
         ValueError,
-        "mask must broadcast to (2, 4, 5, 7), got (1, 1, 1, 5, 7)",
+        "mask must broadcast to [2, 4, 5, 7], got [1, 1, 1, 5, 7]",
     ),
     "mask device": (
         {"mask": torch.ones(5, 7, dtype=torch.bool, device="meta")},
@@ -145,14 +159,14 @@ ATTENTION = {
     "bias dtype": (
         {"bias": torch.ones(5, 7, dtype=torch.float64)},
         TypeError,
-        "bias must have q's dtype float32 or float32, got float64",
+        "bias must have q's dtype float32, got float64",
     ),
     "bias bool": (
         {"bias": torch.ones(5, 7, dtype=torch.bool)},
         TypeError,
-        "bias must have q's dtype float32 or float32, got bool",
+        "bias must have q's dtype float32, got bool",
     ),
-    "bias shape": ({"bias": f32(4, 1)}, ValueError, "bias must broadcast to (2, 4, 5, 7), got (4, 1)"),
+    "bias shape": ({"bias": f32(4, 1)}, ValueError, "bias must broadcast to [2, 4, 5, 7], got [4, 1]"),
     "bias heads": ({"bias": ALiBi(f32(3))}, ValueError, "bias ALiBi must be for 4 heads, got 3"),
     "bias batch": ({"bias": ALiBi(f32(3, 4))}, ValueError, "bias ALiBi must have batch size 2 (or 1), got 3"),
     "backend name": (
@@ -214,16 +228,29 @@ VARLEN = {
     "q 4-D": (
         {"q": f32(1, 5, 4, 8)},
         ValueError,
-        "q must be 3-D [tokens, heads, head_dim], got shape (1, 5, 4, 8)",
+        "q must be 3-D [tokens, heads, head_dim], got shape [1, 5, 4, 8]",
     ),
     "tokens of v": (
         {"v": f32(6, 2, 6)},
         ValueError,
-        "v must have shape (5, 2, head_dim_v) like k, got (6, 2, 6)",
+        "v must have shape [5, 2, head_dim_v] like k, got [6, 2, 6]",
     ),
     "cu type": ({"cu_seqlens_k": [0, 2, 5]}, TypeError, "cu_seqlens_k must be a torch.Tensor, got list"),
     "cu dtype": ({"cu_seqlens_q": cu(0, 2, 5).long()}, TypeError, "cu_seqlens_q must be int32, got int64"),
-    "cu 2-D": ({"cu_seqlens_q": cu(0, 2, 5)[None]}, ValueError, "cu_seqlens_q must be 1-D, got shape (1, 3)"),
+    "cu bool": ({"cu_seqlens_k": cu(0, 2, 5) > 0}, TypeError, "cu_seqlens_k must be int32, got bool"),
+    "cu float": ({"cu_seqlens_q": cu(0, 2, 5) / 1}, TypeError, "cu_seqlens_q must be int32, got float32"),
+    "cu complex": (
+        {"cu_seqlens_q": cu(0, 2, 5) * 1j},
+        TypeError,
+        "cu_seqlens_q must be int32, got complex64",
+    ),
+    "q": ({"q": "q"}, TypeError, "q must be a torch.Tensor, got str"),
+    "q, cu without values": (
+        {"q": "q", "cu_seqlens_q": cu(0, 2, 5).to("meta")},
+        TypeError,
+        "q must be a torch.Tensor, got str",
+    ),
+    "cu 2-D": ({"cu_seqlens_q": cu(0, 2, 5)[None]}, ValueError, "cu_seqlens_q must be 1-D, got shape [1, 3]"),
     "cu empty": (
         {"cu_seqlens_q": cu()},
         ValueError,
@@ -251,7 +278,7 @@ VARLEN = {
         "max_seqlen_q must be at least the longest sequence, 3, got 2",
     ),
     "max type": ({"max_seqlen_k": 3.0}, TypeError, "max_seqlen_k must be an int, got float"),
-    "max negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k must not be negative, got -1"),
+    "max negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k must be >= 0, got -1"),
     "dense mask": (
         {"mask": torch.ones(3, 3).bool()},
         NotImplementedError,
@@ -290,12 +317,12 @@ DECODE = {
     "k 3-D": (
         {"k_cache": f32(2, 16, 8)},
         ValueError,
-        "k_cache must be 4-D [batch, heads, length, head_dim], got shape (2, 16, 8)",
+        "k_cache must be 4-D [batch, heads, length, head_dim], got shape [2, 16, 8]",
     ),
     "pages 3-D": (
         {**PAGES, "v_cache": f32(6, 4, 8)},
         ValueError,
-        "v_cache must be 4-D [pages, heads, page, head_dim], got shape (6, 4, 8)",
+        "v_cache must be 4-D [pages, heads, page, head_dim], got shape [6, 4, 8]",
     ),
     "batch": ({"k_cache": f32(3, 2, 16, 8)}, ValueError, "k_cache must have q's batch size 2, got 3"),
     "lengths dtype": (
@@ -306,9 +333,9 @@ DECODE = {
     "lengths shape": (
         {"lengths": torch.ones(3, dtype=I32)},
         ValueError,
-        "lengths must have shape (2,), one per batch entry, got (3,)",
+        "lengths must have shape [2], one per batch entry, got [3]",
     ),
-    "lengths 0-D": ({"lengths": torch.ones((), dtype=I32)}, ValueError, "lengths must be 1-D, got shape ()"),
+    "lengths 0-D": ({"lengths": torch.ones((), dtype=I32)}, ValueError, "lengths must be 1-D, got shape []"),
     "too long": (
         {"lengths": torch.tensor([3, 17])},
         ValueError,
@@ -327,12 +354,12 @@ DECODE = {
     "table 1-D": (
         {**PAGES, "block_table": torch.zeros(4, dtype=I32)},
         ValueError,
-        "block_table must be 2-D, got shape (4,)",
+        "block_table must be 2-D, got shape [4]",
     ),
     "table rows": (
         {**PAGES, "block_table": torch.zeros(3, 4, dtype=I32)},
         ValueError,
-        "block_table must have 2 rows, one per batch entry, got (3, 4)",
+        "block_table must have 2 rows, one per batch entry, got [3, 4]",
     ),
     "page": (
         {**PAGES, "block_table": torch.tensor([[0, 9, 9, 9], [1, 2, 3, 6]], dtype=I32)},
@@ -342,7 +369,7 @@ DECODE = {
     "dense mask": (
         {"mask": torch.ones(1, 15).bool()},
         ValueError,
-        "mask must broadcast to (2, 4, 1, 16), got (1, 15)",
+        "mask must broadcast to [2, 4, 1, 16], got [1, 15]",
     ),
 }
 
@@ -367,7 +394,7 @@ SDPA = {
         ValueError,
         "attn_mask must be None with is_causal=True",
     ),
-    "1-D": ({"query": f32(8)}, ValueError, "query must have at least 2 dimensions, got shape (8,)"),
+    "1-D": ({"query": f32(8)}, ValueError, "query must have at least 2 dimensions, got shape [8]"),
     "no tensor": ({"key": 3}, TypeError, "key must be a torch.Tensor, got int"),
     "mask type": ({"attn_mask": [True]}, TypeError, "attn_mask must be a tensor, got list"),
     "mask int": (
@@ -383,12 +410,12 @@ SDPA = {
     "mask shape": (
         {"attn_mask": torch.ones(5, 6)},
         ValueError,
-        "attn_mask must broadcast to (2, 4, 5, 7), got (5, 6)",
+        "attn_mask must broadcast to [2, 4, 5, 7], got [5, 6]",
     ),
     "mask shape, 3-D": (
         {"query": f32(4, 5, 8), "key": f32(4, 7, 8), "value": f32(4, 7, 6), "attn_mask": torch.ones(2, 5, 7)},
         ValueError,
-        "attn_mask must broadcast to (4, 5, 7), got (2, 5, 7)",
+        "attn_mask must broadcast to [4, 5, 7], got [2, 5, 7]",
     ),
     "heads": (
         {"key": f32(2, 2, 7, 8), "value": f32(2, 2, 7, 6)},
@@ -403,9 +430,44 @@ SDPA = {
     "batch": (
         {"key": f32(3, 4, 7, 8)},
         ValueError,
-        "query, key and value must have batch dimensions that broadcast, got (2,), (3,), (2,)",
+        "query, key and value must have batch dimensions that broadcast, got [2], [3], [2]",
     ),
-    "dtype": ({"value": f32(2, 4, 7, 6).half()}, TypeError, "v must have q's dtype float32, got float16"),
+    "dtype": (
+        {"value": f32(2, 4, 7, 6).half()},
+        TypeError,
+        "value must have query's dtype float32, got float16",
+    ),
+    "query dtype": (
+        {"query": torch.ones(2, 4, 5, 8, dtype=I32)},
+        TypeError,
+        "query must be one of float32, bfloat16, float16, float64, got int32",
+    ),
+    "head_dim": ({"key": f32(2, 4, 7, 9)}, ValueError, "key must have query's head_dim 8, got 9"),
+    "head_dim, 3-D": (
+        {"query": f32(4, 5, 8), "key": f32(4, 7, 9), "value": f32(4, 7, 6)},
+        ValueError,
+        "key must have query's head_dim 8, got 9",
+    ),
+    "length": (
+        {"value": f32(2, 4, 6, 6)},
+        ValueError,
+        "value must have shape [2, 4, 7, head_dim_v] like key, got [2, 4, 6, 6]",
+    ),
+    "device": (
+        {"key": torch.empty(2, 4, 7, 8, device="meta")},
+        ValueError,
+        "key must be on query's device cpu, got meta",
+    ),
+    "mask device": (
+        {"attn_mask": torch.ones(5, 7, device="meta")},
+        ValueError,
+        "attn_mask must be on query's device cpu, got meta",
+    ),
+    "bool mask device": (
+        {"attn_mask": torch.ones(5, 7, dtype=torch.bool, device="meta")},
+        ValueError,
+        "attn_mask must be on query's device cpu, got meta",
+    ),
     "dropout": ({"dropout_p": 2.0}, ValueError, "dropout_p must be between 0 and 1, got 2.0"),
 }
 
@@ -418,10 +480,50 @@ def test_sdpa(case):
         fastattn.scaled_dot_product_attention(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (I32, "attn_mask must be one of bool, float32, got int32"),
+        (torch.float64, "attn_mask must have query's dtype bfloat16 or float32, got float64"),
+    ],
+    ids=str,
+)
+def test_sdpa_masks_under_autocast(dtype, message):
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=re.escape(message)):
+        fastattn.scaled_dot_product_attention(
+            f32(2, 4, 5, 8), f32(2, 4, 7, 8), f32(2, 4, 7, 6), torch.ones(5, 7, dtype=dtype)
+        )
+
+
+def test_sdpa_takes_a_bool_dropout_p_as_torch_does():
+    q = f32(1, 1, 3, 8)
+    want = fastattn.scaled_dot_product_attention(q, q, q)
+    assert torch.equal(fastattn.scaled_dot_product_attention(q, q, q, dropout_p=False), want)
+
+
+def test_numbers_beyond_float32_are_for_float64():
+    q = randn(1, 1, 3, 8)
+    for options in ({"scale": 1e39}, {"softcap": 1e300}):
+        assert fastattn.attention(q, q, q, **options).isfinite().all()
+
+
+def test_vmap_over_a_mask_that_needs_block_lists():
+    q, ids = f32(3, 2, 1, 9, 8), torch.zeros(3, 2, 9, dtype=I32)
+
+    def call(q, ids):
+        return fastattn.attention(q, q, q, mask=causal() & documents(ids))
+
+    with pytest.raises(
+        NotImplementedError, match=r"mask AndMask needs block lists.* a batch dimension instead"
+    ):
+        torch.vmap(call)(q, ids)
+    assert torch.equal(torch.vmap(call, (0, None))(q, ids[0])[1], call(q[1], ids[0]))
+
+
 def test_sdpa_causal_bias_of_other_lengths():
     from torch.nn.attention.bias import causal_upper_left
 
-    with pytest.raises(ValueError, match=re.escape("attn_mask must be for lengths (5, 7), got (5, 6)")):
+    with pytest.raises(ValueError, match=re.escape("attn_mask must be for lengths [5, 7], got [5, 6]")):
         fastattn.scaled_dot_product_attention(
             f32(2, 4, 5, 8), f32(2, 4, 7, 8), f32(2, 4, 7, 6), causal_upper_left(5, 6)
         )
@@ -433,19 +535,41 @@ MERGE = {
     "none": (([], []), ValueError, "outs must have at least one part, got none"),
     "numbers": (([OUT], [LSE, LSE]), ValueError, "lses must have as many parts as outs, 1, got 2"),
     "type": (([OUT, None], [LSE, LSE]), TypeError, "outs[1] must be a torch.Tensor, got NoneType"),
-    "dtype": (([OUT, OUT.half()], [LSE, LSE]), TypeError, "outs[1] must be float32, got float16"),
+    "outs int": ((3, 4), TypeError, "outs must be a sequence of tensors or a stacked tensor, got int"),
+    "outs None": (
+        (None, None),
+        TypeError,
+        "outs must be a sequence of tensors or a stacked tensor, got NoneType",
+    ),
+    "lses 0-D": (([OUT], LSE[0, 0, 0]), TypeError, "lses must be a sequence of tensors or a stacked tensor"),
+    "first": (([None], [LSE]), TypeError, "outs[0] must be a torch.Tensor, got NoneType"),
+    "dtype": (
+        ([OUT, OUT.half()], [LSE, LSE]),
+        TypeError,
+        "outs[1] must have outs[0]'s dtype float32, got float16",
+    ),
+    "int": (
+        ([OUT], [LSE.int()]),
+        TypeError,
+        "lses[0] must be one of float32, bfloat16, float16, float64, got int32",
+    ),
+    "device": (
+        ([OUT], [LSE.to("meta")]),
+        ValueError,
+        "lses[0] must be on outs[0]'s device cpu, got meta",
+    ),
     "shape": (
         ([OUT, f32(1, 2, 3, 5)], [LSE, LSE]),
         ValueError,
-        "outs[1] must have shape (1, 2, 3, 4), got (1, 2, 3, 5)",
+        "outs[1] must have outs[0]'s shape [1, 2, 3, 4], got [1, 2, 3, 5]",
     ),
-    "lse shape": (([OUT], [f32(1, 2, 4)]), ValueError, "lses must have shape (1, 2, 3), got (1, 2, 4)"),
+    "lse shape": (([OUT], [f32(1, 2, 4)]), ValueError, "lses must have shape [1, 2, 3], got [1, 2, 4]"),
     "dims": (
         ([f32(3, 4)], [f32(3)]),
         ValueError,
         "outs must be [batch, heads, length, head_dim_v] or [tokens",
     ),
-    "packed": (([f32(5, 2, 4)], [f32(5, 2)]), ValueError, "lses must have shape (2, 5), got (5, 2)"),
+    "packed": (([f32(5, 2, 4)], [f32(5, 2)]), ValueError, "lses must have shape [2, 5], got [5, 2]"),
 }
 
 
@@ -460,14 +584,17 @@ WEIGHTS = {
     "rows type": ({"rows": "all"}, TypeError, "rows must hold ints, got 'all'"),
     "rows items": ({"rows": [0.5]}, TypeError, "rows must hold ints, got [0.5]"),
     "rows dtype": ({"rows": torch.ones(1)}, TypeError, "rows must be int64 or int32, got float32"),
-    "rows dims": ({"rows": torch.ones(1, 1, dtype=I32)}, ValueError, "rows must be 1-D, got shape (1, 1)"),
+    "rows float": ({"rows": 1.5}, TypeError, "rows must hold ints, got 1.5"),
+    "rows step": ({"rows": slice(4, 0, -1)}, ValueError, "rows's step must be >= 1 or None, got -1"),
+    "rows start": ({"cols": slice("a", 3)}, TypeError, "cols's start must be an int or None, got str"),
+    "rows dims": ({"rows": torch.ones(1, 1, dtype=I32)}, ValueError, "rows must be 1-D, got shape [1, 1]"),
     "rows range": ({"rows": [0, 5]}, ValueError, "rows must be between -5 and 4, got 5"),
     "cols range": ({"cols": [-8]}, ValueError, "cols must be between -7 and 6, got -8"),
     "k": ({"k": None}, TypeError, "k must be a torch.Tensor, got NoneType"),
     "mask": (
         {"mask": torch.ones(5, 6).bool()},
         ValueError,
-        "mask must broadcast to (2, 4, 5, 7), got (5, 6)",
+        "mask must broadcast to [2, 4, 5, 7], got [5, 6]",
     ),
 }
 
@@ -479,6 +606,15 @@ def test_weights(case):
     arguments = {"q": q, "k": k, **changes}
     with pytest.raises(error, match=re.escape(message)):
         fastattn.attention_weights(arguments.pop("q"), arguments.pop("k"), **arguments)
+
+
+def test_weights_of_numpy_ints():
+    import numpy
+
+    q, k, _ = qkv(1, 2, 2, 5, 7)
+    want = fastattn.attention_weights(q, k, rows=3)
+    for rows in (numpy.int64(3), [numpy.int32(-2)], numpy.array([3])):
+        assert torch.equal(fastattn.attention_weights(q, k, rows=rows), want)
 
 
 def test_errors_come_before_any_kernel_in_every_route():

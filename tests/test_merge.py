@@ -89,6 +89,14 @@ def test_extreme_values_do_not_overflow():
     assert merged.item() == 1.0
 
 
+def test_an_infinite_part_is_all_of_the_sum():
+    outs = [torch.full((1, 1, 2, 1), 3.0), torch.full((1, 1, 2, 1), 5.0)]
+    lses = [torch.tensor([[[torch.inf, 0.0]]]), torch.tensor([[[0.0, 0.0]]])]
+    out, lse = fastattn.merge(outs, lses)
+    assert lse[0, 0, 0] == torch.inf
+    assert (out[0, 0, 1], lse[0, 0, 1].exp()) == (4.0, 2.0)
+
+
 def test_packed_parts():
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     q, k, v = randn(5, 4, 8), randn(5, 2, 8), randn(5, 2, 6)

@@ -343,7 +343,7 @@ def test_a_dtype_without_kernels_goes_to_torch(calls):
     with override_sdpa(), pytest.warns(UserWarning, match="query has dtype complex64"):
         with pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(q, q, q)
-    with override_sdpa("cpu"), pytest.raises(TypeError, match=r"q must be one of .*, got complex64"):
+    with override_sdpa("cpu"), pytest.raises(TypeError, match=r"query must be one of .*, got complex64"):
         F.scaled_dot_product_attention(q, q, q)
 
 

@@ -230,7 +230,7 @@ def test_causal_lower_right(lengths):
 
 
 def test_causal_bias_of_other_lengths():
-    with pytest.raises(ValueError, match=r"attn_mask must be for lengths \(5, 7\), got \(4, 7\)"):
+    with pytest.raises(ValueError, match=r"attn_mask must be for lengths \[5, 7\], got \[4, 7\]"):
         sdpa(**qkv(), attn_mask=causal_lower_right(4, 7))
 
 

@@ -56,6 +56,8 @@ class Mask:
     """A set of visible (query, key) pairs.
 
     Masks are immutable: change neither them nor the tensors they hold, make a new mask instead.
+    Under `torch.vmap`, a mask that needs block lists may not hold tensors that are mapped over: give
+    them, and q, k and v, a batch dimension instead.
     Compose with `&`, `|` and `~`; Python binds `&` tighter than `|`. `~` complements within Lq x Lk.
 
     A kind of mask is a frozen, registered dataclass that defines `_visible`. Where it can tell faster than
