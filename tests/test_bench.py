@@ -299,7 +299,36 @@ def test_the_command_reports_errors(tmp_path, capsys):
     assert main(["bench", "--filter", "nothing", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: filter must name a case")
     assert main(["bench", "--filter", "^small", "--baseline", str(tmp_path / "none.json")]) == 1
-    assert "none.json" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "none.json" in printed.err and not printed.out
+    for name, text, message in (
+        ("list.json", "[]", "baseline must be a bench.json of schema"),
+        ("empty.json", "", "baseline must be a bench.json, got"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert main(["bench", "--filter", "^small", "--baseline", str(tmp_path / name)]) == 1
+        printed = capsys.readouterr()
+        assert message in printed.err and not printed.out
+    assert main(["bench", "--filter", "["]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: filter must be a regular expression, got '['") and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["bench", "--threads", "0"], "argument --threads: must be an int >= 1, got '0'"),
+        (["bench", "--threads", "1", "two"], "argument --threads: must be an int >= 1, got 'two'"),
+        (["bench", "--seconds", "-1"], "argument --seconds: must be a number of seconds > 0, got '-1'"),
+        (["demo", "--seconds", "-1"], "argument --seconds: must be a number of seconds > 0, got '-1'"),
+        (["demo", "--seconds", "nan"], "argument --seconds: must be a number of seconds > 0, got 'nan'"),
+    ],
+)
+def test_options_are_checked_first(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and message in printed.err and not printed.out
 
 
 def test_the_command_lists_cases(capsys):

@@ -9,9 +9,11 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fastattn import bench
 from fastattn.bench.machine import describe
+from fastattn.bench.report import SCHEMA
 from fastattn.bench.table import (
     HEADER,
     ceiling_lines,
@@ -21,15 +23,22 @@ from fastattn.bench.table import (
     result_line,
     summary_lines,
 )
+from fastattn.cli.options import positive_int, positive_seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's options."""
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases and less time: under two minutes")
-    add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads (default: 1 2, one core: 1)")
+    add(
+        "--threads",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="numbers of threads (default: 1 2, one core: 1)",
+    )
     add("--filter", default="", metavar="REGEX", help="only cases whose group or name contains a match")
-    add("--seconds", type=float, metavar="S", help="time for a case and a number of threads")
+    add("--seconds", type=positive_seconds, metavar="S", help="time for a case and a number of threads")
     add("--flex", action="store_true", help="also against compiled FlexAttention on causal and window masks")
     add("--out", type=Path, default=Path("fastattn-bench"), metavar="DIR", help="default: %(default)s")
     add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
@@ -42,6 +51,22 @@ def options_of(args: argparse.Namespace) -> bench.Options:
     return bench.Options(tuple(threads), args.quick, args.filter, args.seconds, args.flex)
 
 
+def read_baseline(path: Path) -> dict[str, Any]:
+    """An earlier run's bench.json.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file.
+    """
+    try:
+        baseline = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"baseline must be a bench.json, got {path}: {error}") from None
+    if not isinstance(baseline, dict) or baseline.get("schema") != SCHEMA:
+        raise ValueError(f"baseline must be a bench.json of schema {SCHEMA}, got {path}")
+    return baseline
+
+
 def measure(args: argparse.Namespace) -> bench.Report:
     """Measure, print each row as it comes, then the summary; write bench.json.
 
@@ -50,7 +75,8 @@ def measure(args: argparse.Namespace) -> bench.Report:
         RuntimeError: contenders disagree about a result.
     """
     options = options_of(args)
-    baseline = None if args.baseline is None else json.loads(args.baseline.read_text())
+    options.cases()  # raises where the filter is wrong
+    baseline = None if args.baseline is None else read_baseline(args.baseline)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     machine = describe()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastattn.bench.machine import describe
+from fastattn.cli.options import positive_seconds
 from fastattn.data import load_stdlib_docs
 from fastattn.demo import measure, memory, results, train
 from fastattn.demo.measure import CASES, SIDES, side
@@ -24,13 +25,24 @@ SAMPLE_LENGTH = 400
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's options."""
     add = parser.add_argument
-    add("--seconds", type=float, default=60.0, metavar="S", help="training time of each run (default: 60)")
+    add(
+        "--seconds",
+        type=positive_seconds,
+        default=60.0,
+        metavar="S",
+        help="training time of each run (default: 60)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of weights, batches and samples (default: 0)")
     add("--out", type=Path, default=Path("demo"), metavar="DIR", help="for the pictures (default: demo)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo; status 1 where the two runs' losses differ, or there is no text to learn."""
+    """Runs the demo; status 1 where the two runs' losses differ, there is no text to learn, or no folder."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     say = _print_now
     found = Results(describe(), torch.get_num_threads())
     say(found.machine_line())
