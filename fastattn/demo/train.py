@@ -25,7 +25,7 @@ class Recipe:
     seed: int = 0
     batch: int = 4
     seqlen: int = 256
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     warmup: int = 30
 
     def rate(self, step: int) -> float:
@@ -48,7 +48,11 @@ class Trainer:
 
     def __init__(self, model: LanguageModel):
         self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+        # eps is large for AdamW: it divides by a gradient's size, and where that is no more than rounding
+        # errors, these would become steps of full length, and the two runs would drift apart.
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.01
+        )
 
     def step(self, tokens: Tensor, rate: float = 1e-3) -> float:
         """Forward, backward and update on [B, L + 1] tokens; the loss before the update."""
