@@ -338,6 +338,14 @@ def test_what_no_kernel_takes_goes_to_torch_with_one_warning(calls, make, reason
     assert type(first) is type(F.scaled_dot_product_attention(q, q, q))
 
 
+def test_multihead_attention_of_subclasses_goes_to_torch_with_a_warning(calls):
+    x = inputs().as_subclass(Own)
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    with override_sdpa(), pytest.warns(UserWarning, match="multi_head_attention_forward has a Own"):
+        attention(x, x, x)
+    assert calls == []
+
+
 def test_a_dtype_without_kernels_goes_to_torch(calls):
     q = torch.ones(1, 1, 2, 2, dtype=torch.complex64)
     with override_sdpa(), pytest.warns(UserWarning, match="query has dtype complex64"):

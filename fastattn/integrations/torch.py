@@ -20,7 +20,8 @@ from fastattn.spec import FLOAT_DTYPES, AttentionSpec, dtype_name
 
 _torch_sdpa = F.scaled_dot_product_attention
 _torch_mha = F.multi_head_attention_forward
-_torch_backward = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_tensor_backward, _unflatten = Tensor.backward, Tensor.unflatten
+_autograd_backward, _autograd_grad = torch.autograd.backward, torch.autograd.grad
 
 _warned: set[str] = set()  # reasons that were mentioned
 
@@ -71,12 +72,15 @@ class override_sdpa(TorchFunctionMode):
         if func is _torch_sdpa:
             return self._sdpa(*args, **(kwargs or {}))
         # PyTorch runs what follows with this mode off: calls inside these few functions would escape.
-        if func is _torch_mha and not any(_has_own_behaviour(kind) for kind in types):
-            return self._mha(*args, **(kwargs or {}))
-        if any(func is backward for backward in _torch_backward):  # recomputes checkpointed models
-            with self:
+        if func is _torch_mha:
+            own = [kind.__name__ for kind in types if _has_own_behaviour(kind)]
+            if not own or self.backend is not None:
+                return self._mha(*args, **(kwargs or {}))
+            _warn_once(f"multi_head_attention_forward has a {own[0]}, which has a behaviour of its own")
+        if func is _tensor_backward or func is _autograd_backward or func is _autograd_grad:
+            with self:  # checkpointed models run once more in there
                 return _BACKWARD[func](*args, **(kwargs or {}))
-        if func is Tensor.unflatten and torch.compiler.is_compiling():
+        if func is _unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # the method's super() stops torch.compile under any mode
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -204,4 +208,7 @@ def _missing_kernels(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
 
 # Made once, not on entry: torch.compile can trace entering a mode, but not making functions and modules.
 _FUNCTIONS = {backend: _functions(backend) for backend in (None, *dispatch.BACKENDS)}
-_BACKWARD = {function: _rebound(function, f"_{function.__qualname__}") for function in _torch_backward}
+_BACKWARD = {
+    function: _rebound(function, f"_{function.__qualname__}")
+    for function in (_tensor_backward, _autograd_backward, _autograd_grad)
+}
