@@ -25,7 +25,6 @@ constexpr int64_t kTaskRows =
     256;  // rows that share a packed segment: packing costs about 2% of the products
 constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
 constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
-constexpr int64_t kDotRows = 4;       // up to which packing K would cost more than the products it serves
 
 // Rows [row_begin, row_end) of one query head, within one 64-row tile; state holds them from `first`.
 struct Tile {

@@ -261,6 +261,9 @@ FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
 }
 #endif
 
+// Up to this many query rows packing K would cost more than the products it serves.
+constexpr int64_t kDotRows = 4;
+
 // s[c] = factor * x·row_of(c) for c in [0, columns rounded up to a vector): one query at a time, nothing
 // packed. The padding repeats the last row.
 template <class T, class RowOf>

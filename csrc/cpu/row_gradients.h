@@ -118,7 +118,10 @@ RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
       lse_row[i] = lse == -kInfinity<T> ? kInfinity<T> : lse;
     }
     std::fill(residual_row, residual_row + s.len_q, T{0});
-    const auto large = [](T lse) { return std::abs(lse) >= kLargeLse && std::abs(lse) < kInfinity<T>; };
+    // The forward pass added up the scores of very few rows in another order, dot_rows': there every row gets
+    // one.
+    const T least = s.len_q <= kDotRows ? T{0} : kLargeLse;
+    const auto large = [least](T lse) { return std::abs(lse) >= least && std::abs(lse) < kInfinity<T>; };
     for (int64_t i = 0; i < s.len_q; i += kMaskTile) {
       const int64_t rows = std::min(kMaskTile, s.len_q - i);
       if (!std::any_of(lse_row + i, lse_row + i + rows, large)) continue;
