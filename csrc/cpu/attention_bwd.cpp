@@ -175,7 +175,9 @@ class Backward {
             rows};
         c.rows = rules.visiting_rows(c.key_begin, c.key_end);
         if (c.rows.empty()) c.rows = {0, 0};
+        // Whole tiles: run_key_tile adds to every row of a tile that any of its rows reaches.
         c.rows.begin = c.rows.begin / kMaskTile * kMaskTile;
+        c.rows.end = std::min(u.seq.len_q, (c.rows.end + kMaskTile - 1) / kMaskTile * kMaskTile);
         rows += c.rows.end - c.rows.begin;
         chunks.push_back(c);
       }
