@@ -116,7 +116,7 @@ def test_out_has_the_stride_order_of_q(layout: str):
 @pytest.mark.parametrize(
     "name", ["many-tiles", "many-tiles-bfloat16", "all-block", "bias-full", "primes-float64"]
 )
-def test_without_gradient_or_lse_the_numbers_are_the_same(name: str):
+def test_without_gradient_or_lse_the_numbers_are_the_same(name: str, native):
     """The three routes to the kernels end in the same arithmetic."""
     inputs = make_inputs(BY_NAME[name])
     positional, options = inputs.arguments()

@@ -7,12 +7,16 @@ import torch
 
 import fastattn
 from fastattn import masks
+from fastattn.backends import cpu
 from fastattn.philox import philox4x32
 from fastattn.testing import dropout_mask, dropout_words
 
 SEED = 0x0123456789ABCDEF
 KNOWN = [((0, 0, 0), 0xB850222E), ((0, 0, 16), 0xC58CB04B), ((3, 5, 77), 0xDD66A65C)]
-BACKENDS = ("cpu", "reference")
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason="the native core is not built")),
+    "reference",
+]
 
 
 def seed_of(value: int) -> torch.Tensor:
