@@ -4,6 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,6 +23,12 @@ using ThreadNumber = int (*)();
 
 std::atomic<bool> forked{false};
 
+#if !defined(_WIN32)
+// A child inherits the pool's bookkeeping but not its threads: entering it would hang. Registered when the
+// library is loaded, since it may be torch alone that has used the pool before the fork.
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+#endif
+
 struct OpenMP {
   ParallelEntry parallel = nullptr;
   ThreadNumber thread_number = nullptr;
@@ -33,8 +40,6 @@ struct OpenMP {
     thread_number = reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     team_size = reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
     if (thread_number == nullptr || team_size == nullptr) parallel = nullptr;
-    // A child inherits the pool's bookkeeping but not its threads: entering it would hang.
-    pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 #endif
   }
 };
@@ -75,9 +80,13 @@ void run_threads(int num_threads, const std::function<void(int thread)>& body) {
     openmp().parallel(entry, &team, static_cast<unsigned>(num_threads), 0);
   } else {
     std::vector<std::thread> threads;
-    for (int thread = 1; thread < num_threads; ++thread)
-      threads.emplace_back([&team, thread] { team.run(thread); });
+    int started = 1;
+    try {
+      for (; started < num_threads; ++started) threads.emplace_back([&team, started] { team.run(started); });
+    } catch (const std::system_error&) {  // no more threads to be had: this one takes their shares
+    }
     team.run(0);
+    for (int thread = started; thread < num_threads; ++thread) team.run(thread);
     for (std::thread& thread : threads) thread.join();
   }
   if (team.error) std::rethrow_exception(team.error);

@@ -158,7 +158,8 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
     if bias is None:
         return 0, True
     if isinstance(bias, Tensor):
-        tensors["bias"] = to_4d(bias)
+        # Kernels read a bias of q's dtype or of their accumulators: float32 beside float64 is neither.
+        tensors["bias"] = to_4d(bias.double() if call.q.dtype == torch.float64 else bias)
         return 0, True
     seqlen_q, seqlen_k = call.seqlens()
     bottom_right = bias.align == "bottom_right"

@@ -1,7 +1,9 @@
 // The online softmax of one row (Milakov and Gimelshein 2018): a running maximum and sum over key segments.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "simd.h"
 
@@ -14,13 +16,16 @@ struct RowState {
 };
 
 // s[0, padded) becomes exp(s - max) for the new maximum; returns what earlier sums must be multiplied by.
+// A NaN among the scores always reaches the sums: that is how finish_row notices it.
 template <class T>
 T softmax_update(T* s, int64_t padded, RowState<T>& state) {
   Vec<T> top = load(s);
   for (int64_t n = kLanes<T>; n < padded; n += kLanes<T>) top = vmax<T>(top, load(s + n));
   const T max = std::max(state.max, reduce_max<T>(top));
-  if (max == -kInfinity<T>) {  // nothing visible so far
-    std::fill(s, s + padded, T{0});
+  if (max == -kInfinity<T>) {  // nothing visible so far, or only NaN, which no maximum shows
+    const bool nan = std::any_of(s, s + padded, [](T x) { return x != x; });
+    if (nan) state.max = state.sum = std::numeric_limits<T>::quiet_NaN();
+    std::fill(s, s + padded, nan ? state.max : T{0});
     return T{1};
   }
   // Before the first visible key there is nothing to rescale.
