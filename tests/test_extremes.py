@@ -74,8 +74,8 @@ def test_a_sum_over_a_long_batch_is_as_exact_as_a_tree():
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 1), (1, 7), (1, 1)], ids=str)
 def test_biases_shared_by_a_long_batch(shape):
-    """With dO = 0 and dlse = 1 a bias's gradient adds up probabilities, of 4096 calls: no rounding but that of
-    the terms may be left, where a chain of float32 would lose a bit for each doubling."""
+    """With dO = 0 and dlse = 1 a bias's gradient adds up probabilities of 4096 calls: no rounding but that
+    of the terms may be left, where a chain of float32 would lose a bit for each doubling."""
     q, k, v = randn(2048, 2, 5, 1), randn(2048, 2, 7, 1, seed=1), randn(2048, 2, 7, 1, seed=2)
     bias = randn(*shape, seed=3).requires_grad_()
     _, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu")
