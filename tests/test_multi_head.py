@@ -81,7 +81,8 @@ def test_equals_three_steps(kind: str, options: dict[str, Any]) -> None:
             fixed = {"num_heads": HEADS, "num_kv_heads": heads_kv, "batch_first": batch_first, **options}
 
             def call(function: Any, *flat: torch.Tensor, fixed: Any = fixed, n: int = len(given)) -> Any:
-                return function(*flat[:n], **dict(zip(names, flat[n:], strict=True)), **fixed)
+                parameters = dict(zip(names, flat[n:], strict=True))
+                return function(*flat[:n], **parameters, **fixed)
 
             flat = [*given, *parameters.values()]
             got = grads(lambda *t, call=call: call(multi_head_attention, *t), flat)

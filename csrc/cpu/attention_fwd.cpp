@@ -110,56 +110,28 @@ struct Scratch {
   Buffer<RowState<T>> states;
 };
 
-// Writes one row of the results and returns its lse. sums are the unnormalised outputs; kept_scores, where
-// not nullptr, the row's scores for WeightRows.
+// Writes one row of the results. sums are the unnormalised outputs, and overwritten where they will not do;
+// weights, where not nullptr, the row's scores in WeightRows, which become its weights.
 template <class T>
-T finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state, T* sums,
-             T* kept_scores) {
+void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state, T* sums,
+                T* weights) {
   const Sequence s = sequence_of(p, b);
   const int64_t dim = p.head_dim_v;
-  void* out = row_address_mutable<T>(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
-  const auto put_lse = [&](T lse) {
-    if (p.lse.data != nullptr) static_cast<T*>(p.lse.data)[p.lse.offset(b, h, s.q_begin + i)] = lse;
-    return lse;
-  };
-  const bool empty = state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i);
-  if (empty || (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim)))) {
-    if (empty) std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
-    store_row<T>(sums, empty ? T{1} : Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
-    return put_lse(empty ? -kInfinity<T> : state.max + std::log(state.sum));
+  void* out = row_address(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
+  T* lse = p.lse.data == nullptr ? nullptr : static_cast<T*>(p.lse.data) + p.lse.offset(b, h, s.q_begin + i);
+  T factor = T{1}, row_lse = -kInfinity<T>;
+  if (state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i)) {
+    std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
+    if (weights != nullptr) std::fill_n(weights, s.len_k, T{0});
+  } else if (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim))) {
+    factor = Dropout(p).keep_scale<T>() / state.sum;
+    row_lse = state.max + std::log(state.sum);
+    if (weights != nullptr) exponentiate(weights, round_to_lanes<T>(s.len_k), state.max, factor);
+  } else {
+    row_lse = exact_row<T>(p, b, h, i, sums, weights);
   }
-  const ExactPairs<T> pairs(p, b, h);
-  const Vector<T> query = pairs.query(i);
-  const KeyRange keys = pairs.row_keys(i);
-  const bool has_sink = p.sinks != nullptr;
-  const T sink = has_sink ? static_cast<const T*>(p.sinks)[h] : -kInfinity<T>;
-  T max = sink;
-  Vector<int64_t> seen;
-  Vector<T> scores;
-  for (int64_t j = keys.begin; j < keys.end; ++j) {
-    if (!pairs.visible(i, j)) continue;
-    seen.push_back(j);
-    scores.push_back(pairs.score(query.data(), i, j));
-    if (!(scores.back() <= max)) max = scores.back();
-  }
-  T sum = has_sink ? std::exp(sink - max) : T{0};
-  Vector<T> result(dim, T{0});
-  for (size_t n = 0; n < seen.size(); ++n) {
-    const T e = std::exp(scores[n] - max);
-    const T weight = e * pairs.kept(i, seen[n]);
-    const Vector<T> value = pairs.value(seen[n]);
-    sum += e;
-    for (int64_t d = 0; d < dim; ++d) result[d] += weight * value[d];
-  }
-  if (seen.empty()) sum = T{1};
-  store_row<T>(result.data(), T{1} / sum, p.dtype, dim, out);
-  const T lse = seen.empty() ? sink : max + std::log(sum);
-  if (kept_scores != nullptr) {
-    std::fill_n(kept_scores, s.len_k, -kInfinity<T>);
-    for (size_t n = 0; n < seen.size(); ++n)
-      if (pairs.kept(i, seen[n]) != T{0}) kept_scores[seen[n]] = scores[n];
-  }
-  return put_lse(lse);
+  store_row<T>(sums, factor, p.dtype, dim, out);
+  if (lse != nullptr) *lse = row_lse;
 }
 
 template <class T>
@@ -204,9 +176,8 @@ class TaskRunner {
     for (const Tile& tile : tiles_)
       for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
         const int64_t r = tile.first + i - tile.row_begin;
-        const T lse =
-            finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_, weights_.row(r));
-        if (weights_.wanted()) weights_.write(r, tile.head, i, lse, dropout_.template keep_scale<T>());
+        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_, weights_.row(r));
+        if (weights_.wanted()) weights_.write(r, tile.head, i);
       }
   }
 
@@ -218,10 +189,8 @@ class TaskRunner {
       for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
         const int64_t r = tile.first + i - tile.row_begin;
         states_[r] = RowState<T>{};
-        if (p_.sinks != nullptr && task_.key_begin == 0) {  // a key with a score and no value
-          states_[r] = {static_cast<const T*>(p_.sinks)[tile.head], T{1}};
-          if (states_[r].max == -kInfinity<T>) states_[r].sum = T{0};
-        }
+        if (p_.sinks != nullptr && task_.key_begin == 0)
+          states_[r] = sink_state(static_cast<const T*>(p_.sinks)[tile.head]);
         if (queries_ != nullptr)
           load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
       }
@@ -232,6 +201,8 @@ class TaskRunner {
     if (queries_ != nullptr) return {queries_ + (tile.first + i - tile.row_begin) * p_.head_dim, p_.head_dim};
     return block_in_place<T>(Rows(p_, p_.q, task_.batch, tile.head, seq_.q_begin), i);
   }
+
+  static_assert(kSegment / kPanel<T> <= 64, "a bit for each panel of a segment");
 
   // Packs the panels that hold keys [begin, end) of the segment at s0, each once.
   void pack(int64_t s0, int64_t begin, int64_t end) {
@@ -289,9 +260,10 @@ class TaskRunner {
         if (weights_.wanted()) weights_.drop(row, s0 + begin, keys, s);
       }
     }
-    const Block<T> values = value_block(s0, begin, begin + keys);
-    gemm<T, false>(rows, width_, keys, scores_ + begin, kSegment, values.data, values.stride, sums, width_,
-                   true);
+    // V from the first to the last key that some row may see, and no further: what padding holds is not read.
+    const Block<T> values = value_block(s0, first, last);
+    gemm<T, false>(rows, width_, last - first, scores_ + first, kSegment, values.data, values.stride, sums,
+                   width_, true);
   }
 
   const AttentionParams& p_;

@@ -1,5 +1,5 @@
-// The weight matrix, for callers who ask for it beside the output: a task's scores are kept until each row's
-// lse is known, then turned into exp(score - lse), by head or added up to the mean over the heads.
+// The weight matrix, for callers who ask for it beside the output: a task keeps its scores until it knows
+// each row's maximum and sum, which make weights of them, by head or added up to the mean over the heads.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,12 @@
 #include "simd.h"
 
 namespace fastattn::FASTATTN_ISA {
+
+// x[0, padded) becomes exp(x - max) * factor.
+template <class T>
+void exponentiate(T* x, int64_t padded, T max, T factor) {
+  for (int64_t n = 0; n < padded; n += kLanes<T>) store(x + n, vexp<T>(load(x + n) - max) * factor);
+}
 
 template <class T>
 class WeightRows {
@@ -37,17 +43,13 @@ class WeightRows {
     for (int64_t c = 0; c < n; ++c) scores[c] = probabilities[c] == T{0} ? -kInfinity<T> : scores[c];
   }
 
-  // Writes row i of a head, whose scores are row r. Heads come in ascending order where they are averaged.
-  void write(int64_t r, int64_t head, int64_t i, T lse, T keep_scale) const {
-    T* w = row(r);
-    if (lse - lse == T{0}) {
-      for (int64_t j = 0; j < stride_; j += kLanes<T>) store(w + j, vexp<T>(load(w + j) - lse));
-    } else {
-      for (int64_t j = 0; j < p_.seqlen_k; ++j) w[j] = w[j] == -kInfinity<T> ? T{0} : std::exp(w[j] - lse);
-    }
+  // Writes row i of a head, whose weights are now in row r. Where they are averaged, heads come in ascending
+  // order.
+  void write(int64_t r, int64_t head, int64_t i) const {
+    const T* w = row(r);
     const bool mean = p_.average_weights;
     T* out = static_cast<T*>(p_.weights.data) + p_.weights.offset(batch_, mean ? 0 : head, i);
-    const T factor = mean ? keep_scale / static_cast<T>(p_.num_heads) : keep_scale;
+    const T factor = mean ? T{1} / static_cast<T>(p_.num_heads) : T{1};
     if (mean && head > 0) {
       for (int64_t j = 0; j < p_.seqlen_k; ++j) out[j] += w[j] * factor;
     } else {
