@@ -38,11 +38,6 @@ class DecoderCache:
         """Number of target tokens held."""
         return self.layers[0].self_attn.length
 
-    @property
-    def has_memory(self) -> bool:
-        """Whether the encoder's output was projected already."""
-        return self.layers[0].cross_attn.length > 0
-
     def reorder(self, index: Tensor, *, memory: bool = True) -> None:
         """Let batch entry index[b] take the place of entry b.
 

@@ -63,7 +63,7 @@ def greedy(
         scores = steps.zeros(src.shape[0])
         lengths = torch.zeros_like(token)
         open_rows = torch.ones_like(token, dtype=torch.bool)
-        found = []
+        found: list[Tensor] = []
         while len(found) < max_len and open_rows.any():
             best, token = steps(token).max(-1)
             token = torch.where(open_rows, token, _filler(model, eos_index))

@@ -19,7 +19,7 @@ CAUSAL = causal()  # masks are immutable, so one serves as every default
 
 
 class LayerOptions(TypedDict, total=False):
-    """What `EncoderLayer` and `DecoderLayer` take beyond d_model and dropout, and whole models pass on to them."""
+    """What layers take beyond d_model and dropout, and whole models pass on to them."""
 
     num_heads: int
     d_ff: int
@@ -108,8 +108,8 @@ class EncoderLayer(_Layer):
 
         Args:
             x: [B, L, d_model].
-            mask: a fastattn.masks.Mask, such as padding(lengths), or bool broadcastable to [B, H, L, L], True =
-                attend; None for all. Not in place of the mask: it is that of every head.
+            mask: a fastattn.masks.Mask, such as padding(lengths), or bool broadcastable to [B, H, L, L],
+                True = attend; None for all.
         Returns:
             [B, L, d_model].
         """
@@ -159,24 +159,24 @@ class DecoderLayer(_Layer):
         Raises:
             ValueError: no memory, or weights and a cache.
         """
-        check_memory(
-            memory, cache is not None and cache.cross_attn.length > 0, cache is not None, need_weights
-        )
+        own, cross = (None, None) if cache is None else (cache.self_attn, cache.cross_attn)
+        if cross is not None and cross.length:
+            memory = None  # the cache holds its projection
+        elif memory is None:
+            raise ValueError("memory must be the encoder's output until a cache holds it, got None")
+        if need_weights and cache is not None:
+            raise ValueError("need_weights must be False where a cache is given, got True")
         y = self._enter(x, self.norm1)
-        own = None if cache is None else cache.self_attn
         y, _ = self.self_attn(y, y, y, mask=mask, cache=own, need_weights=False)
         x = self._leave(x, y, self.norm1)
 
         y = self._enter(x, self.norm2)
-        held = None if cache is None else cache.cross_attn
-        if held is not None and held.length:
-            memory = None
         y, weights = self.cross_attn(
             y,
             memory,
             memory,
             mask=memory_mask,
-            cache=held,
+            cache=cross,
             need_weights=need_weights,
             average_attn_weights=False,
         )
@@ -184,14 +184,6 @@ class DecoderLayer(_Layer):
 
         x = self._leave(x, self.feed_forward(self._enter(x, self.norm3)), self.norm3)
         return (x, weights) if need_weights else x
-
-
-def check_memory(memory: Tensor | None, held: bool, cached: bool, need_weights: bool) -> None:
-    """Raise ValueError where there is nothing to attend to, or weights are asked of cached attention."""
-    if memory is None and not held:
-        raise ValueError("memory must be the encoder's output until a cache holds it, got None")
-    if need_weights and cached:
-        raise ValueError("need_weights must be False where a cache is given, got True")
 
 
 def new_attention(

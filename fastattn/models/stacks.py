@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastattn.checks import check_int
 from fastattn.masks import Mask, as_mask
 from fastattn.models.cache import DecoderCache
-from fastattn.models.layers import CAUSAL, DecoderLayer, EncoderLayer, LayerOptions, check_memory
+from fastattn.models.layers import CAUSAL, DecoderLayer, EncoderLayer, LayerOptions
 from fastattn.models.stock import StockAttention, StockMask, stock_mask
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Encoder(_Stack):
     Args:
         d_model, dropout, device, dtype: as for `EncoderLayer`.
         num_layers: at least 1.
-        options: num_heads, d_ff, attention_dropout, norm_first, num_kv_heads, attention, as for `EncoderLayer`.
+        options: num_heads, d_ff, attention_dropout, norm_first, num_kv_heads and attention, likewise.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.1.
@@ -114,7 +114,6 @@ class Decoder(_Stack):
         Raises:
             ValueError: no memory; weights and a cache; a cache of another number of layers.
         """
-        check_memory(memory, cache is not None and cache.has_memory, cache is not None, need_weights)
         if cache is None:
             caches = [None] * len(self.layers)
             shared = self._shared(mask, x, x)

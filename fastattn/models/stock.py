@@ -20,8 +20,8 @@ class StockMask:
 
     Args:
         key_padding_mask: bool [B, Lk], True = blocked.
-        attn_mask: [Lq, Lk] or [B * H, Lq, Lk]: bool, True = blocked, where is_causal makes it a mere formality;
-            else 0 and -inf, so that no layer converts it again.
+        attn_mask: [Lq, Lk] or [B * H, Lq, Lk]: 0 and -inf, so that no layer converts it again; bool, True =
+            blocked, where is_causal stands for it.
         is_causal: whether attn_mask is the causal mask.
     """
 
@@ -72,17 +72,18 @@ class StockAttention(nn.MultiheadAttention):
     def _with_cache(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, mask: Mask | None, cache: KVCache
     ) -> Tensor:
-        if self.in_proj_bias is None:
-            parts = [(weight, None) for weight in self.in_proj_weight.chunk(3)]
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+
+        def heads(x: Tensor, part: int) -> Tensor:
+            projected = F.linear(x, weights[part], biases[part])
+            return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        q = heads(query, 0)
+        if key is None or value is None:
+            keys, values = cache.keys, cache.values
         else:
-            parts = list(zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True))
-        q, k, v = (
-            None
-            if x is None
-            else F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, (weight, bias) in zip((query, key, value), parts, strict=True)
-        )
-        keys, values = (cache.keys, cache.values) if k is None or v is None else cache.append(k, v)
+            keys, values = cache.append(heads(key, 1), heads(value, 2))
         visible = None
         if mask is not None:
             shape = MaskShape(q.shape[0], self.num_heads, q.shape[2], keys.shape[2])

@@ -106,15 +106,16 @@ class Transformer(nn.Module):
 
         Args:
             src: int [B, Ls]; tgt: int [B, Lt], from 0 to their vocabulary's size - 1.
-            src_lengths: int [B], number of tokens before the padding; None to find it by padding_idx, if set.
-            src_documents, tgt_documents: int [B, Ls] and [B, Lt]: several sentence pairs packed into each row.
-                Tokens see those of equal id alone, in their own row and in the other language's, so a pair has
-                one id, and padding one of its own. src_lengths must be None then.
-            src_positions, tgt_positions: int [B, Ls] and [B, Lt]; None to count from the start of each row, or
-                of each packed sentence.
-            need_weights: whether to return the attention of target to source too, averaged over nothing.
+            src_lengths: int [B], tokens before the padding; None to find them by padding_idx, if that is set.
+            src_documents, tgt_documents: int [B, Ls] and [B, Lt]: several sentence pairs packed into a row.
+                Tokens see those of equal id alone, in their own row and in the other language's, so a pair
+                has one id in both, and padding one of its own. src_lengths must be None then.
+            src_positions, tgt_positions: int [B, Ls] and [B, Lt]; None to count from the start of each row,
+                or of each packed sentence.
+            need_weights: whether to return the attention of target to source too.
         Returns:
-            logits [B, Lt, tgt_vocab_size]; with need_weights (logits, [weights [B, H, Lt, Ls] of each layer]).
+            logits [B, Lt, tgt_vocab_size]; with need_weights (logits, weights), a list of [B, H, Lt, Ls], one
+            per layer.
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
@@ -140,11 +141,7 @@ class Transformer(nn.Module):
         if self.padding_idx is None:
             return None
         index = torch.arange(1, src.shape[1] + 1, device=src.device)
-        return (
-            torch.where(src != self.padding_idx, index, 0).amax(1)
-            if src.shape[1]
-            else index.new_zeros(src.shape[0])
-        )
+        return torch.where(src != self.padding_idx, index, 0).amax(1)
 
     def encode(
         self,

@@ -40,7 +40,7 @@ def sinusoids(max_len: int, d_model: int) -> Tensor:
 
 
 def _frequencies(d_model: int) -> tuple[Tensor, Tensor]:
-    """10000^(-2i/d) as a sum of two float64; the first has 24 bits, so positions below 2^29 multiply it exactly."""
+    """10000^(-2i/d) as a sum of two; the first has 24 bits, so positions below 2^29 multiply it exactly."""
     with localcontext() as context:
         context.prec = 40
         exact = [Decimal(10) ** (Decimal(-8 * i) / d_model) for i in range((d_model + 1) // 2)]
@@ -88,8 +88,8 @@ class _PositionalEncoding(nn.Module):
         Args:
             x: [B, L, d_model], or [L, B, d_model] without batch_first.
             offset: the position of the first token, as when decoding goes on from a cache.
-            positions: int [L] or [B, L] (B may be 1): each token's own position, instead of offset + 0, 1, ...
-                The first dimension is the batch's whatever batch_first is.
+            positions: int [L] or [B, L] (B may be 1), also without batch_first: each token's own position,
+                instead of offset, offset + 1, ...
         Returns:
             x's shape and dtype.
         Raises:
