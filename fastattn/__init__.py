@@ -1,5 +1,8 @@
 """fastattn: one attention call for PyTorch, exact and fast."""
 
+from importlib import import_module
+from types import ModuleType
+
 from fastattn import (
     biases,
     mask_ops,  # noqa: F401  (registers its op, which saved programs name)
@@ -30,3 +33,10 @@ __all__ = [
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """fastattn.nn and fastattn.models, imported when first used."""
+    if name in ("models", "nn"):
+        return import_module(f"fastattn.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

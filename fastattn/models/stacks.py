@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.checks import check_int
-from fastattn.masks import Mask, as_mask
+from fastattn.masks import Mask
 from fastattn.models.cache import DecoderCache
 from fastattn.models.layers import CAUSAL, DecoderLayer, EncoderLayer, LayerOptions
 from fastattn.models.stock import StockAttention, StockMask, stock_mask
@@ -45,10 +45,7 @@ class _Stack(nn.Module):
     ) -> Mask | Tensor | StockMask | None:
         """The mask in the form that all layers take, so that none converts it again."""
         attention = self.layers[0].self_attn
-        if mask is None:
-            return None
-        mask = as_mask(mask)
-        if isinstance(attention, StockAttention):
+        if mask is not None and isinstance(attention, StockAttention):
             return stock_mask(mask, attention.num_heads, query, key)
         return mask
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.masks import Mask, MaskShape, causal
+from fastattn.masks import Mask, MaskShape, as_mask, causal
 from fastattn.nn.cache import KVCache
 
 _CAUSAL = causal()
@@ -44,7 +44,7 @@ class StockAttention(nn.MultiheadAttention):
         key: Tensor | None = None,
         value: Tensor | None = None,
         *,
-        mask: Mask | StockMask | None = None,
+        mask: Mask | Tensor | StockMask | None = None,
         cache: KVCache | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
@@ -70,7 +70,12 @@ class StockAttention(nn.MultiheadAttention):
         )
 
     def _with_cache(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None, mask: Mask | None, cache: KVCache
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        mask: Mask | Tensor | None,
+        cache: KVCache,
     ) -> Tensor:
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -87,23 +92,24 @@ class StockAttention(nn.MultiheadAttention):
         visible = None
         if mask is not None:
             shape = MaskShape(q.shape[0], self.num_heads, q.shape[2], keys.shape[2])
-            visible = mask.to_dense(shape, q.device)
+            visible = as_mask(mask).to_dense(shape, q.device)
         dropout_p = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, dropout_p=dropout_p)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def stock_mask(mask: Mask | None, num_heads: int, query: Tensor, key: Tensor) -> StockMask:
+def stock_mask(mask: Mask | Tensor | None, num_heads: int, query: Tensor, key: Tensor) -> StockMask:
     """The mask as a good user of torch.nn.MultiheadAttention would pass it.
 
     Args:
-        mask: a fastattn mask, True = attend; None for none.
+        mask: a fastattn mask or bool tensor, True = attend; None for none.
         num_heads: of the attention.
         query: [B, Lq, E]; key: [B, Lk, E].
     """
     if mask is None:
         return StockMask()
     batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
+    mask = as_mask(mask)
     blocked = ~mask.to_dense(MaskShape(batch, num_heads, seqlen_q, seqlen_k), query.device)
     if mask == _CAUSAL and seqlen_q == seqlen_k:
         return StockMask(attn_mask=blocked[0, 0], is_causal=True)
