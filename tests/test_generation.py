@@ -13,6 +13,12 @@ PAD, BOS, EOS = 0, 1, 2
 MARKS = {"bos_index": BOS, "eos_index": EOS}
 
 
+@pytest.fixture(autouse=True)
+def one_thread(use_threads):
+    """Models so small are slower on more, and much slower where other programs want the cores too."""
+    use_threads(1)
+
+
 def new(attention: str = "fastattn", vocab: int = 9, seed: int = 1, **options) -> Transformer:
     """A model with opinions: its logits are far apart."""
     torch.manual_seed(seed)

@@ -23,6 +23,12 @@ DOUBLE = {**SMALL, "dtype": torch.float64}
 NORMS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 
 
+@pytest.fixture(autouse=True)
+def one_thread(use_threads):
+    """Models so small are slower on more, and much slower where other programs want the cores too."""
+    use_threads(1)
+
+
 def new(attention: str = "fastattn", seed: int = 0, **options) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(20, 23, attention=attention, **{**DOUBLE, "padding_idx": 0, **options})
@@ -330,8 +336,7 @@ def test_initial_weights():
             assert torch.equal(parameter, torch.full_like(parameter, "norm" in name and "weight" in name))
 
 
-def test_learns_to_reverse(use_threads):
-    use_threads(1)  # so small a model is slower with more
+def test_learns_to_reverse():
     torch.manual_seed(0)
     model = Transformer(
         12, 12, 32, 1, dropout=0.0, num_heads=2, d_ff=64, max_len=12, share_embeddings=True, norm_first=True
