@@ -154,11 +154,9 @@ class _Steps:
 
     def __call__(self, token: Tensor) -> Tensor:
         """token: int64 [rows], the last of each; returns [rows, V]."""
-        logits = self.model.decode(token[:, None], self.memory, src_lengths=self.lengths, cache=self.cache)[
-            :, -1
-        ]
+        logits = self.model.decode(token[:, None], self.memory, src_lengths=self.lengths, cache=self.cache)
         self.memory = None  # the cache holds it now, in every layer's projection
-        result = logits.log_softmax(-1, dtype=_score_dtype(logits.dtype))
+        result = logits[:, -1].log_softmax(-1, dtype=_score_dtype(logits.dtype))
         if self.model.padding_idx is not None:
             result[:, self.model.padding_idx] = -torch.inf
         return result
