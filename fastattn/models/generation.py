@@ -206,8 +206,7 @@ class _Beams:
         self.open_scores, chosen = scores.masked_fill(ends, -torch.inf).topk(keep)
         self.open = _take(tokens, chosen)
         if self.length == self.max_len:
-            full = self.num_ended >= self.beam_size
-            self._finish(self.open, self.open_scores.masked_fill(full[:, None], -torch.inf))
+            self._finish(self.open, self.open_scores)
         going = self._settle()
         if going.shape[0]:
             first_rows = torch.arange(count, device=parent.device)[:, None] * width
