@@ -169,7 +169,7 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
     lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
     # Without queries and keys there is no position, but a tensor of one does no harm.
     dtype = accumulate_dtype(call.q.dtype)
-    wide = torch.promote_types(dtype, bias.parameter.dtype)
-    diagonals = bias.diagonals(call.num_heads(), lo, max(lo, hi), wide)
+    # In double, so that the parameter's gradient, a sum over all of them, is no worse than its terms.
+    diagonals = bias.diagonals(call.num_heads(), lo, max(lo, hi), torch.float64)
     tensors["diag"] = diagonals.to(dtype).contiguous()
     return lo, bottom_right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -71,22 +72,26 @@ OPTIONS = {
 }
 
 
+def by_position(function: Any, names: list[str], fixed: dict[str, Any], *flat: torch.Tensor) -> Any:
+    """function(...) with the inputs first and the parameters of these names last."""
+    count = len(flat) - len(names)
+    return function(*flat[:count], **dict(zip(names, flat[count:], strict=True)), **fixed)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["self", "memory", "separate"])
 def test_equals_three_steps(kind: str, options: dict[str, Any]) -> None:
     for batch_first in (True, False):
         for heads_kv in (HEADS, 2):
             parameters = tensors(heads_kv)
-            names, given = list(parameters), inputs(kind, batch_first)
+            given = inputs(kind, batch_first)
             fixed = {"num_heads": HEADS, "num_kv_heads": heads_kv, "batch_first": batch_first, **options}
 
-            def call(function: Any, *flat: torch.Tensor, fixed: Any = fixed, n: int = len(given)) -> Any:
-                parameters = dict(zip(names, flat[n:], strict=True))
-                return function(*flat[:n], **parameters, **fixed)
-
             flat = [*given, *parameters.values()]
-            got = grads(lambda *t, call=call: call(multi_head_attention, *t), flat)
-            want = grads(lambda *t, call=call: call(three_steps, *t), flat)
+            got, want = (
+                grads(functools.partial(by_position, function, list(parameters), fixed), flat)
+                for function in (multi_head_attention, three_steps)
+            )
             for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
                 torch.testing.assert_close(a, b, **EXACT)
 

@@ -11,13 +11,18 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.testing.inputs import Inputs
+from fastattn.testing.tolerances import max_error
 
 Results = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """The exact results of a case, and those of plain eager code in the case's own dtype."""
+    """The exact results of a case, and those of plain eager code in the case's own dtype.
+
+    Eager code adds the keys up in either order, and of each result the worse one counts: one order alone may
+    be right by luck, which is common among gradients of a few elements.
+    """
 
     ref64: Results
     native: Results
@@ -62,8 +67,16 @@ _FUNCTIONS = {"attention": "attention", "varlen": "varlen_attention", "decode": 
 
 
 def oracle(inputs: Inputs, grads: bool | None = None, lse: bool = True) -> Oracle:
-    """The reference in float64, and in the case's dtype (float64: with the keys in reverse order)."""
-    reverse = inputs.case.dtype == torch.float64
+    """The reference in float64, and in the case's dtype (float64: with the keys in reverse order only)."""
     ref64 = run(reference, inputs.to(torch.float64), grads, lse)
-    native = run(reference, inputs, grads, lse, **({"reverse_keys": True} if reverse else {}))
+    native = run(reference, inputs, grads, lse, reverse_keys=True)
+    if inputs.case.dtype != torch.float64:
+        forward = run(reference, inputs, grads, lse)
+        native = {name: _worse(ref64[name], native[name], forward[name]) for name in native}
     return Oracle(ref64, native)
+
+
+def _worse(exact: Tensor | None, one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if exact is None or one is None or other is None:
+        return one
+    return one if max_error(one, exact) >= max_error(other, exact) else other
