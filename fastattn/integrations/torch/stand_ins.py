@@ -1,4 +1,4 @@
-"""`override_sdpa`: any model's `F.scaled_dot_product_attention` becomes fastattn's, for a block of code."""
+"""What stands in for PyTorch's functions under `override_sdpa`, and which calls are left to PyTorch."""
 
 from __future__ import annotations
 
@@ -11,78 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch
 from fastattn.backends import cpu
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.spec import FLOAT_DTYPES, AttentionSpec, dtype_name
 
-_torch_sdpa = F.scaled_dot_product_attention
-_torch_mha = F.multi_head_attention_forward
-_tensor_backward, _unflatten = Tensor.backward, Tensor.unflatten
-_autograd_backward, _autograd_grad = torch.autograd.backward, torch.autograd.grad
+torch_sdpa = F.scaled_dot_product_attention
+torch_mha = F.multi_head_attention_forward
+tensor_backward, unflatten = Tensor.backward, Tensor.unflatten
+autograd_backward, autograd_grad = torch.autograd.backward, torch.autograd.grad
 
 _warned: set[str] = set()  # reasons that were mentioned
-
-
-class override_sdpa(TorchFunctionMode):
-    """Inside this context `F.scaled_dot_product_attention` is `fastattn.scaled_dot_product_attention`.
-
-    >>> q = torch.randn(1, 2, 3, 4)
-    >>> want = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    >>> with override_sdpa():
-    ...     got = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    >>> torch.allclose(got, want, atol=1e-6)
-    True
-
-    It holds for the thread that enters it, under whatever name a model imported the function, and leaves no
-    trace afterwards. It nests (the innermost counts), and one object can be entered again and from several
-    threads. Gradients belong to the forward call: backward may run outside, except under activation
-    checkpointing, which calls the model again in backward. `nn.MultiheadAttention(need_weights=False)` and
-    the encoder layers above it are reached, in eval mode too. Under torch.compile it holds when entered
-    around the compiled call, which is then compiled once more.
-
-    Not reached: TorchScript, C++ and `torch.ops.aten` callers; models that do not call the function, among
-    them `nn.MultiheadAttention` with `need_weights=True`.
-
-    A call that no kernel of fastattn takes (a device or dtype without one, nested tensors, tensor subclasses
-    with a behaviour of their own) goes to PyTorch's own function, with one warning per reason. Wrong
-    arguments raise as in `fastattn.scaled_dot_product_attention`. A mode costs about 1 us per torch call of
-    any kind in its block.
-
-    Args:
-        backend: force one of fastattn.dispatch.BACKENDS; what it does not take then raises. None chooses.
-    Raises:
-        ValueError, TypeError: `backend` names no backend.
-    """
-
-    def __init__(self, backend: str | None = None) -> None:
-        super().__init__()
-        dispatch.forced_backend(backend)
-        self.backend = backend
-        self._sdpa, self._mha = _FUNCTIONS[backend]
-
-    def __repr__(self) -> str:
-        return f"override_sdpa(backend={self.backend!r})"
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is _torch_sdpa:
-            return self._sdpa(*args, **(kwargs or {}))
-        # PyTorch runs what follows with this mode off: calls inside these few functions would escape.
-        if func is _torch_mha:
-            own = [kind.__name__ for kind in types if _has_own_behaviour(kind)]
-            if not own or self.backend is not None:
-                return self._mha(*args, **(kwargs or {}))
-            _warn_once(f"multi_head_attention_forward has a {own[0]}, which has a behaviour of its own")
-        if func is _tensor_backward or func is _autograd_backward or func is _autograd_grad:
-            with self:  # checkpointed models run once more in there
-                return _BACKWARD[func](*args, **(kwargs or {}))
-        if func is _unflatten and torch.compiler.is_compiling():
-            func = torch.unflatten  # the method's super() stops torch.compile under any mode
-        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _functions(backend: str | None) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
@@ -93,10 +33,10 @@ def _functions(backend: str | None) -> tuple[Callable[..., Tensor], Callable[...
         reason = None if forced else _why_not(query, key, value, *args, **kwargs)
         if reason is None:
             return scaled_dot_product_attention(query, key, value, *args, backend=backend, **kwargs)
-        _warn_once(reason)
-        return _torch_sdpa(query, key, value, *args, **kwargs)
+        warn_once(reason)
+        return torch_sdpa(query, key, value, *args, **kwargs)
 
-    return sdpa, _rebound(_torch_mha, f"_functional_{backend}", scaled_dot_product_attention=sdpa)
+    return sdpa, _rebound(torch_mha, f"_functional_{backend}", scaled_dot_product_attention=sdpa)
 
 
 def _rebound(function: Any, name: str, **names: Any) -> Callable[..., Any]:
@@ -120,7 +60,7 @@ def _never(tensors: Any) -> bool:
     return False
 
 
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
@@ -148,7 +88,7 @@ def _why_not(
             return f"{name} is a nested tensor (fastattn.varlen_attention takes packed sequences)"
         if tensor.layout != torch.strided:
             return f"{name} has layout {tensor.layout}"
-        if _has_own_behaviour(type(tensor)):
+        if has_own_behaviour(type(tensor)):
             return f"{name} is a {type(tensor).__name__}, which has a behaviour of its own"
     if not isinstance(query, Tensor) or query.dim() < 2:
         return None
@@ -159,7 +99,7 @@ def _why_not(
     return _missing_kernels(query, key, value, dropout_p)
 
 
-def _has_own_behaviour(kind: type) -> bool:
+def has_own_behaviour(kind: type) -> bool:
     """Whether a tensor type does more with functions or ops than Tensor's own rules say."""
     if kind is Tensor or kind.__module__ in _KNOWN_SUBCLASSES:
         return False
@@ -207,8 +147,8 @@ def _missing_kernels(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
 
 
 # Made once, not on entry: torch.compile can trace entering a mode, but not making functions and modules.
-_FUNCTIONS = {backend: _functions(backend) for backend in (None, *dispatch.BACKENDS)}
-_BACKWARD = {
+FUNCTIONS = {backend: _functions(backend) for backend in (None, *dispatch.BACKENDS)}
+BACKWARD = {
     function: _rebound(function, f"_{function.__qualname__}")
-    for function in (_tensor_backward, _autograd_backward, _autograd_grad)
+    for function in (tensor_backward, autograd_backward, autograd_grad)
 }
