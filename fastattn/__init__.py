@@ -10,6 +10,7 @@ from fastattn._version import __version__
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation
 from fastattn.functional import attention, decode_attention, explain, varlen_attention
+from fastattn.multi_head import multi_head_attention
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.spec import AttentionSpec
 from fastattn.weights import attention_weights
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "masks",
     "merge",
+    "multi_head_attention",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
