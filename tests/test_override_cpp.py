@@ -248,6 +248,35 @@ def test_undone_to_the_bit(scripted):
     assert type(before.grad_fn) is type(after.grad_fn)
 
 
+EXTENSION = """
+torch::Tensor attend(torch::Tensor q) {
+  pybind11::gil_scoped_release unlocked;
+  return at::scaled_dot_product_attention(q, q, q, {}, 0.0, true);
+}
+"""
+
+
+@pytest.mark.slow
+def test_cpp_extension(calls, tmp_path):
+    """A function compiled against libtorch, which calls without the interpreter's lock."""
+    from torch.utils import cpp_extension
+
+    if not cpp_extension.is_ninja_available():
+        pytest.skip("building a C++ extension needs ninja")
+    module = cpp_extension.load_inline(
+        "fastattn_test", EXTENSION, functions=["attend"], build_directory=str(tmp_path), use_pch=False
+    )
+    q = qkv()[0].requires_grad_()
+    want = fastattn.scaled_dot_product_attention(q, q, q, is_causal=True)
+    with override_sdpa():
+        got = module.attend(q)
+    assert len(calls) == 1
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), q)[0] for out in (got, want)))
+    module.attend(q)
+    assert len(calls) == 1
+
+
 # Encoder layers
 
 

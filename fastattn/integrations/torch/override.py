@@ -48,10 +48,10 @@ class override_sdpa:
     layers above it are reached, in eval mode too. Under torch.compile it holds around the compiled call,
     which is then compiled once more; inside compiled code it must end there.
 
-    Calls that PyTorch makes from C++ are reached on CPU tensors: TorchScript (its encoder layers in eval mode
-    included), C++ modules and operators, `torch.ops.aten`. For that, PyTorch's dispatcher asks us about every
-    CPU call of the process from the first override on, which costs some 5 us; threads without an override get
-    PyTorch's own kernel.
+    Calls from C++ are reached on CPU tensors: TorchScript (its encoder layers in eval mode included), C++
+    extensions and operators, `torch.ops.aten`. For that, PyTorch's dispatcher asks us about every CPU call of
+    the process from the first override on, which costs some 5 us; threads without an override get PyTorch's
+    own kernel.
 
     Not reached: models that do not call the function, among them `nn.MultiheadAttention` with
     `need_weights=True` (`replace_modules` takes those); calls from C++ within torch.compile, under torch.func
