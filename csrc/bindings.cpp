@@ -95,7 +95,7 @@ void read_band(py::handle value, Band& band) {
     if (!bounds[n].is_none()) *fields[n] = bounds[n].cast<int64_t>();
 }
 
-// One option of a call; false where the forward pass knows no such option.
+// One option of a call, forward or backward; false where there is none of that name.
 bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
   if (key == "softcap") {
     p.softcap = value.cast<double>();
@@ -135,6 +135,14 @@ bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
   } else {
     return false;
   }
+  return true;
+}
+
+bool read_forward_option(const std::string& key, py::handle value, AttentionParams& p) {
+  if (key != "weights") return false;
+  const py::tuple weights = py::reinterpret_borrow<py::tuple>(value);
+  p.weights = view_of(weights[0]).tensor();
+  p.average_weights = weights[1].cast<bool>();
   return true;
 }
 
@@ -185,8 +193,10 @@ void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   AttentionParams p;
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
   if (options)
-    for (const auto& [key, value] : *options)
-      if (!read_option(key.cast<std::string>(), value, p)) unknown_option(key.cast<std::string>());
+    for (const auto& [key, value] : *options) {
+      const std::string name = key.cast<std::string>();
+      if (!read_option(name, value, p) && !read_forward_option(name, value, p)) unknown_option(name);
+    }
   finish_call(p);
   const py::gil_scoped_release release;
   cpu_kernels().attention_fwd(p);

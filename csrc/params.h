@@ -71,6 +71,10 @@ struct AttentionParams {
   Tensor out;  // [B, Hq, Lq, Dv]
   Tensor lse;  // [B, Hq, Lq] accumulator type; may be nullptr in the forward pass
 
+  Tensor weights;  // [B, Hq, Lq, Lk], or with average_weights [B, 1, Lq, Lk]; accumulator type, columns
+                   // contiguous; the probabilities after dropout; may be nullptr
+  bool average_weights = false;
+
   const void* sinks = nullptr;  // [Hq] accumulator type; may be nullptr
 
   Band band;
