@@ -199,6 +199,22 @@ def test_operators_of_other_libraries(calls):
         assert len(calls) == 1
 
 
+def test_below_autograd(calls):
+    """In an operator's kernel for the CPU autograd is the operator's own business: no graph comes out."""
+    with torch.library._scoped_library("fastattn_test", "DEF") as library:
+        library.define("attend(Tensor q) -> Tensor")
+        library.impl("attend", lambda q: torch.ops.aten.scaled_dot_product_attention(q, q, q), "CPU")
+        q = qkv()[0].requires_grad_()
+        with torch._C._AutoDispatchBelowAutograd():
+            want = torch.ops.fastattn_test.attend(q)
+            with override_sdpa():
+                got = torch.ops.fastattn_test.attend(q)
+        torch.testing.assert_close(got, want)
+        assert not got.requires_grad
+        assert not want.requires_grad
+    assert len(calls) == 1
+
+
 def test_watchers_see_pytorchs_operators(calls, scripted):
     """Traces, transforms and dispatch modes below the function level are left as they are."""
     q, k, v = qkv()

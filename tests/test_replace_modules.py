@@ -386,6 +386,16 @@ def test_parameters_with_a_behaviour_of_their_own_are_left():
     }
 
 
+def test_devices_without_kernels(monkeypatch):
+    """PyTorch's own code is the better choice there; a model on meta has yet to get its device."""
+    model = nn.MultiheadAttention(E, 2, device="meta")
+    assert replace_modules(model).replaced == ("",)
+    monkeypatch.setattr(cpu, "_missing", "it is not built")
+    left = replace_modules(nn.MultiheadAttention(E, 2)).left[""]
+    assert left.startswith("no kernel for cpu (")
+    assert "cpu: it is not built" in left
+
+
 def test_parametrized_out_proj_is_taken():
     torch.manual_seed(0)
     model = nn.MultiheadAttention(E, 2, batch_first=True)

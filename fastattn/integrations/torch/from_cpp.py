@@ -22,8 +22,9 @@ from fastattn.autograd import is_traced
 
 _StandIn = Callable[..., Tensor]
 
-# PyTorch functions, beside operators of whatever library, that call attention in C++.
-_CALLERS = frozenset({torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd})
+# PyTorch functions that call attention in C++, as operators of whatever library may.
+_native_multihead, _native_layer = torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd
+_OPERATORS = (OpOverload, OpOverloadPacket)
 
 
 class _Thread(threading.local):
@@ -37,7 +38,7 @@ _libraries: list[torch.library.Library] = []  # kept alive: its kernels go with 
 
 def may_call_sdpa(func: Any) -> bool:
     """Whether a function that a mode handles, while it is off, may call attention from C++."""
-    return isinstance(func, OpOverload | OpOverloadPacket) or func in _CALLERS
+    return isinstance(func, _OPERATORS) or func is _native_multihead or func is _native_layer
 
 
 def inside(stand_in: _StandIn) -> AbstractContextManager[None]:
@@ -71,7 +72,7 @@ def install(innermost: Callable[[], _StandIn | None]) -> None:
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-            for key in ("AutogradCPU", "CPU"):  # the second is for inference tensors
+            for key in ("AutogradCPU", "CPU"):  # the second: inference tensors, and kernels of operators
                 _register(library, "scaled_dot_product_attention", key, _attention, innermost)
             _register(library, "_native_multi_head_attention", "CPU", _multihead, innermost)
         _libraries.append(library)
@@ -86,12 +87,15 @@ def _register(
 ) -> None:
     """Put `ours` before PyTorch's kernel of that operator and dispatch key."""
     theirs = torch.library.get_kernel(f"aten::{op}", key).call_boxed
+    is_above_autograd = key == "AutogradCPU"
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         stand_in = _thread.stand_in or innermost()
         if stand_in is not None and not _is_watched(*args[:3]):
-            # What a stand-in leaves to PyTorch, or has it do, must not come back here.
-            with torch._C.DisableTorchFunction(), _going_to(None):
+            # What a stand-in leaves to PyTorch, or has it do, must not come back here. Below autograd the
+            # gradient is the business of whoever called from there.
+            grad = torch.is_grad_enabled() and is_above_autograd
+            with torch._C.DisableTorchFunction(), _going_to(None), torch.set_grad_enabled(grad):
                 result = ours(stand_in, *args, **kwargs)
             if result is not None:
                 return result

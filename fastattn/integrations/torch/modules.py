@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastattn.integrations.torch.stand_ins import has_own_behaviour
+from fastattn.integrations.torch.stand_ins import has_own_behaviour, missing_kernels
 from fastattn.nn import MultiheadAttention
-from fastattn.spec import FLOAT_DTYPES, dtype_name
+from fastattn.spec import FLOAT_DTYPES, AttentionSpec, dtype_name
 
 _lock = threading.Lock()  # two threads may be given one model, or two that share modules
 _replaced_by: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()  # the key of its Replacement
@@ -127,7 +128,7 @@ def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not(module: Any) -> str | None:
     """Why a module keeps its class; None where ours does all that it does."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
@@ -135,7 +136,7 @@ def _why_not(module: nn.Module) -> str | None:
     if kind is MultiheadAttention:
         return "it is fastattn's already"
     if parametrize.is_parametrized(module):
-        return f"its {' and '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
+        return f"its {' and '.join(module.parametrizations)} is parametrized"
     if kind is not nn.MultiheadAttention:
         return f"it is a {kind.__module__}.{kind.__qualname__}, which may do more than its base class"
     if "forward" in vars(module):
@@ -147,4 +148,27 @@ def _why_not(module: nn.Module) -> str | None:
             return f"its {name} is a {type(parameter).__qualname__}, which has a behaviour of its own"
         if parameter.dtype not in FLOAT_DTYPES:
             return f"its {name} has dtype {dtype_name(parameter.dtype)}"
-    return None
+    return _missing_kernels(module)
+
+
+def _missing_kernels(module: nn.MultiheadAttention) -> str | None:
+    """None where a backend has kernels for the module; on the meta device that is not yet known."""
+    weight = module.out_proj.weight
+    if weight.is_meta:
+        return None
+    spec = AttentionSpec(
+        op="attention",
+        batch=1,
+        num_heads=module.num_heads,
+        num_heads_kv=module.num_heads,
+        seqlen_q=1,
+        seqlen_k=1,
+        head_dim=module.head_dim,
+        head_dim_v=module.head_dim,
+        dtype=dtype_name(weight.dtype),
+        device=weight.device.type,
+        scale=1.0,
+        dropout_p=module.dropout,
+        needs_grad=True,
+    )
+    return missing_kernels(spec)

@@ -22,8 +22,6 @@ from fastattn.integrations.torch import from_cpp, stand_ins
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_CALLS_BACK = (stand_ins.tensor_backward, stand_ins.autograd_backward, stand_ins.autograd_grad)
-
 
 class override_sdpa:
     """While it holds, `F.scaled_dot_product_attention` is `fastattn.scaled_dot_product_attention`.
@@ -129,7 +127,11 @@ class _Mode(TorchFunctionMode):
             stand_ins.warn_once(
                 f"multi_head_attention_forward has a {own[0]}, which has a behaviour of its own"
             )
-        if func in _CALLS_BACK:
+        if (
+            func is stand_ins.tensor_backward
+            or func is stand_ins.autograd_backward
+            or func is stand_ins.autograd_grad
+        ):
             with self:  # checkpointed models run once more in there
                 return stand_ins.BACKWARD[func](*args, **(kwargs or {}))
         if torch.compiler.is_compiling():

@@ -96,7 +96,24 @@ def _why_not(
         return f"query has dtype {dtype_name(query.dtype)}"
     if query.is_cpu and cpu.available():
         return None
-    return _missing_kernels(query, key, value, dropout_p)
+    heads, heads_kv = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key))
+    return missing_kernels(
+        AttentionSpec(
+            op="attention",
+            batch=1,
+            num_heads=heads,
+            num_heads_kv=heads_kv,
+            seqlen_q=query.shape[-2],
+            seqlen_k=key.shape[-2],
+            head_dim=query.shape[-1],
+            head_dim_v=value.shape[-1],
+            dtype=dtype_name(query.dtype),
+            device=query.device.type,
+            scale=1.0,
+            dropout_p=dropout_p,
+            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)),
+        )
+    )
 
 
 def has_own_behaviour(kind: type) -> bool:
@@ -121,29 +138,13 @@ _KNOWN_SUBCLASSES = frozenset(
 )
 
 
-def _missing_kernels(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> str | None:
+def missing_kernels(spec: AttentionSpec) -> str | None:
     """None where a backend with kernels of its own takes the call, else each one's reason."""
-    heads, heads_kv = (t.shape[-3] if t.dim() > 2 else 1 for t in (query, key))
-    spec = AttentionSpec(
-        op="attention",
-        batch=1,
-        num_heads=heads,
-        num_heads_kv=heads_kv,
-        seqlen_q=query.shape[-2],
-        seqlen_k=key.shape[-2],
-        head_dim=query.shape[-1],
-        head_dim_v=value.shape[-1],
-        dtype=dtype_name(query.dtype),
-        device=query.device.type,
-        scale=1.0,
-        dropout_p=dropout_p,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)),
-    )
     reasons = dispatch.reasons(spec)
     own = {name: reason for name, reason in reasons.items() if name not in ("torch", "reference")}
     if any(reason is None for reason in own.values()):
         return None
-    return f"no kernel for {query.device.type} ({'; '.join(f'{n}: {r}' for n, r in own.items())})"
+    return f"no kernel for {spec.device} ({'; '.join(f'{n}: {r}' for n, r in own.items())})"
 
 
 # Made once, not on entry: torch.compile can trace entering a mode, but not making functions and modules.
