@@ -254,6 +254,20 @@ def test_threads(calls, scripted):
         assert (names == {torchs}) == (index % 2 == 0)
 
 
+def test_exported_programs_are_taken_apart_as_before():
+    """A kernel of ours at a dispatch key of its own would keep torch.export from decomposing the function."""
+
+    class Model(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q)
+
+    override_sdpa().undo()
+    program = torch.export.export(Model(), (qkv()[0],))
+    name = "scaled_dot_product_attention"
+    assert name in program.graph_module.code
+    assert name not in program.run_decompositions().graph_module.code
+
+
 def test_undone_to_the_bit(scripted):
     q, k, v = (t.requires_grad_() for t in qkv())
     before = scripted(q, k, v, is_causal=True)

@@ -2,7 +2,7 @@
 
 Kernels for PyTorch's dispatcher, which go to the override of the calling thread, or on to PyTorch's own. They
 stand where autograd has not yet been entered, so gradients are those of the function that runs.
-See docs/decisions/0007-override-reaches-cpp-through-the-dispatcher.md.
+See docs/decisions/0007-override-sdpa-is-a-call-and-reaches-cpp.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _StandIn = Callable[..., Tensor]
 # PyTorch functions that call attention in C++, as operators of whatever library may.
 _native_multihead, _native_layer = torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd
 _OPERATORS = (OpOverload, OpOverloadPacket)
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 
 class _Thread(threading.local):
@@ -72,8 +73,11 @@ def install(innermost: Callable[[], _StandIn | None]) -> None:
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-            for key in ("AutogradCPU", "CPU"):  # the second: inference tensors, and kernels of operators
-                _register(library, "scaled_dot_product_attention", key, _attention, innermost)
+            # At the key where PyTorch's own is: with a kernel at any other, torch.export would no longer
+            # take the operator apart.
+            _register(
+                library, "scaled_dot_product_attention", "CompositeImplicitAutograd", _attention, innermost
+            )
             _register(library, "_native_multi_head_attention", "CPU", _multihead, innermost)
         _libraries.append(library)
 
@@ -86,15 +90,14 @@ def _register(
     innermost: Callable[[], _StandIn | None],
 ) -> None:
     """Put `ours` before PyTorch's kernel of that operator and dispatch key."""
-    theirs = torch.library.get_kernel(f"aten::{op}", key).call_boxed
-    is_above_autograd = key == "AutogradCPU"
+    theirs = torch.library.get_kernel(f"aten::{op}", "CPU").call_boxed
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         stand_in = _thread.stand_in or innermost()
-        if stand_in is not None and not _is_watched(*args[:3]):
+        if stand_in is not None and args[0].is_cpu and not _is_watched(*args[:3]):
             # What a stand-in leaves to PyTorch, or has it do, must not come back here. Below autograd the
             # gradient is the business of whoever called from there.
-            grad = torch.is_grad_enabled() and is_above_autograd
+            grad = torch.is_grad_enabled() and not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
             with torch._C.DisableTorchFunction(), _going_to(None), torch.set_grad_enabled(grad):
                 result = ours(stand_in, *args, **kwargs)
             if result is not None:

@@ -47,9 +47,8 @@ class override_sdpa:
     which is then compiled once more; inside compiled code it must end there.
 
     Calls from C++ are reached on CPU tensors: TorchScript (its encoder layers in eval mode included), C++
-    extensions and operators, `torch.ops.aten`. For that, PyTorch's dispatcher asks us about every CPU call of
-    the process from the first override on, which costs some 5 us; threads without an override get PyTorch's
-    own kernel.
+    extensions and operators, `torch.ops.aten`. For that, PyTorch's dispatcher asks us about every call of the
+    process from the first override on, which costs some 6 us; threads without one get PyTorch's own kernel.
 
     Not reached: models that do not call the function, among them `nn.MultiheadAttention` with
     `need_weights=True` (`replace_modules` takes those); calls from C++ within torch.compile, under torch.func
