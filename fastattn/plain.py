@@ -11,7 +11,7 @@ from fastattn.dispatch import forced_by_environment
 
 # Bound once: each lookup through a module costs as much as the call itself.
 _is_compiling = torch.compiler.is_compiling
-_function_modes = torch._C._len_torch_function_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _trace = torch._C._get_tracing_state

@@ -21,7 +21,7 @@ from fastattn.demo.measure import SIDES, Case, Timing, side
 from fastattn.demo.model import LanguageModel, ModelConfig, new_model
 from fastattn.demo.results import Results
 from fastattn.demo.text import Tokens, batches
-from fastattn.integrations import torch as integration
+from fastattn.integrations.torch import stand_ins
 
 TEXT = "Return the number of items. Raise KeyError if there are none.\n" * 40
 SMALL = ModelConfig(vocab_size=30, num_layers=2, num_heads=2, width=16)
@@ -32,13 +32,13 @@ RECIPE = train.Recipe(steps=8, batch=2, seqlen=24, learning_rate=1e-2, warmup=2)
 def ours(monkeypatch) -> list[dict]:
     """The keyword arguments of each attention call that reaches fastattn through the override."""
     seen: list[dict] = []
-    function = integration.scaled_dot_product_attention
+    function = stand_ins.scaled_dot_product_attention
 
     def spy(*args, **kwargs):
         seen.append(kwargs)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(stand_ins, "scaled_dot_product_attention", spy)
     return seen
 
 

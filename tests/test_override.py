@@ -15,22 +15,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.integrations import torch as integration
-from fastattn.integrations.torch import override_sdpa
+from fastattn.integrations.torch import override_sdpa, stand_ins
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
     """The keyword arguments of each call that reaches our function through the override."""
     seen: list[dict] = []
-    ours = integration.scaled_dot_product_attention
+    ours = stand_ins.scaled_dot_product_attention
 
     def spy(*args, **kwargs):
         seen.append(kwargs)
         return ours(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(integration, "_warned", set())
+    monkeypatch.setattr(stand_ins, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(stand_ins, "_warned", set())
     return seen
 
 
@@ -103,8 +102,8 @@ def test_every_argument_arrives():
 def test_model_and_its_gradients(calls):
     net, x = Net(), inputs()
     results = []
-    for context in (warnings.catch_warnings(), override_sdpa()):
-        with context:
+    for context in (warnings.catch_warnings, override_sdpa):
+        with context():
             loss = net(x).square().sum()
         net.zero_grad()
         loss.backward()
@@ -294,7 +293,9 @@ def test_bad_backend():
         override_sdpa("fast")
     with pytest.raises(TypeError, match="backend must be a string or None, got int"):
         override_sdpa(3)
-    assert repr(override_sdpa("cpu")) == "override_sdpa(backend='cpu')"
+    assert not is_active()
+    with override_sdpa("cpu") as override:
+        assert repr(override) == "override_sdpa(backend='cpu')"
 
 
 class Own(Tensor):

@@ -17,6 +17,7 @@ from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
 from fastattn.nn.cache import KVCache
 from fastattn.nn.extra_keys import attend_with_extra_keys
+from fastattn.nn.nested import attend_to_nested, is_nested_self_attention
 from fastattn.nn.visibility import merge_masks
 from fastattn.projections import Projections, check_projections
 from fastattn.validation import validate_options
@@ -147,6 +148,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query: [L, B, E], [B, L, E] with batch_first, or [L, E] unbatched (masks then have no B either).
+                Nested, as nn.TransformerEncoder makes it in eval: self-attention with batch_first, unmasked.
             key: [S, B, kdim] and so on; None: the query.
             value: [S, B, vdim] and so on; None: the key.
             key_padding_mask: [B, S], bool (True = blocked) or float (added to the scores).
@@ -168,6 +170,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         key = query if key is None else key
         value = key if value is None else value
+        masks = (key_padding_mask, attn_mask, mask, valid_lens, cache)
+        if is_nested_self_attention(query, key, value, masks, is_causal) and self.batch_first:
+            return attend_to_nested(self, query, need_weights, average_attn_weights)
         if isinstance(query, Tensor) and query.dim() == 2:
             return self._unbatched(
                 query,
@@ -293,8 +298,8 @@ def _check_3d(query: Any, key: Any, value: Any, batch_first: bool) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.is_nested:
             raise NotImplementedError(
-                f"{name} must be a dense tensor, got a nested one: pad it and pass valid_lens, or call "
-                "fastattn.varlen_attention"
+                f"{name} must be a dense tensor (or nested in self-attention with batch_first and no mask), "
+                "got a nested one: pad it and pass valid_lens, or call fastattn.varlen_attention"
             )
         if x.dim() != 3:
             raise ValueError(
