@@ -11,6 +11,7 @@
 #include "buffer.h"
 #include "dropout.h"
 #include "exact.h"
+#include "few_rows.h"
 #include "isa.h"
 #include "rows.h"
 #include "score.h"
@@ -148,8 +149,9 @@ class TaskRunner {
         dropout_(p),
         weights_(p, task.batch, task.rows, scratch.weights),
         width_(round_to_lanes<T>(p.head_dim_v)),
-        copy_values_(!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided()) {
-    panels_ = scratch.panels.ensure(kSegment * p.head_dim);
+        few_rows_(seq_.len_q <= kDotRows),
+        copy_values_(!few_rows_ && (!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided())) {
+    if (!few_rows_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
     scores_ = scratch.scores.ensure(kGroup * kSegment);
     if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * width_);
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
@@ -237,7 +239,7 @@ class TaskRunner {
     const int64_t begin = first / kLanes<T> * kLanes<T>, end = round_to_lanes<T>(last);
     const int64_t padded = end - begin, keys = std::min(end, seq_.len_k - s0) - begin;
     const Block<T> queries = query_block(tile, i);
-    if (seq_.len_q <= kDotRows) {
+    if (few_rows_) {
       for (int64_t r = 0; r < rows; ++r)
         dot_rows<T>(
             queries.data + r * queries.stride, [&](int64_t c) { return keys_(s0 + begin + c); }, p_.dtype,
@@ -261,6 +263,12 @@ class TaskRunner {
       }
     }
     // V from the first to the last key that some row may see, and no further: what padding holds is not read.
+    if (few_rows_) {
+      add_weighted_rows<T>(
+          rows, scores_ + first, kSegment, [&](int64_t c) { return values_(s0 + first + c); }, p_.dtype,
+          last - first, p_.head_dim_v, sums, width_);
+      return;
+    }
     const Block<T> values = value_block(s0, first, last);
     gemm<T, false>(rows, width_, last - first, scores_ + first, kSegment, values.data, values.stride, sums,
                    width_, true);
@@ -274,8 +282,8 @@ class TaskRunner {
   const Dropout dropout_;
   const WeightRows<T> weights_;
   const int64_t width_;
-  const bool copy_values_;
-  T *panels_, *scores_, *sums_, *value_copy_ = nullptr, *queries_ = nullptr;
+  const bool few_rows_, copy_values_;
+  T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
   uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment
 };

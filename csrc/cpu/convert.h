@@ -255,37 +255,6 @@ FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
 }
 #endif
 
-// Up to this many query rows packing K would cost more than the products it serves.
-constexpr int64_t kDotRows = 4;
-
-// s[c] = factor * x·row_of(c) for c in [0, columns rounded up to a vector): one query at a time, nothing
-// packed. The padding repeats the last row.
-template <class T, class RowOf>
-void dot_rows(const T* x, const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* s) {
-  constexpr int64_t kN = kLanes<T>;
-  with_source<T>(dtype, [&](auto* type) {
-    using Source = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const Source* rows[kN];
-    for (int64_t c0 = 0; c0 < columns; c0 += kN) {
-      for (int64_t c = 0; c < kN; ++c)
-        rows[c] = static_cast<const Source*>(row_of(std::min(c0 + c, columns - 1)));
-      Vec<T> sums[kN];
-#pragma GCC unroll 16
-      for (int c = 0; c < kN; ++c) sums[c] = Vec<T>{};
-      int64_t d = 0;
-      for (; d + kN <= dim; d += kN) {
-        const Vec<T> y = load(x + d);
-#pragma GCC unroll 16
-        for (int c = 0; c < kN; ++c) sums[c] += y * load_as<T>(rows[c] + d);
-      }
-      Vec<T> total = sum_rows<T>(sums);
-      for (; d < dim; ++d)
-        for (int64_t c = 0; c < kN; ++c) total[c] += x[d] * to_accumulator<T>(rows[c][d]);
-      store(s + c0, total * factor);
-    }
-  });
-}
-
 // Rows padded to whole vectors: dst[r * padded + d].
 template <class T, class RowOf>
 void pack_rows(const RowOf& row_of, DType dtype, int64_t rows, int64_t dim, T* dst) {

@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "buffer.h"
+#include "few_rows.h"
 #include "rows.h"
 #include "score.h"
 #include "score_strips.h"
