@@ -1,5 +1,8 @@
 """fastattn: one attention call for PyTorch, exact and fast."""
 
+from importlib import import_module
+from types import ModuleType
+
 from fastattn import (
     biases,
     mask_ops,  # noqa: F401  (registers its op, which saved programs name)
@@ -10,6 +13,7 @@ from fastattn._version import __version__
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation
 from fastattn.functional import attention, decode_attention, explain, varlen_attention
+from fastattn.multi_head import multi_head_attention
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.spec import AttentionSpec
 from fastattn.weights import attention_weights
@@ -25,6 +29,14 @@ __all__ = [
     "explain",
     "masks",
     "merge",
+    "multi_head_attention",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """fastattn.nn and fastattn.models, imported when first used."""
+    if name in ("models", "nn"):
+        return import_module(f"fastattn.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ tracer or a transform watches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +68,7 @@ def attention(
         from fastattn import ops
 
         return ops.attention(kernels.name, q, k, v, operands, params)
-    if forward_ad._current_level >= 0 and _has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
+    if has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
         raise NotImplementedError(FORWARD_MODE)
     return eager(kernels, q, k, v, operands, params, need_lse)
 
@@ -92,8 +92,11 @@ def is_traced(*tensors: Tensor) -> bool:
     return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+def has_tangent(*tensors: Any) -> bool:
+    """Whether forward-mode AD follows one of the tensors (None and other values are passed over)."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
@@ -132,37 +135,30 @@ class _Attention(torch.autograd.Function):
         unused = (None, None, None)
         if dout is None and dlse is None:
             return (None,) * (3 + DIFFERENTIABLE) + unused
-        q, k, v, out, lse, *fields = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: checkpointing computes them on the way
         if dout is None:
-            dout = torch.zeros_like(out)
+            dout = torch.zeros_like(saved[3])
         needs = ctx.needs_input_grad[: 3 + DIFFERENTIABLE]
-        if torch.is_grad_enabled():  # create_graph=True: leave a node that says why it goes no further
-            grads = _AttentionBackward.apply(
-                ctx.kernels, ctx.params, needs, q, k, v, out, lse, dout, dlse, *fields
-            )
-        else:
+
+        def gradients(dout: Tensor, dlse: Tensor | None, *saved: Any) -> Gradients:
+            q, k, v, out, lse, *fields = saved
             operands = Operands(*fields) if fields else NO_OPERANDS
-            grads = ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
-        return grads + unused
+            return ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
+
+        return without_double_backward(gradients, dout, dlse, *saved) + unused
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """The gradients of `_Attention`, whose own gradients raise."""
+def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:
+    """gradients(*tensors), whose own gradients raise: create_graph=True leaves a node that says why."""
+    if torch.is_grad_enabled():
+        return _OneBackward.apply(gradients, *tensors)
+    return gradients(*tensors)
 
+
+class _OneBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: Any,
-        params: Params,
-        needs: Sequence[bool],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *rest: Any,
-    ) -> Gradients:
-        out, lse, dout, dlse, *fields = rest
-        operands = Operands(*fields) if fields else NO_OPERANDS
-        return kernels.backward(q, k, v, out, lse, dout, dlse, operands, params, needs)
+    def forward(ctx: Any, gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:
+        return gradients(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -61,6 +61,12 @@ def lse_like(q: Tensor) -> Tensor:
     return q.new_empty(shape, dtype=dtype)
 
 
+def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
+    """Uninitialised weights: [B, Hq, Lq, Lk], or [B, 1, Lq, Lk] for their average over the heads."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((q.shape[0], 1 if average else q.shape[1], q.shape[2], k.shape[2]), dtype=dtype)
+
+
 def small(q: Tensor, views: Views, scale: float) -> Tensor:
     """out of a dense call without options or gradient, of which `views` says everything but the scale."""
     code, view_q, view_k, view_v = views
@@ -76,7 +82,13 @@ def small(q: Tensor, views: Views, scale: float) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    params: Params,
+    need_lse: bool = True,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out and lse of a lowered call.
 
@@ -84,6 +96,7 @@ def forward(
         q, k, v: as in fastattn.call.Call.
         operands, params: see fastattn.lowering.
         need_lse: whether lse is wanted.
+        weights: from `weights_like`; receives the weights after dropout.
     Returns:
         out in q's dtype and stride order; lse float32 (float64 for float64), [B, Hq, Lq] or [Hq, total_q],
         or None.
@@ -124,6 +137,7 @@ def backward(
     operands: Operands,
     params: Params,
     needs: Sequence[bool],
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; of the last three those that are
     needed.
@@ -132,12 +146,13 @@ def backward(
         q, k, v, out, lse: inputs and results of `forward`.
         dout, dlse: gradients of out and lse; dlse may be None.
         needs: six flags, of which the last three are read: q, k and v always get theirs.
+        into: where to write dq, dk and dv: in the shapes of q, k and v, with a dense last dimension.
     Raises:
         ValueError: as `forward`.
     """
     operands = _prepare(q, k, operands, params)
     dlse = None if dlse is None else resolved(dlse)
-    dq, dk, dv = (output_like(t, t.shape[-1]) for t in (q, k, v))
+    dq, dk, dv = (output_like(t, t.shape[-1]) for t in (q, k, v)) if into is None else into
     extra = _extra_gradients(operands, needs)
     if 0 in q.shape[:-1] or _no_keys(k, v, operands):
         for grad in (dq, dk, dv):

@@ -1,0 +1,128 @@
+"""KVCache: the keys and values that a decoder has already seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.checks import check_bool, check_int
+
+
+class KVCache:
+    """Projected keys and values of one attention layer, contiguous [B, Hkv, capacity, D], grown by doubling.
+
+    A decoder's self-attention appends the new tokens of each step; its cross-attention fills a static cache
+    once, with the projected encoder output, and reads it ever after.
+
+    >>> cache = KVCache()
+    >>> keys, values = cache.append(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    >>> cache.length, list(keys.shape)
+    (3, [1, 2, 3, 4])
+
+    Args:
+        static: whether the first `append` is the only one.
+    """
+
+    def __init__(self, static: bool = False) -> None:
+        self.static = check_bool("static", static)
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def __repr__(self) -> str:
+        kind = ", static" if self.static else ""
+        return f"KVCache(length={self.length}{kind})"
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, length, D], a view.
+
+        Raises:
+            ValueError: nothing was appended yet.
+        """
+        return self._filled(self._keys)
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, length, Dv], a view; raises as `keys` does."""
+        return self._filled(self._values)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in n more tokens; returns the keys and values of all tokens, as views.
+
+        Args:
+            keys: [B, Hkv, n, D].
+            values: [B, Hkv, n, Dv], of the same dtype and device.
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit each other or what the cache holds; a
+                static cache that is full.
+        """
+        self._check(keys, values)
+        if self.static:
+            self._keys, self._values, self.length = keys, values, keys.shape[2]
+            return keys, values
+        begin, self.length = self.length, self.length + keys.shape[2]
+        self._keys = _grown(self._keys, keys, begin)
+        self._values = _grown(self._values, values, begin)
+        return self.keys, self.values
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first `length`.
+
+        Raises:
+            ValueError: more than there are.
+        """
+        if check_int("length", length, 0) > self.length:
+            raise ValueError(f"length must be at most the {self.length} tokens held, got {length}")
+        self.length = length
+
+    def reorder(self, index: Tensor) -> None:
+        """Let batch entry index[b] take the place of entry b, as beam search does with its survivors.
+
+        Args:
+            index: int64 [B'], entries of the present batch; B' may differ from B.
+        """
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+
+    def _filled(self, tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            raise ValueError("the cache is empty: append keys and values first")
+        return tensor[:, :, : self.length]
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if self.static and self._keys is not None:
+            raise ValueError(f"a static cache is filled once, and this one holds {self.length} tokens")
+        for name, tensor in (("keys", keys), ("values", values)):
+            if tensor.dim() != 4:
+                raise ValueError(f"{name} must be 4-D [B, Hkv, n, D], got shape {list(tensor.shape)}")
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"values must be [{_leading(keys)}, Dv] like keys, got {list(values.shape)}")
+        for name, tensor, held in (("keys", keys, self._keys), ("values", values, self._values)):
+            if held is None:
+                continue
+            b, h, _, d = held.shape
+            if tensor.shape[:2] != (b, h) or tensor.shape[3] != d:
+                raise ValueError(f"{name} must be [{b}, {h}, n, {d}] as before, got {list(tensor.shape)}")
+            if tensor.dtype != held.dtype or tensor.device != held.device:
+                want, got = f"{held.dtype} on {held.device}", f"{tensor.dtype} on {tensor.device}"
+                raise ValueError(f"{name} must be {want} as before, got {got}")
+
+
+def _leading(tensor: Tensor) -> str:
+    return ", ".join(map(str, tensor.shape[:3]))
+
+
+def _grown(held: Tensor | None, new: Tensor, begin: int) -> Tensor:
+    """`held` with `new` at positions begin and on; where autograd records, a new tensor each time."""
+    end = begin + new.shape[2]
+    if torch.is_grad_enabled() and (new.requires_grad or (held is not None and held.requires_grad)):
+        return new if held is None else torch.cat((held[:, :, :begin], new), 2)
+    if held is None or held.shape[2] < end or held.is_inference() != new.is_inference():
+        batch, heads, _, dim = new.shape
+        wider = new.new_empty(batch, heads, max(end, 2 * begin), dim)
+        if held is not None:
+            wider[:, :, :begin] = held[:, :, :begin]
+        held = wider
+    held[:, :, begin:end] = new
+    return held

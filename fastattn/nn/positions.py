@@ -1,0 +1,201 @@
+"""Encodings of position that are added to token embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.checks import check_bool, check_int
+from fastattn.functional import _has_values
+
+
+def sinusoids(max_len: int, d_model: int) -> Tensor:
+    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(pos / 10000^(2i/d)), with d = d_model.
+
+    The angles carry about 75 bits, so that a large one is as exact as a small one: rounded to float32, every
+    value is the float32 nearest to the formula.
+
+    >>> sinusoids(2, 3)
+    tensor([[0.0000, 1.0000, 0.0000],
+            [0.8415, 0.5403, 0.0022]], dtype=torch.float64)
+
+    Args:
+        max_len: number of positions.
+        d_model: width; where it is odd, the last sine has no cosine.
+    Returns:
+        float64 [max_len, d_model].
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
+    """
+    position = torch.arange(max_len, dtype=torch.float64, device="cpu")[:, None]
+    high, low = _frequencies(d_model)
+    angle, rest = position * high, position * low  # the first product is exact
+    table = torch.empty(max_len, d_model, dtype=torch.float64, device="cpu")
+    table[:, 0::2] = angle.sin() * rest.cos() + angle.cos() * rest.sin()
+    table[:, 1::2] = (angle.cos() * rest.cos() - angle.sin() * rest.sin())[:, : d_model // 2]
+    return table
+
+
+def _frequencies(d_model: int) -> tuple[Tensor, Tensor]:
+    """10000^(-2i/d) as a sum of two; the first has 24 bits, so positions below 2^29 multiply it exactly."""
+    with localcontext() as context:
+        context.prec = 40
+        exact = [Decimal(10) ** (Decimal(-8 * i) / d_model) for i in range((d_model + 1) // 2)]
+        high = torch.tensor([float(x) for x in exact], dtype=torch.float32, device="cpu").double()
+        low = [float(x - Decimal(part)) for x, part in zip(exact, high.tolist(), strict=True)]
+    return high, torch.tensor(low, dtype=torch.float64, device="cpu")
+
+
+def document_positions(ids: Tensor) -> Tensor:
+    """The position of each token within its run of equal ids, which are packed documents.
+
+    >>> document_positions(torch.tensor([[7, 7, 7, 8, 9, 9]]))
+    tensor([[0, 1, 2, 0, 0, 1]])
+
+    Args:
+        ids: int [B, L], as for `fastattn.masks.documents`.
+    Returns:
+        int64 [B, L].
+    """
+    index = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    changes = torch.ones_like(ids, dtype=torch.bool)
+    changes[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = torch.where(changes, index, 0).cummax(1).values
+    return index - starts
+
+
+class _PositionalEncoding(nn.Module):
+    """dropout(x + table[positions]): what both kinds of table share."""
+
+    table: Tensor
+
+    def __init__(self, d_model: int, max_len: int, dropout: float, batch_first: bool) -> None:
+        super().__init__()
+        self.d_model = check_int("d_model", d_model, 1)
+        self.max_len = check_int("max_len", max_len, 1)
+        self.batch_first = check_bool("batch_first", batch_first)
+        self.dropout = nn.Dropout(dropout)
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, max_len={self.max_len}, batch_first={self.batch_first}"
+
+    def forward(self, x: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Add to each vector the encoding of its position, then drop.
+
+        Args:
+            x: [B, L, d_model], or [L, B, d_model] without batch_first.
+            offset: the position of the first token, as when decoding goes on from a cache.
+            positions: int [L] or [B, L] (B may be 1), also without batch_first: each token's own position,
+                instead of offset, offset + 1, ...
+        Returns:
+            x's shape and dtype.
+        Raises:
+            ValueError: another shape; a position that is negative or not below max_len.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            layout = "[B, L" if self.batch_first else "[L, B"
+            raise ValueError(f"x must be {layout}, {self.d_model}], got shape {list(x.shape)}")
+        batch, length = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+        if positions is None:
+            check_int("offset", offset, 0)
+            if offset + length > self.max_len:
+                raise ValueError(
+                    f"positions must be below max_len={self.max_len}, got {length} from offset {offset}"
+                )
+            rows = self.table[None, offset : offset + length]
+        else:
+            rows = self.table[self._checked(positions, offset, batch, length)]
+        rows = rows if self.batch_first else rows.transpose(0, 1)
+        return self.dropout(x + rows.to(x.dtype))
+
+    def _checked(self, positions: Tensor, offset: int, batch: int, length: int) -> Tensor:
+        """Explicit positions as [B|1, L]."""
+        if offset:
+            raise ValueError(f"offset must be 0 where positions are given, got {offset}")
+        if positions.is_floating_point() or positions.dtype == torch.bool:
+            raise TypeError(f"positions must be integers, got {positions.dtype}")
+        at = positions[None] if positions.dim() == 1 else positions
+        if at.dim() != 2 or at.shape[0] not in (1, batch) or at.shape[1] != length:
+            raise ValueError(
+                f"positions must be [{length}] or [{batch}, {length}], got shape {list(positions.shape)}"
+            )
+        if at.numel() and _has_values(at):
+            low, high = (int(bound) for bound in at.aminmax())
+            if low < 0 or high >= self.max_len:
+                raise ValueError(
+                    f"positions must be from 0 to max_len - 1 = {self.max_len - 1}, got {low} to {high}"
+                )
+        return at
+
+
+class SinusoidalPositionalEncoding(_PositionalEncoding):
+    """dropout(x + PE) with PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(pos / 10000^(2i/d)).
+
+    The table is a buffer, correctly rounded in the module's dtype, that state dicts leave out.
+
+    >>> encode = SinusoidalPositionalEncoding(4, max_len=10)
+    >>> encode(torch.zeros(1, 1, 4), offset=1)
+    tensor([[[0.8415, 0.5403, 0.0100, 0.9999]]])
+
+    Args:
+        d_model: width; may be odd.
+        max_len: number of positions; a longer input raises.
+        dropout: probability, applied to the sum.
+        batch_first: whether inputs are [B, L, d_model] rather than [L, B, d_model].
+        device, dtype: of the table; torch's defaults where None.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        max_len: int = 5000,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, max_len, dropout, batch_first)
+        table = torch.empty(max_len, d_model, device=device, dtype=dtype)
+        self.register_buffer("table", table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the table again, as is needed after `to_empty`."""
+        if not self.table.is_meta:
+            self.table.copy_(sinusoids(self.max_len, self.d_model))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SinusoidalPositionalEncoding:
+        dtype = self.table.dtype
+        super()._apply(fn, recurse)
+        if self.table.dtype != dtype:  # values cast from another dtype would be rounded for that one
+            self.reset_parameters()
+        return self
+
+
+class LearnedPositionalEncoding(_PositionalEncoding):
+    """dropout(x + table[positions]) with a table of parameters, one vector for each position.
+
+    Args: as for SinusoidalPositionalEncoding; `max_len` vectors are learned.
+    Source: Gehring et al. 2017, "Convolutional Sequence to Sequence Learning", section 3.1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        max_len: int = 5000,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, max_len, dropout, batch_first)
+        self.table = nn.Parameter(torch.empty(max_len, d_model, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table from N(0, 0.02²)."""
+        nn.init.normal_(self.table, std=0.02)
