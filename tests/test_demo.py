@@ -350,7 +350,9 @@ def found_results(text: Text) -> Results:
     for case in CASES:
         found.steps[case] = Timing({"PyTorch": [3.0, 3.1], "fastattn": [1.5, 1.6], "free": [1.0, 1.1]})
     weights = torch.rand(3, 4, 5).softmax(-1)
-    found.attention = judge.Attention(["open", "the", "file", "now", "⏎"], ["打", "开", "文", "⏎"], weights)
+    found.attention = judge.Attention(
+        ["open", "the", "file", "now", "<end>"], ["打", "开", "文", "<end>"], weights
+    )
     return found
 
 

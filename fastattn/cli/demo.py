@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(args)
     found = Results(describe(), torch.get_num_threads())
-    say(found.machine_line())
+    say(f"{found.machine_line()}; load at the start: {found.machine['load_at_start']}")
     data = load_english_chinese()
     say(f"Text: {data.describe()}.")
     text = Text.of(data, recipe.vocab_size)

@@ -68,7 +68,7 @@ class Attention:
     weights: Tensor
 
 
-END_MARK = "⏎"
+END_MARK = "<end>"
 
 
 def attention_of(model: Transformer, subwords: Subwords, pair: Pair, translation: str) -> Attention:

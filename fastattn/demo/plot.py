@@ -93,9 +93,7 @@ def draw_speed(results: Results, path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    title = (
-        f"A training step, {TOKENS} tokens of each language: whose attention, and if there were none to pay"
-    )
+    title = f"A training step on {TOKENS} tokens of each language, by the attention it runs on"
     figure = _new_figure(11, 5, title, results)
     axes = figure.subplots()
     cases = list(results.steps.items())
@@ -118,7 +116,7 @@ def draw_speed(results: Results, path: Path) -> None:
     axes.set_yticks(range(len(cases)), [case.name.replace(", ", "\n") for case, _ in cases])
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlabel("milliseconds (median and quartiles)")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     _tidy(axes)
     axes.grid(visible=False, axis="y")
     figure.savefig(path, dpi=150)
