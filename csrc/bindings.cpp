@@ -17,6 +17,8 @@ using namespace fastattn;
 namespace {
 
 int64_t int_at(PyObject* tuple, Py_ssize_t n) {
+  if (tuple == nullptr || n >= PyTuple_GET_SIZE(tuple))
+    throw py::type_error("a view is None, or has too few dimensions");
   const int64_t x = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, n));
   if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
   return x;
@@ -24,18 +26,18 @@ int64_t int_at(PyObject* tuple, Py_ssize_t n) {
 
 struct View {
   void* data = nullptr;
-  PyObject* shape = nullptr;  // borrowed from the tuple, which the call holds
+  PyObject* shape = nullptr;  // borrowed from the tuple, which the call holds; nullptr for None
   PyObject* strides = nullptr;
 
   int64_t dim(Py_ssize_t n) const { return int_at(shape, n); }
 
-  // The last dimensions of a [batch, head, row, column] tensor; missing leading ones have stride 0.
+  // A [batch, head, row, column] tensor, or one without the last.
   Tensor tensor() const {
     Tensor t;
     t.data = data;
     int64_t* const stride[] = {&t.batch, &t.head, &t.row, &t.col};
-    const Py_ssize_t rank = PyTuple_GET_SIZE(strides);
-    for (Py_ssize_t n = 0; n < rank && n < 4; ++n) *stride[n] = int_at(strides, n);
+    const Py_ssize_t rank = strides != nullptr && PyTuple_GET_SIZE(strides) == 4 ? 4 : 3;
+    for (Py_ssize_t n = 0; n < rank; ++n) *stride[n] = int_at(strides, n);
     return t;
   }
 
@@ -64,6 +66,7 @@ View view_of(py::handle object) {
   if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 3)
     throw py::type_error("a view must be (address, shape, strides) or None");
   v.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
+  if (v.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
   v.shape = PyTuple_GET_ITEM(tuple, 1);
   v.strides = PyTuple_GET_ITEM(tuple, 2);
   if (!PyTuple_Check(v.shape) || !PyTuple_Check(v.strides))
@@ -71,8 +74,14 @@ View view_of(py::handle object) {
   return v;
 }
 
+py::tuple tuple_of(py::handle object, Py_ssize_t size) {
+  if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != size)
+    throw py::type_error("an option must be a tuple of " + std::to_string(size));
+  return py::reinterpret_borrow<py::tuple>(object);
+}
+
 void read_block_mask(py::handle value, BlockMask& m) {
-  const py::tuple views = py::reinterpret_borrow<py::tuple>(value);
+  const py::tuple views = tuple_of(value, 7);
   std::array<View, 7> v;
   for (size_t n = 0; n < v.size(); ++n) v[n] = view_of(views[n]);
   m.row_ptr = v[0].as<int32_t>();
@@ -89,13 +98,13 @@ void read_block_mask(py::handle value, BlockMask& m) {
 }
 
 void read_band(py::handle value, Band& band) {
-  const py::tuple bounds = py::reinterpret_borrow<py::tuple>(value);
+  const py::tuple bounds = tuple_of(value, 4);
   int64_t* const fields[] = {&band.lo_top, &band.hi_top, &band.lo_bottom, &band.hi_bottom};
   for (size_t n = 0; n < 4; ++n)
     if (!bounds[n].is_none()) *fields[n] = bounds[n].cast<int64_t>();
 }
 
-// One option of a call; false where the forward pass knows no such option.
+// One option of a call, forward or backward; false where there is none of that name.
 bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
   if (key == "softcap") {
     p.softcap = value.cast<double>();
@@ -112,20 +121,20 @@ bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
   } else if (key == "block_mask") {
     read_block_mask(value, p.block_mask);
   } else if (key == "bias") {
-    const py::tuple bias = py::reinterpret_borrow<py::tuple>(value);
+    const py::tuple bias = tuple_of(value, 2);
     p.bias_dtype = static_cast<DType>(bias[0].cast<int>());
     p.bias = view_of(bias[1]).tensor();
   } else if (key == "diag") {
-    const py::tuple diag = py::reinterpret_borrow<py::tuple>(value);
+    const py::tuple diag = tuple_of(value, 3);
     p.diag = view_of(diag[0]).rows();
     p.diag_lo = diag[1].cast<int64_t>();
     p.diag_bottom_right = diag[2].cast<bool>();
   } else if (key == "dropout") {
-    const py::tuple dropout = py::reinterpret_borrow<py::tuple>(value);
+    const py::tuple dropout = tuple_of(value, 2);
     p.dropout_p = dropout[0].cast<double>();
     p.dropout_seed = view_of(dropout[1]).as<const int64_t>();
   } else if (key == "cu_seqlens") {
-    const py::tuple lengths = py::reinterpret_borrow<py::tuple>(value);
+    const py::tuple lengths = tuple_of(value, 2);
     p.cu_seqlens_q = view_of(lengths[0]).as<const int32_t>();
     p.cu_seqlens_k = view_of(lengths[1]).as<const int32_t>();
   } else if (key == "seqlens_k") {
@@ -135,6 +144,14 @@ bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
   } else {
     return false;
   }
+  return true;
+}
+
+bool read_forward_option(const std::string& key, py::handle value, AttentionParams& p) {
+  if (key != "weights") return false;
+  const py::tuple weights = py::reinterpret_borrow<py::tuple>(value);
+  p.weights = view_of(weights[0]).tensor();
+  p.average_weights = weights[1].cast<bool>();
   return true;
 }
 
@@ -185,8 +202,10 @@ void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   AttentionParams p;
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
   if (options)
-    for (const auto& [key, value] : *options)
-      if (!read_option(key.cast<std::string>(), value, p)) unknown_option(key.cast<std::string>());
+    for (const auto& [key, value] : *options) {
+      const std::string name = key.cast<std::string>();
+      if (!read_option(name, value, p) && !read_forward_option(name, value, p)) unknown_option(name);
+    }
   finish_call(p);
   const py::gil_scoped_release release;
   cpu_kernels().attention_fwd(p);

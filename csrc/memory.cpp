@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "parallel.h"
@@ -10,6 +12,9 @@
 namespace fastattn {
 
 double copy_bandwidth(int64_t bytes, int num_threads) {
+  if (bytes < 1) throw std::invalid_argument("bytes must be at least 1, got " + std::to_string(bytes));
+  if (num_threads < 1)
+    throw std::invalid_argument("num_threads must be at least 1, got " + std::to_string(num_threads));
   std::vector<char> from(bytes, 1), to(bytes, 2);
   double best = 0;
   for (int round = 0; round < 5; ++round) {

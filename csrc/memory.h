@@ -1,4 +1,5 @@
-// The rate at which num_threads copy `bytes` bytes, in bytes moved (read and written) per second.
+// The rate at which num_threads copy `bytes` bytes, in bytes moved (read and written) per second. Throws
+// std::invalid_argument unless both are positive.
 #pragma once
 
 #include <cstdint>

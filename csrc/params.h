@@ -60,7 +60,8 @@ struct AttentionParams {
   DType dtype = DType::kFloat32;
   int num_threads = 1;
   int64_t batch = 0, num_heads = 0, num_heads_kv = 0;
-  int64_t seqlen_q = 0, seqlen_k = 0;  // maxima where lengths vary
+  // Maxima where lengths vary; with a block_table seqlen_k is the page size, and seqlens_k has the lengths.
+  int64_t seqlen_q = 0, seqlen_k = 0;
   int64_t head_dim = 0, head_dim_v = 0;
   double scale = 1.0;
   double softcap = 0.0;  // 0: none
@@ -70,6 +71,10 @@ struct AttentionParams {
   Tensor v;    // [B, Hkv, Lk, Dv], likewise
   Tensor out;  // [B, Hq, Lq, Dv]
   Tensor lse;  // [B, Hq, Lq] accumulator type; may be nullptr in the forward pass
+
+  Tensor weights;  // [B, Hq, Lq, Lk], or with average_weights [B, 1, Lq, Lk]; accumulator type, columns
+                   // contiguous; the probabilities after dropout; may be nullptr
+  bool average_weights = false;
 
   const void* sinks = nullptr;  // [Hq] accumulator type; may be nullptr
 
@@ -93,6 +98,9 @@ struct AttentionParams {
   const int32_t* seqlens_k = nullptr;     // [B] key lengths in a cache; may be nullptr
   Tensor block_table;                     // [B, max_pages] int32 by batch and row strides; may be nullptr
   int64_t page_size = 0;
+
+  // The key-value head that query head h reads.
+  FASTATTN_INLINE int64_t head_kv(int64_t h) const { return h / (num_heads / num_heads_kv); }
 };
 
 struct AttentionBackwardParams : AttentionParams {

@@ -1,7 +1,7 @@
 """fastattn: one attention call for PyTorch, exact and fast."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fastattn import (
     biases,
@@ -29,14 +29,19 @@ __all__ = [
     "explain",
     "masks",
     "merge",
+    "models",
     "multi_head_attention",
+    "nn",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
 
+if TYPE_CHECKING:
+    from fastattn import models, nn
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    """fastattn.nn and fastattn.models, imported when first used."""
-    if name in ("models", "nn"):
-        return import_module(f"fastattn.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """fastattn.nn and fastattn.models, imported when first used."""
+        if name in ("models", "nn"):
+            return import_module(f"fastattn.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

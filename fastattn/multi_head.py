@@ -133,7 +133,7 @@ def multi_head_attention(
     validate_options(call)
     if 0 < call.dropout_p < 1 and call.dropout_seed is None:
         call.dropout_seed = dispatch.draw_seed(query.device)
-    run = _fused if not need_weights and _is_fusable(call, projections, (w_out, b_out)) else _composed
+    run = _fused if _is_fusable(call, projections, (w_out, b_out)) else _composed
     y, weights = run(call, projections, (w_out, b_out), need_weights, average_weights)
     return (y, weights) if need_weights else y
 

@@ -61,7 +61,7 @@ class HeadLayout:
 
     def to_heads(self, packed: Tensor) -> Tensor:
         """[B, H, L, D] of [B, L, H D] or [L, B, H D]."""
-        heads = packed.view(*packed.shape[:2], -1, self.head_dim)
+        heads = packed.view(*packed.shape[:2], packed.shape[2] // self.head_dim, self.head_dim)
         return heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def from_heads(self, heads: Tensor) -> Tensor:
@@ -210,6 +210,8 @@ def check_projections(
         want, got = inputs[1].shape[1 - at], inputs[2].shape[1 - at]
         raise ValueError(f"value must have key's length {want}, got {got}")
     head_dim = _check_in_proj(weights, inputs, num_heads, num_heads_kv)
+    if head_dim == 0:
+        raise ValueError("in_proj_weight must have rows, got none")
     total = (num_heads + 2 * num_heads_kv) * head_dim
     _check_vector("in_proj_bias", bias, total)
     check_tensor("out_proj_weight", out_weight, device, "query")

@@ -19,6 +19,7 @@ mkdir -p build
 echo "== this machine, address and undefined-behaviour sanitizers"
 build_smoke build/sanitize -DCMAKE_BUILD_TYPE=None \
   "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+python3 scripts/check_isa_symbols.py build/sanitize
 build/sanitize/fastattn_smoke
 
 echo "== aarch64 under qemu"

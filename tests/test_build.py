@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -116,15 +117,7 @@ def test_the_instruction_set_can_be_forced():
         assert done.stdout.strip() == isa, done.stderr
 
 
-def weak_symbols(path):
-    """Symbols of which the linker keeps one copy among all object files, demangled."""
-    listing = subprocess.run(
-        ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
-    ).stdout
-    for line in listing.splitlines():
-        kind, name = re.match(r"\s*[0-9a-f]*\s+(\S) (.*)", line).groups()
-        if kind in "Wu":
-            yield name
+ISA_SYMBOLS = runpy.run_path(str(ROOT / "scripts" / "check_isa_symbols.py"))
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
@@ -133,8 +126,25 @@ def test_no_code_is_shared_between_instruction_sets(isa):
     objects = sorted(ROOT.glob(f"build/dev/CMakeFiles/fastattn_{isa}.dir/**/*.o"))
     if not objects or not shutil.which("nm"):
         pytest.skip("needs the object files of `make build` on x86-64, and nm")
-    shared = {name for path in objects for name in weak_symbols(path) if f"fastattn::{isa}::" not in name}
-    assert not shared
+    symbols = {name for path in objects for name in ISA_SYMBOLS["weak_symbols"](path)}
+    assert not {name for name in symbols if f"fastattn::{isa}::" not in name}
+    assert not ISA_SYMBOLS["misplaced_symbols"](ROOT / "build" / "dev")
+
+
+def test_the_check_of_shared_code_sees_it(tmp_path):
+    """Two files with one inline function, compiled without inlining: the plain file must be linked first."""
+    if not shutil.which("nm") or not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler and nm")
+    paths = ["plain.dir/a.o", "fastattn_avx2.dir/b.o"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir()
+        code = f"inline int shared(int x) {{ return x; }} int {path[-3]}() {{ return shared(1); }}"
+        command = ["c++", "-O0", "-x", "c++", "-c", "-", "-o", str(tmp_path / path)]
+        subprocess.run(command, input=code, text=True, check=True)
+    for order in (paths, paths[::-1]):
+        link = f"build lib.so: CXX_MODULE_LIBRARY_LINKER__C {' '.join(order)} || other.o"
+        (tmp_path / "build.ninja").write_text(link)
+        assert len(ISA_SYMBOLS["misplaced_symbols"](tmp_path)) == (order != paths)
 
 
 def test_every_subcommand_describes_itself(capsys):

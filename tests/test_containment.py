@@ -122,6 +122,50 @@ def test_a_hidden_key_changes_no_bit_of_anything(backend: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seqlen_q", [1, 4, 70])
+@pytest.mark.parametrize("level", [0.0, 100.0, -100.0])
+def test_a_bias_hides_nan_whatever_its_level(level: float, seqlen_q: int, backend: str):
+    """Where |lse| is large, the backward pass adds up the scores again: hidden keys stay out there too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (seqlen_q, 90, 90))
+    bias = torch.full((seqlen_q, 90), level)
+    bias[:, [0, 40, 89]] = -math.inf
+
+    def call() -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+        out = fastattn.attention(*leaves[:3], bias=leaves[3], backend=backend)
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    clean = call()
+    for bad in (math.nan, math.inf):
+        k[:, :, [0, 89]], v[:, :, [40, 89]] = bad, bad
+        for name, got, want in zip(("out", "dq", "dk", "dv", "dbias"), call(), clean, strict=True):
+            torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native core is not built")
+@pytest.mark.parametrize("seqlen_q", [1, 3, 150])
+def test_padding_is_not_even_multiplied_by_0(seqlen_q: int):
+    """The same bits whatever it holds: nothing had to be computed a second time, by the slow path."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 24, generator=generator) for n in (seqlen_q, 400, 400))
+    starts, ends = torch.tensor([3, 41]), torch.tensor([390, 333])
+    mask = masks.padding(ends, starts)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = fastattn.attention(*leaves, mask=mask, return_lse=True, backend="cpu")
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    clean = call()
+    for b in range(2):
+        for x in (k, v):
+            x[b, :, : starts[b]] = x[b, :, ends[b] :] = math.nan
+    for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), call(), clean, strict=True):
+        assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_visible_nan_is_seen_by_hand(backend: str):
     """Causal 3 x 3, NaN in the value of key 1: rows 1 and 2 see it, row 0 does not."""
     q = torch.ones(1, 1, 3, 2, requires_grad=True)

@@ -126,3 +126,41 @@ def test_lazy_zeros(which):
     inputs[which] = torch._efficientzerotensor(shape, dtype=torch.float64)
     torch.testing.assert_close(fastattn.attention(*inputs), want, **EXACT)
     torch.testing.assert_close(fastattn.attention(*inputs, softcap=9.0, sinks=randn(4)).shape, want.shape)
+
+
+Q = "(1 << 20, (1, 1, 1, 8), (8, 8, 8, 1))"
+WRONG_CALLS = {
+    "no threads": ("copy_bandwidth(4096, 0)", "num_threads must be at least 1, got 0"),
+    "no bytes": ("copy_bandwidth(0, 1)", "bytes must be at least 1, got 0"),
+    "no tensor": (f"attention_fwd(0, None, {Q}, {Q}, {Q}, None, 1.0, 1, None)", "a view is None"),
+    "no address": (
+        f"attention_fwd(0, ('q', (1, 1, 1, 8), (8, 8, 8, 1)), {Q}, {Q}, {Q}, None, 1.0, 1, None)",
+        "int",
+    ),
+    "few strides": (
+        f"attention_fwd(0, (1 << 20, (1, 1, 1, 8), (8, 8)), {Q}, {Q}, {Q}, None, 1.0, 1, None)",
+        "too few dimensions",
+    ),
+    "band": (
+        f"attention_fwd(0, {Q}, {Q}, {Q}, {Q}, None, 1.0, 1, {{'band': 5}})",
+        "must be a tuple of 4",
+    ),
+    "dropout": (
+        f"attention_fwd(0, {Q}, {Q}, {Q}, {Q}, None, 1.0, 1, {{'dropout': (0.5,)}})",
+        "must be a tuple of 2",
+    ),
+}
+
+
+def test_the_native_core_raises_rather_than_crashes():
+    lines = ["from fastattn import _C"]
+    for call, _ in WRONG_CALLS.values():
+        lines += ["try:", f"    _C.{call}", "except (TypeError, ValueError) as error:", "    print(error)"]
+    # In a process of its own, which may die of it.
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    for (name, (_, expected)), line in zip(WRONG_CALLS.items(), printed, strict=True):
+        assert expected in line, name

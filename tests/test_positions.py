@@ -121,7 +121,7 @@ def test_dropout_is_on_the_sum_and_in_training_alone():
     ({"offset": -1}, ValueError, r"offset must be >= 0, got -1"),
     ({"x": torch.zeros(6, 4)}, ValueError, r"x must be \[B, L, 4\], got shape \[6, 4\]"),
     ({"x": torch.zeros(1, 2, 3)}, ValueError, r"x must be \[B, L, 4\], got shape \[1, 2, 3\]"),
-    ({"positions": torch.tensor([0, 5])}, ValueError, r"positions must be from 0 to max_len - 1 = 4, got 0 to 5"),
+    ({"positions": torch.tensor([0, 5])}, ValueError, r"from 0 to max_len - 1 = 4, got 0 to 5"),
     ({"positions": torch.tensor([-1, 3])}, ValueError, r"max_len - 1 = 4, got -1 to 3"),
     ({"positions": torch.tensor([1])}, ValueError, r"positions must be \[2\] or \[1, 2\], got shape \[1\]"),
     ({"positions": torch.tensor([1.0, 2.0])}, TypeError, r"positions must be integers, got torch.float32"),

@@ -1,4 +1,4 @@
-"""models.Transformer and its parts: against PyTorch's attention, PyTorch's own Transformer, and themselves."""
+"""models.Transformer and its parts, against PyTorch's attention, PyTorch's Transformer and themselves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ from fastattn.nn import MultiheadAttention
 SMALL = {"d_model": 24, "num_layers": 2, "dropout": 0.0, "num_heads": 4, "d_ff": 40, "max_len": 40}
 DOUBLE = {**SMALL, "dtype": torch.float64}
 NORMS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread(use_threads):
+    """Models so small are slower on more, and much slower where other programs want the cores too."""
+    use_threads(1)
 
 
 def new(attention: str = "fastattn", seed: int = 0, **options) -> Transformer:
@@ -105,9 +111,8 @@ def test_attention_dropout_is_apart_from_dropout():
         still.eval()
         assert torch.equal(still(src, tgt), still(src, tgt))
         assert new(attention, dropout=0.3).encoder.layers[0].self_attn.dropout == 0.0
-    torch.manual_seed(3)
-    first = new(dropout=0.3)(src, tgt)
-    assert not torch.equal(first, new(dropout=0.3)(src, tgt)) or torch.initial_seed() == 0
+    model = new(dropout=0.3)
+    assert not torch.equal(model(src, tgt), model(src, tgt))
 
 
 # Against PyTorch's Transformer
@@ -398,9 +403,9 @@ def test_nn_and_models_are_imported_when_used():
     ({"num_heads": 0}, ValueError, "num_heads must be >= 1, got 0"),
     ({"num_layers": 0}, ValueError, "num_layers must be >= 1, got 0"),
     ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide num_heads 4, got 3"),
-    ({"num_kv_heads": 2, "attention": "torch"}, ValueError, 'num_kv_heads must be None with attention="torch"'),
+    ({"num_kv_heads": 2, "attention": "torch"}, ValueError, 'must be None with attention="torch", got 2'),
     ({"share_embeddings": True}, ValueError, "got True with src_vocab_size=20 and tgt_vocab_size=23"),
-    ({"share_embeddings": "all"}, ValueError, "share_embeddings must be True, False or \"target\", got 'all'"),
+    ({"share_embeddings": "all"}, ValueError, "must be True, False or \"target\", got 'all'"),
     ({"padding_idx": 21}, ValueError, "padding_idx must be from 0 to 19 or None, got 21"),
     ({"d_model": 24.0}, TypeError, "d_model must be an int, got float"),
     ({"norm_first": 1}, TypeError, "norm_first must be a bool, got int"),
@@ -417,11 +422,11 @@ def test_construction_errors(options, error, message):
     (lambda m, s, t: m(s.repeat(1, 5), t), "positions must be below max_len=40, got 45 from offset 0"),
     (lambda m, s, t: m(s, t, src_documents=s), "src_documents and tgt_documents must be given together"),
     (lambda m, s, t: m(s, t, tgt_documents=t), "src_documents and tgt_documents must be given together"),
-    (lambda m, s, t: m(s, t, src_documents=s, tgt_documents=t, src_lengths=s[:, 0]), "src_lengths must be None"),
+    (lambda m, s, t: m(s, t, src_documents=s, tgt_documents=t, src_lengths=s[:, 0]), "src_lengths must"),
     (lambda m, s, t: m.decode(t), "memory must be the encoder's output until a cache holds it, got None"),
     (lambda m, s, t: m.decode(t, cache=m.new_cache()), "memory must be the encoder's output"),
-    (lambda m, s, t: m.decode(t, m.encode(s), cache=m.new_cache(), need_weights=True), "need_weights must be"),
-    (lambda m, s, t: m.decode(t, m.encode(s), cache=fastattn.models.DecoderCache(3)), "cache must have 2 layers"),
+    (lambda m, s, t: m.decode(t, m.encode(s), cache=m.new_cache(), need_weights=True), "need_weights must"),
+    (lambda m, s, t: m.decode(t, m.encode(s), cache=fastattn.models.DecoderCache(3)), "must have 2 layers"),
     (lambda m, s, t: m.decode(t, m.encode(s), cache=m.new_cache(), tgt_documents=t, src_documents=s),
      "tgt_documents must be None where a cache is given"),
 ])  # fmt: skip

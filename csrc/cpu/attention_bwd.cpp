@@ -10,6 +10,7 @@
 
 #include "../parallel.h"
 #include "buffer.h"
+#include "exact_gradients.h"
 #include "isa.h"
 #include "score_gradient.h"
 #include "softmax.h"
@@ -44,78 +45,6 @@ Unit make_unit(const AttentionParams& p, int64_t b, int64_t head_kv) {
   u.chunk_keys = std::max<int64_t>(1, (tiles + chunks - 1) / chunks) * kKeyTile;
   u.num_chunks = (u.seq.len_k + u.chunk_keys - 1) / u.chunk_keys;
   return u;
-}
-
-// What the three exact_* functions share: the gradient of one visible pair.
-template <class T>
-struct PairGradient {
-  T weight;   // dropped, rescaled probability
-  T dscaled;  // gradient of scale * q·k
-};
-
-template <class T>
-class ExactGradients {
- public:
-  ExactGradients(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h)
-      : p_(p),
-        pairs_(p, b, h),
-        douts_(p, p.dout, b, h, pairs_.sequence().q_begin),
-        lse_(rows.lse(b, h)),
-        residual_(rows.residual(b, h)),
-        delta_(rows.delta(b, h)) {}
-
-  const ExactPairs<T>& pairs() const { return pairs_; }
-  Vector<T> dout(int64_t i) const { return load_vector<T>(douts_(i), p_.dtype, p_.head_dim_v); }
-
-  PairGradient<T> operator()(const T* query, const T* dout, int64_t i, int64_t j) const {
-    T slope;
-    const T e = std::exp((pairs_.score(query, i, j, &slope) - lse_[i]) - residual_[i]);
-    const T kept = pairs_.kept(i, j);
-    const T dp = dot(dout, pairs_.value(j).data(), p_.head_dim_v);
-    return {e * kept, e * (dp * kept - delta_[i]) * slope};
-  }
-
- private:
-  const AttentionBackwardParams& p_;
-  const ExactPairs<T> pairs_;
-  const Rows douts_;
-  const T *lse_, *residual_, *delta_;
-};
-
-template <class T>
-void axpy(T factor, const Vector<T>& x, Vector<T>& y) {
-  for (size_t d = 0; d < x.size(); ++d) y[d] += factor * x[d];
-}
-
-template <class T>
-Vector<T> exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
-                   int64_t i) {
-  const ExactGradients<T> gradient(p, rows, b, h);
-  const Vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
-  const KeyRange keys = gradient.pairs().row_keys(i);
-  Vector<T> dq(p.head_dim, T{0});
-  for (int64_t j = keys.begin; j < keys.end; ++j)
-    if (gradient.pairs().visible(i, j))
-      axpy(gradient(query.data(), dout.data(), i, j).dscaled, gradient.pairs().key(j), dq);
-  return dq;
-}
-
-template <class T>
-void exact_dkv(const AttentionBackwardParams& p, const RowGradients<T>& rows, const Unit& u, int64_t j,
-               Vector<T>& dk, Vector<T>& dv) {
-  const int64_t group = p.num_heads / p.num_heads_kv;
-  dk.assign(p.head_dim, T{0});
-  dv.assign(p.head_dim_v, T{0});
-  for (int64_t h = u.head_kv * group; h < (u.head_kv + 1) * group; ++h) {
-    const ExactGradients<T> gradient(p, rows, u.batch, h);
-    for (int64_t i = 0; i < u.seq.len_q; ++i) {
-      if (!gradient.pairs().visible(i, j)) continue;
-      const Vector<T> query = gradient.pairs().query(i), dout = gradient.dout(i);
-      const PairGradient<T> pair = gradient(query.data(), dout.data(), i, j);
-      axpy(pair.dscaled, query, dk);
-      axpy(pair.weight, dout, dv);
-    }
-  }
 }
 
 template <class T>
@@ -226,7 +155,7 @@ class Backward {
           continue;
         }
         tile.compute(tile_bits, i, rows, columns, false);
-        gemm<T, false>(rows, width_q_, std::min(columns.end, j1 - j0) - columns.begin,
+        gemm<T, false>(rows, width_q_, columns.end - columns.begin,
                        tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
                        keys.data + columns.begin * keys.stride, keys.stride,
                        dq + (i - c.rows.begin) * width_q_, width_q_, true);
@@ -255,21 +184,19 @@ class Backward {
   }
 
   void finish_keys(const Unit& u, const Chunk& c) {
-    Vector<T> dk_exact, dv_exact;
+    Vector<T> dk_exact(width_q_), dv_exact(width_v_);
     for (int64_t j = c.key_begin; j < c.key_end; ++j) {
       const T* dk = dk_.data() + (u.accumulator + j) * width_q_;
       const T* dv = dv_.data() + (u.accumulator + j) * width_v_;
       if (!all_finite(dk, width_q_) || !all_finite(dv, width_v_)) {
-        exact_dkv(p_, rows_, u, j, dk_exact, dv_exact);
+        exact_dkv(p_, rows_, u.batch, u.head_kv, j, dk_exact.data(), dv_exact.data());
         dk = dk_exact.data();
         dv = dv_exact.data();
       }
-      store_row<T>(
-          dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
-          row_address_mutable<T>(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
-      store_row<T>(
-          dv, T{1}, p_.dtype, p_.head_dim_v,
-          row_address_mutable<T>(p_.dv, p_.dtype, p_.dv.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
+      store_row<T>(dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
+                   row_address(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
+      store_row<T>(dv, T{1}, p_.dtype, p_.head_dim_v,
+                   row_address(p_.dv, p_.dtype, p_.dv.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
     }
   }
 
@@ -302,12 +229,10 @@ class Backward {
       const T* part = partial_dq_.data() + (c.partial + i - c.rows.begin) * width_q_;
       for (int64_t d = 0; d < width_q_; ++d) sum[d] += part[d];
     }
-    void* dq = row_address_mutable<T>(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i));
+    void* dq = row_address(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i));
     const T scale = static_cast<T>(p_.scale);
-    if (all_finite(sum.data(), width_q_))
-      store_row<T>(sum.data(), scale, p_.dtype, p_.head_dim, dq);
-    else
-      store_row<T>(exact_dq(p_, rows_, u.batch, h, i).data(), scale, p_.dtype, p_.head_dim, dq);
+    if (!all_finite(sum.data(), width_q_)) exact_dq(p_, rows_, u.batch, h, i, sum.data());
+    store_row<T>(sum.data(), scale, p_.dtype, p_.head_dim, dq);
   }
 
   const AttentionBackwardParams& p_;
@@ -321,16 +246,16 @@ class Backward {
 template <class T>
 void sink_gradients(const AttentionBackwardParams& p, const RowGradients<T>& rows) {
   parallel_tasks(p.num_threads, p.num_heads, [&](int, int64_t h) {
-    T sum{0};
+    double sum = 0;  // of every row of the batch: thousands of terms in one order
     const T sink = static_cast<const T*>(p.sinks)[h];
     for (int64_t b = 0; b < p.batch; ++b) {
       const Sequence s = sequence_of(p, b);
       for (int64_t i = 0; i < s.len_q; ++i) {
         const T weight = std::exp((sink - rows.lse(b, h)[i]) - rows.residual(b, h)[i]);
-        if (weight != T{0}) sum -= weight * rows.delta(b, h)[i];
+        if (weight != T{0}) sum -= static_cast<double>(weight) * rows.delta(b, h)[i];
       }
     }
-    static_cast<T*>(p.dsinks)[h] = sum;
+    static_cast<T*>(p.dsinks)[h] = static_cast<T>(sum);
   });
 }
 

@@ -15,6 +15,7 @@
 #include "rows.h"
 #include "score.h"
 #include "softmax.h"
+#include "weight_rows.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -57,6 +58,7 @@ struct Plan {
     const int64_t all_rows = p.batch * p.num_heads * p.seqlen_q;
     const int64_t fair_rows = p.num_threads > 1 ? all_rows / (4 * p.num_threads) : kTaskRows;
     const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, kMaskTile, kTaskRows);
+    one_tile_ = p.weights.data != nullptr;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t h = 0; h < p.num_heads_kv; ++h) add(sequence_of(p, b), b, h, group, task_rows);
   }
@@ -75,7 +77,7 @@ struct Plan {
     for (int64_t t = num_tiles - 1; t >= 0; --t)
       for (int64_t g = 0; g < group; ++g) {
         const int64_t first = t * kMaskTile, last = std::min(s.len_q, first + kMaskTile);
-        if (rows + last - first > task_rows) flush();
+        if (one_tile_ || rows + last - first > task_rows) flush();
         tiles.push_back({head_kv * group + g, first, last, rows});
         rows += last - first;
       }
@@ -85,7 +87,7 @@ struct Plan {
   void add_task(const Sequence& s, int64_t b, int64_t head_kv, int64_t begin, int64_t rows) {
     const int64_t end = static_cast<int64_t>(tiles.size());
     const int64_t splits =
-        s.len_q > kSplitRows ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
+        s.len_q > kSplitRows || one_tile_ ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
     if (splits == 1) {
       tasks.push_back({b, head_kv, begin, end, rows, 0, s.len_k, -1});
       return;
@@ -98,55 +100,38 @@ struct Plan {
                             partial_rows + tiles[t].first, rows, splits});
     partial_rows += splits * rows;
   }
+
+  bool one_tile_ = false;  // whether a task is one tile and all its keys, as WeightRows needs
 };
 
 template <class T>
 struct Scratch {
-  Buffer<T> panels, values, queries, scores, sums;
+  Buffer<T> panels, values, queries, scores, sums, weights;
   Buffer<RowState<T>> states;
 };
 
-// Writes one row of the results. sums are the unnormalised outputs.
+// Writes one row of the results. sums are the unnormalised outputs, and overwritten where they will not do;
+// weights, where not nullptr, the row's scores in WeightRows, which become its weights.
 template <class T>
-void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state,
-                T* sums) {
+void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state, T* sums,
+                T* weights) {
   const Sequence s = sequence_of(p, b);
   const int64_t dim = p.head_dim_v;
-  void* out = row_address_mutable<T>(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
+  void* out = row_address(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
   T* lse = p.lse.data == nullptr ? nullptr : static_cast<T*>(p.lse.data) + p.lse.offset(b, h, s.q_begin + i);
-  const bool empty = state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i);
-  if (empty || (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim)))) {
-    if (empty) std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
-    store_row<T>(sums, empty ? T{1} : Dropout(p).keep_scale<T>() / state.sum, p.dtype, dim, out);
-    if (lse != nullptr) *lse = empty ? -kInfinity<T> : state.max + std::log(state.sum);
-    return;
+  T factor = T{1}, row_lse = -kInfinity<T>;
+  if (state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i)) {
+    std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
+    if (weights != nullptr) std::fill_n(weights, s.len_k, T{0});
+  } else if (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim))) {
+    factor = Dropout(p).keep_scale<T>() / state.sum;
+    row_lse = state.max + std::log(state.sum);
+    if (weights != nullptr) exponentiate(weights, round_to_lanes<T>(s.len_k), state.max, factor);
+  } else {
+    row_lse = exact_row<T>(p, b, h, i, sums, weights);
   }
-  const ExactPairs<T> pairs(p, b, h);
-  const Vector<T> query = pairs.query(i);
-  const KeyRange keys = pairs.row_keys(i);
-  const bool has_sink = p.sinks != nullptr;
-  const T sink = has_sink ? static_cast<const T*>(p.sinks)[h] : -kInfinity<T>;
-  T max = sink;
-  Vector<int64_t> seen;
-  Vector<T> scores;
-  for (int64_t j = keys.begin; j < keys.end; ++j) {
-    if (!pairs.visible(i, j)) continue;
-    seen.push_back(j);
-    scores.push_back(pairs.score(query.data(), i, j));
-    if (!(scores.back() <= max)) max = scores.back();
-  }
-  T sum = has_sink ? std::exp(sink - max) : T{0};
-  Vector<T> result(dim, T{0});
-  for (size_t n = 0; n < seen.size(); ++n) {
-    const T e = std::exp(scores[n] - max);
-    const T weight = e * pairs.kept(i, seen[n]);
-    const Vector<T> value = pairs.value(seen[n]);
-    sum += e;
-    for (int64_t d = 0; d < dim; ++d) result[d] += weight * value[d];
-  }
-  if (seen.empty()) sum = T{1};
-  store_row<T>(result.data(), T{1} / sum, p.dtype, dim, out);
-  if (lse != nullptr) *lse = seen.empty() ? sink : max + std::log(sum);
+  store_row<T>(sums, factor, p.dtype, dim, out);
+  if (lse != nullptr) *lse = row_lse;
 }
 
 template <class T>
@@ -161,6 +146,7 @@ class TaskRunner {
         keys_(Rows::of_keys(p, p.k, task.batch, task.head_kv, seq_)),
         values_(Rows::of_keys(p, p.v, task.batch, task.head_kv, seq_)),
         dropout_(p),
+        weights_(p, task.batch, task.rows, scratch.weights),
         width_(round_to_lanes<T>(p.head_dim_v)),
         copy_values_(!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided()) {
     panels_ = scratch.panels.ensure(kSegment * p.head_dim);
@@ -190,7 +176,8 @@ class TaskRunner {
     for (const Tile& tile : tiles_)
       for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
         const int64_t r = tile.first + i - tile.row_begin;
-        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_);
+        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_, weights_.row(r));
+        if (weights_.wanted()) weights_.write(r, tile.head, i);
       }
   }
 
@@ -202,10 +189,8 @@ class TaskRunner {
       for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
         const int64_t r = tile.first + i - tile.row_begin;
         states_[r] = RowState<T>{};
-        if (p_.sinks != nullptr && task_.key_begin == 0) {  // a key with a score and no value
-          states_[r] = {static_cast<const T*>(p_.sinks)[tile.head], T{1}};
-          if (states_[r].max == -kInfinity<T>) states_[r].sum = T{0};
-        }
+        if (p_.sinks != nullptr && task_.key_begin == 0)
+          states_[r] = sink_state(static_cast<const T*>(p_.sinks)[tile.head]);
         if (queries_ != nullptr)
           load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
       }
@@ -216,6 +201,8 @@ class TaskRunner {
     if (queries_ != nullptr) return {queries_ + (tile.first + i - tile.row_begin) * p_.head_dim, p_.head_dim};
     return block_in_place<T>(Rows(p_, p_.q, task_.batch, tile.head, seq_.q_begin), i);
   }
+
+  static_assert(kSegment / kPanel<T> <= 64, "a bit for each panel of a segment");
 
   // Packs the panels that hold keys [begin, end) of the segment at s0, each once.
   void pack(int64_t s0, int64_t begin, int64_t end) {
@@ -263,15 +250,20 @@ class TaskRunner {
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores_ + r * kSegment + begin;
       rules.apply(run, i + r, s0 + begin, keys, padded, s, nullptr);
-      const T rescale = softmax_update<T>(s, padded, states_[tile.first + i - tile.row_begin + r]);
+      const int64_t row = tile.first + i + r - tile.row_begin;
+      if (weights_.wanted()) weights_.keep(row, s0 + begin, keys, s);
+      const T rescale = softmax_update<T>(s, padded, states_[row]);
       if (rescale != T{1}) scale_row<T>(sums + r * width_, width_, rescale);
-      if (dropout_.active())
+      if (dropout_.active()) {
         dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, s0 + begin, keys,
                       s);
+        if (weights_.wanted()) weights_.drop(row, s0 + begin, keys, s);
+      }
     }
-    const Block<T> values = value_block(s0, begin, begin + keys);
-    gemm<T, false>(rows, width_, keys, scores_ + begin, kSegment, values.data, values.stride, sums, width_,
-                   true);
+    // V from the first to the last key that some row may see, and no further: what padding holds is not read.
+    const Block<T> values = value_block(s0, first, last);
+    gemm<T, false>(rows, width_, last - first, scores_ + first, kSegment, values.data, values.stride, sums,
+                   width_, true);
   }
 
   const AttentionParams& p_;
@@ -280,6 +272,7 @@ class TaskRunner {
   const Sequence seq_;
   const Rows keys_, values_;
   const Dropout dropout_;
+  const WeightRows<T> weights_;
   const int64_t width_;
   const bool copy_values_;
   T *panels_, *scores_, *sums_, *value_copy_ = nullptr, *queries_ = nullptr;
@@ -304,7 +297,7 @@ void combine(const AttentionParams& p, const SplitRows& rows, int64_t i, const T
     total.sum += factor * part.sum;
     for (int64_t d = 0; d < width; ++d) sums[d] += factor * partial_sums[index * width + d];
   }
-  finish_row<T>(p, rows.batch, rows.head, i, total, sums.data());
+  finish_row<T>(p, rows.batch, rows.head, i, total, sums.data(), nullptr);
 }
 
 template <class T>
@@ -317,10 +310,25 @@ void run_forward(const AttentionParams& p) {
     partial_sums.ensure(plan.partial_rows * width);
     partial_states.ensure(plan.partial_rows);
   }
-  parallel_tasks(p.num_threads, static_cast<int64_t>(plan.tasks.size()), [&](int, int64_t n) {
+  const auto run_task = [&](const Task& task) {
     static thread_local Scratch<T> scratch;
-    TaskRunner<T>(p, plan, plan.tasks[n], scratch, partial_sums.data(), partial_states.data()).run();
-  });
+    TaskRunner<T>(p, plan, task, scratch, partial_sums.data(), partial_states.data()).run();
+  };
+  const int64_t num_tasks = static_cast<int64_t>(plan.tasks.size());
+  if (p.weights.data != nullptr && p.average_weights) {
+    // One thread takes the same tile of all heads, in order, and adds up their weights. Tasks lie in the
+    // order batch, key-value head, tile, query head of that key-value head.
+    const int64_t group = p.num_heads / p.num_heads_kv, num_tiles = num_tasks / (p.batch * p.num_heads);
+    parallel_tasks(p.num_threads, p.batch * num_tiles, [&](int, int64_t n) {
+      const int64_t b = n / num_tiles, tile = n % num_tiles;
+      for (int64_t h = 0; h < p.num_heads; ++h) {
+        const int64_t head_kv = b * p.num_heads_kv + h / group;
+        run_task(plan.tasks[(head_kv * num_tiles + tile) * group + h % group]);
+      }
+    });
+  } else {
+    parallel_tasks(p.num_threads, num_tasks, [&](int, int64_t n) { run_task(plan.tasks[n]); });
+  }
   parallel_tasks(p.num_threads, static_cast<int64_t>(plan.split_rows.size()), [&](int, int64_t n) {
     const SplitRows& rows = plan.split_rows[n];
     for (int64_t i = 0; i < rows.rows; ++i)

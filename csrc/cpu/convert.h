@@ -155,13 +155,7 @@ void store_row(const T* src, T factor, DType dtype, int64_t n, void* dst) {
   });
 }
 
-template <class T>
-const void* row_address(const Tensor& t, DType dtype, int64_t offset) {
-  return static_cast<const char*>(t.data) + offset * element_size(dtype);
-}
-
-template <class T>
-void* row_address_mutable(const Tensor& t, DType dtype, int64_t offset) {
+FASTATTN_INLINE void* row_address(const Tensor& t, DType dtype, int64_t offset) {
   return static_cast<char*>(t.data) + offset * element_size(dtype);
 }
 

@@ -1,6 +1,6 @@
 // Chooses one instruction set's kernels, once.
+#include <atomic>
 #include <cstdlib>
-#include <mutex>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -64,8 +64,9 @@ const CpuKernels* find(const std::string& name) {
                               "'");
 }
 
-const CpuKernels* chosen = nullptr;
-std::mutex choosing;
+// No lock: a child of fork would inherit it in whatever state another thread had left it. Threads that choose
+// at the same time choose the same.
+std::atomic<const CpuKernels*> chosen{nullptr};
 
 }  // namespace
 
@@ -83,18 +84,14 @@ std::vector<std::string> available_isas() {
 }
 
 const CpuKernels& cpu_kernels() {
-  const std::lock_guard<std::mutex> lock(choosing);
-  if (chosen == nullptr) {
-    const char* forced = std::getenv("FASTATTN_CPU_ISA");
-    chosen = find(forced != nullptr && *forced != '\0' ? forced : available_isas().back());
-  }
-  return *chosen;
+  if (const CpuKernels* kernels = chosen.load()) return *kernels;
+  const char* forced = std::getenv("FASTATTN_CPU_ISA");
+  const CpuKernels* found = find(forced != nullptr && *forced != '\0' ? forced : available_isas().back());
+  const CpuKernels* none = nullptr;  // set_cpu_isa may have come first
+  chosen.compare_exchange_strong(none, found);
+  return *chosen.load();
 }
 
-void set_cpu_isa(const std::string& name) {
-  const CpuKernels* kernels = find(name);
-  const std::lock_guard<std::mutex> lock(choosing);
-  chosen = kernels;
-}
+void set_cpu_isa(const std::string& name) { chosen.store(find(name)); }
 
 }  // namespace fastattn

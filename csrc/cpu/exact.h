@@ -1,5 +1,7 @@
-// The definition, pair by pair, for rows whose fast result is not finite: an invisible pair takes no part at
-// all, where the fast kernels multiply by a zero that an inf or NaN would turn into NaN.
+// The definition, for rows of out whose fast result is not finite: an invisible pair takes no part at all,
+// where the fast kernel multiplies by a zero that an inf or NaN would turn into NaN; and weights are
+// normalised before they meet V, where the fast kernel's unnormalised sums may overflow although their mean
+// does not. exact_gradients.h has the backward pass's.
 #pragma once
 
 #include <cmath>
@@ -8,68 +10,102 @@
 #include "dropout.h"
 #include "rows.h"
 #include "score.h"
+#include "score_strips.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-template <class T>
-T dot(const T* a, const T* b, int64_t n) {
-  T sum{0};
-  for (int64_t d = 0; d < n; ++d) sum += a[d] * b[d];
-  return sum;
-}
-
-template <class T>
-Vector<T> load_vector(const void* row, DType dtype, int64_t n, double factor = 1.0) {
-  Vector<T> x(n);
-  load_row<T>(row, dtype, n, static_cast<T>(factor), x.data());
-  return x;
-}
-
-template <class T>
-class ExactPairs {
+// sum of factor * x over many vectors x, in double: a chain over thousands of keys, where the fast kernels
+// have a chain of chains.
+class ExactSum {
  public:
-  ExactPairs(const AttentionParams& p, int64_t b, int64_t h)
-      : p_(p),
-        seq_(sequence_of(p, b)),
-        rules_(p, b, h, seq_),
-        q_(p, p.q, b, h, seq_.q_begin),
-        k_(Rows::of_keys(p, p.k, b, h / (p.num_heads / p.num_heads_kv), seq_)),
-        v_(Rows::of_keys(p, p.v, b, h / (p.num_heads / p.num_heads_kv), seq_)),
-        dropout_(p),
-        bh_(static_cast<uint32_t>(b * p.num_heads + h)) {}
+  explicit ExactSum(int64_t size) : sums_(size, 0.0) {}
 
-  const Sequence& sequence() const { return seq_; }
-  KeyRange row_keys(int64_t i) const { return rules_.row_keys(i); }
-  Vector<T> query(int64_t i) const { return load_vector<T>(q_(i), p_.dtype, p_.head_dim); }
-  Vector<T> key(int64_t j) const { return load_vector<T>(k_(j), p_.dtype, p_.head_dim); }
-  Vector<T> value(int64_t j) const { return load_vector<T>(v_(j), p_.dtype, p_.head_dim_v); }
-
-  // False where the mask, or a bias of -inf, hides key j from row i.
-  bool visible(int64_t i, int64_t j) const { return rules_.visible(i, j); }
-
-  // The score of a visible pair; slope, where not nullptr, gets its derivative by scale * q·k.
-  T score(const T* query, int64_t i, int64_t j, T* slope = nullptr) const {
-    const Vector<T> k = load_vector<T>(k_(j), p_.dtype, p_.head_dim, p_.scale);
-    T lane[kLanes<T>] = {dot(query, k.data(), p_.head_dim)}, slopes[kLanes<T>] = {1};
-    rules_.apply_pair(i, j, lane, slopes);
-    if (slope != nullptr) *slope = slopes[0];
-    return lane[0];
+  template <class T>
+  void add(T factor, const T* x) {
+    for (size_t d = 0; d < sums_.size(); ++d)
+      sums_[d] += static_cast<double>(factor) * static_cast<double>(x[d]);
   }
 
-  // 0 for a dropped pair, else what its probability is multiplied by.
-  T kept(int64_t i, int64_t j) const {
-    T x = dropout_.template keep_scale<T>();
-    if (dropout_.active()) dropout_.drop(bh_, i, j, 1, &x);
-    return x;
+  // Nothing in it is finite, nor will be.
+  bool lost() const {
+    for (const double x : sums_)
+      if (std::isfinite(x)) return false;
+    return true;
+  }
+
+  template <class T>
+  void store(T* out) const {
+    for (size_t d = 0; d < sums_.size(); ++d) out[d] = static_cast<T>(sums_[d]);
   }
 
  private:
-  const AttentionParams& p_;
-  const Sequence seq_;
-  const ScoreRules<T> rules_;
-  const Rows q_, k_, v_;
-  const Dropout dropout_;
-  const uint32_t bh_;
+  Vector<double> sums_;
 };
+
+// One row's keys by index from keys.begin: which are visible, and their weights, 0 for the others.
+template <class T>
+struct ExactWeights {
+  KeyRange keys;
+  Vector<uint8_t> seen;
+  Vector<T> weights;  // normalised, dropped and rescaled
+  T lse;
+};
+
+template <class T>
+ExactWeights<T> exact_weights(const AttentionParams& p, int64_t b, int64_t h, int64_t i) {
+  const ScoreRules<T> rules(p, b, h, sequence_of(p, b));
+  ExactWeights<T> row{rules.row_keys(i), {}, {}, -kInfinity<T>};
+  const int64_t count = std::max<int64_t>(0, row.keys.end - row.keys.begin);
+  row.seen.assign(count, 0);
+  row.weights.assign(count, T{0});
+  const bool has_sink = p.sinks != nullptr;
+  const T sink = has_sink ? static_cast<const T*>(p.sinks)[h] : -kInfinity<T>;
+  T max = sink;
+  bool sees_any = false;
+  for_each_strip<T>(p, rules, b, h, i, 1, [&](const Run& run, int64_t, const T* s, int64_t) {
+    bool visible[kStrip];
+    rules.mark_visible(run, i, run.begin, run.end - run.begin, visible);
+    for (int64_t j = run.begin; j < run.end; ++j) {
+      if (!visible[j - run.begin]) continue;
+      sees_any = true;
+      row.seen[j - row.keys.begin] = 1;
+      row.weights[j - row.keys.begin] = s[j - run.begin];
+      max = std::max(max, s[j - run.begin]);
+    }
+  });
+  row.lse = sink;
+  if (!sees_any) return row;
+  double sum = has_sink ? std::exp(sink - max) : 0.0;
+  for (int64_t n = 0; n < count; ++n)
+    if (row.seen[n]) sum += row.weights[n] = std::exp(row.weights[n] - max);
+  row.lse = max + static_cast<T>(std::log(sum));
+  const Dropout dropout(p);
+  const T factor = static_cast<T>(dropout.template keep_scale<double>() / sum);
+  for (T& weight : row.weights) weight *= factor;
+  if (dropout.active())
+    dropout.drop(static_cast<uint32_t>(b * p.num_heads + h), i, row.keys.begin, count, row.weights.data());
+  return row;
+}
+
+// Writes row i of head h to out [head_dim_v] and its weights, where not nullptr, to [len_k]; returns its lse.
+template <class T>
+T exact_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, T* out, T* weights) {
+  const ExactWeights<T> row = exact_weights<T>(p, b, h, i);
+  if (weights != nullptr) {
+    std::fill_n(weights, sequence_of(p, b).len_k, T{0});
+    std::copy(row.weights.begin(), row.weights.end(), weights + row.keys.begin);
+  }
+  const Rows values = Rows::of_keys(p, p.v, b, p.head_kv(h), sequence_of(p, b));
+  Vector<T> value(p.head_dim_v);
+  ExactSum sum(p.head_dim_v);
+  for (int64_t j = row.keys.begin; j < row.keys.end; ++j) {
+    if (j % kMaskTile == 0 && sum.lost()) break;
+    if (!row.seen[j - row.keys.begin]) continue;
+    load_row<T>(values(j), p.dtype, p.head_dim_v, T{1}, value.data());
+    sum.add(row.weights[j - row.keys.begin], value.data());
+  }
+  sum.store(out);
+  return row.lse;
+}
 
 }  // namespace fastattn::FASTATTN_ISA

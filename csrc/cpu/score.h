@@ -17,6 +17,9 @@ struct KeyRange {
   bool empty() const { return begin >= end; }
 };
 
+// Keys per strip where rows are taken one after the other, outside the fast path's tiles.
+constexpr int64_t kStrip = 4 * kMaskTile;
+
 // Consecutive keys that some row of a 64-row tile sees. With a block mask, tile_bits[t] belongs to the t-th
 // 64-key tile that the run touches (-1: all of it is visible); else it is nullptr.
 struct Run {
@@ -140,33 +143,26 @@ class ScoreRules {
     if (run.tile_bits != nullptr) apply_bits(run, i, j0, n, s);
   }
 
-  // The same for one pair, in lane 0 of a vector's worth of lanes; false where no run holds it.
-  bool apply_pair(int64_t i, int64_t j, T* lane, T* slope) const {
-    bool found = false;
-    for_each_run(i, i + 1, j, j + 1, [&](const Run& run) {
-      apply(run, i, j, 1, 1, lane, slope);
-      found = true;
-    });
-    return found;
-  }
-
-  // False where the mask, or a bias of -inf, hides key j from row i.
-  bool visible(int64_t i, int64_t j) const {
-    T lane[kLanes<T>] = {}, slope[kLanes<T>];
-    return apply_pair(i, j, lane, slope) && lane[0] != -kInfinity<T>;
+  // visible[c] of row i and key j0 + c, for n <= kStrip keys inside run: whether neither the mask nor a bias
+  // of -inf hides it. What q and k hold plays no part.
+  void mark_visible(const Run& run, int64_t i, int64_t j0, int64_t n, bool* visible) const {
+    T s[kStrip] = {};
+    if (p_.bias.data != nullptr) add_bias(i, j0, n, s);
+    if (p_.diag.data != nullptr) add_diagonal(i, j0, n, s);
+    apply_mask(run, i, j0, n, n, s);
+    for (int64_t c = 0; c < n; ++c) visible[c] = s[c] != -kInfinity<T>;
   }
 
   // Whether any key is visible to row i.
   bool sees_any(int64_t i) const {
-    constexpr int64_t kStrip = 4 * kMaskTile;
     const KeyRange row = row_keys(i);
     bool seen = false;
     for (int64_t j0 = row.begin / kStrip * kStrip; j0 < row.end && !seen; j0 += kStrip)
       for_each_run(i, i + 1, j0, j0 + kStrip, [&](const Run& run) {
-        T s[kStrip] = {}, slope[kStrip];
-        const int64_t n = run.end - run.begin, padded = round_to_lanes<T>(n);
-        apply(run, i, run.begin, n, padded, s, slope);
-        for (int64_t c = 0; c < n; ++c) seen |= s[c] != -kInfinity<T>;
+        const int64_t n = run.end - run.begin;
+        bool visible[kStrip];
+        mark_visible(run, i, run.begin, n, visible);
+        for (int64_t c = 0; c < n; ++c) seen |= visible[c];
       });
     return seen;
   }

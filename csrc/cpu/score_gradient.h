@@ -4,15 +4,15 @@
 
 #include "buffer.h"
 #include "dropout.h"
-#include "exact.h"
 #include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t kKeyTile =
-    kMaskTile;  // keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128
+// Keys per tile: its panels of K and V fit in L1 and L2 at head_dim 128. It must be the block masks' tile,
+// whose transposed lists say which query tiles see it.
+constexpr int64_t kKeyTile = kMaskTile;
 constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
 
 // Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
@@ -31,8 +31,8 @@ class GradTile {
         rules_(p, b, h, seq_),
         queries_(p, p.q, b, h, seq_.q_begin),
         douts_(p, p.dout, b, h, seq_.q_begin),
-        keys_(Rows::of_keys(p, p.k, b, h / (p.num_heads / p.num_heads_kv), seq_)),
-        values_(Rows::of_keys(p, p.v, b, h / (p.num_heads / p.num_heads_kv), seq_)),
+        keys_(Rows::of_keys(p, p.k, b, p.head_kv(h), seq_)),
+        values_(Rows::of_keys(p, p.v, b, p.head_kv(h), seq_)),
         dropout_(p),
         bh_(static_cast<uint32_t>(b * p.num_heads + h)),
         lse_(rows.lse(b, h)),
@@ -80,18 +80,17 @@ class GradTile {
     i0_ = i0;
   }
 
-  // The keys of the tile, rounded out to whole vectors and relative to it, that rows [i, i + rows) may see.
+  // The keys of the tile, relative to it, that rows [i, i + rows) may see.
   KeyRange columns(int64_t i, int64_t rows) const {
     const KeyRange hull = rules_.rows_keys(i, i + rows);
-    const int64_t first = std::max(hull.begin, j0_) - j0_, last = std::min(hull.end, j1_) - j0_;
-    if (first >= last) return {0, 0};
-    return {first / kLanes<T> * kLanes<T>, round_to_lanes<T>(last)};
+    return {std::max(hull.begin, j0_) - j0_, std::min(hull.end, j1_) - j0_};
   }
 
-  // P and dS of rows [i, i + rows), zero outside `range`. With of_bias, dS is the gradient of what is added
-  // to the capped score; else that of scale * q·k.
-  void compute(const int32_t* tile_bits, int64_t i, int64_t rows, const KeyRange& range, bool of_bias) {
+  // P and dS of rows [i, i + rows), zero outside `columns` rounded out to whole vectors. With of_bias, dS is
+  // the gradient of what is added to the capped score; else that of scale * q·k.
+  void compute(const int32_t* tile_bits, int64_t i, int64_t rows, const KeyRange& columns, bool of_bias) {
     const Run run{j0_, j1_, tile_bits};
+    const KeyRange range{columns.begin / kLanes<T> * kLanes<T>, round_to_lanes<T>(columns.end)};
     const int64_t r0 = i - i0_, n = range.end - range.begin,
                   keys = std::min(range.end, j1_ - j0_) - range.begin;
     T* p0 = probabilities_ + r0 * kKeyTile;

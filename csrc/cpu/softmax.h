@@ -15,6 +15,12 @@ struct RowState {
   T sum{0};
 };
 
+// A sink is a key with a score and no value.
+template <class T>
+RowState<T> sink_state(T sink) {
+  return {sink, sink == -kInfinity<T> ? T{0} : T{1}};
+}
+
 // s[0, padded) becomes exp(s - max) for the new maximum; returns what earlier sums must be multiplied by.
 // A NaN among the scores always reaches the sums: that is how finish_row notices it.
 template <class T>

@@ -109,9 +109,14 @@ def forward(
     if 0 in q.shape[:-1]:
         return out, lse
     if _no_keys(k, v, operands):
+        if weights is not None:
+            weights.zero_()
         return out.zero_(), _empty_lse(lse, operands)
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     seq = _Layout(q, k, operands, params)
+    options = seq.options(operands, params)
+    if weights is not None:
+        options = {**(options or {}), "weights": (view(weights), weights.shape[1] < q.shape[1])}
     _C.attention_fwd(
         DTYPE_CODES[q.dtype],
         seq.query(q),
@@ -121,7 +126,7 @@ def forward(
         None if lse is None else seq.rows(lse),
         params.scale,
         torch.get_num_threads(),
-        seq.options(operands, params),
+        options,
     )
     return out, lse
 

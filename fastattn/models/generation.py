@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.checks import check_int
@@ -59,19 +60,21 @@ def greedy(
     max_len = _checked(model, src, bos_index, eos_index, max_len)
     with _evaluating(model):
         steps = _Steps(model, src, src_lengths)
-        token = src.new_full((src.shape[0],), bos_index, dtype=torch.int64)
-        scores = steps.zeros(src.shape[0])
-        lengths = torch.zeros_like(token)
-        open_rows = torch.ones_like(token, dtype=torch.bool)
-        found: list[Tensor] = []
-        while len(found) < max_len and open_rows.any():
+        found = _Found.empty(steps, src.shape[0], max_len, _filler(model, eos_index))
+        entries = torch.arange(src.shape[0], device=src.device)  # those that go on
+        token = torch.full_like(entries, bos_index)
+        for step in range(max_len):
             best, token = steps(token).max(-1)
-            token = torch.where(open_rows, token, _filler(model, eos_index))
-            scores = torch.where(open_rows, scores + best, scores)
-            lengths += open_rows
-            open_rows &= token != eos_index
-            found.append(token)
-    return Generated(_stack(found, src), lengths, scores)
+            found.tokens[entries, step] = token
+            found.lengths[entries] = step + 1
+            found.scores[entries] += best
+            going = (token != eos_index).nonzero()[:, 0]
+            if going.shape[0] < entries.shape[0]:
+                entries, token = entries[going], token[going]
+                if not entries.shape[0]:
+                    break
+                steps.reorder(going, same_source=False)
+    return found.trimmed()
 
 
 def beam_search(
@@ -106,11 +109,33 @@ def beam_search(
     check_int("beam_size", beam_size, 1)
     with _evaluating(model):
         steps = _Steps(model, src, src_lengths)
-        beams = _Beams(steps, src, max_len, beam_size, float(length_penalty), eos_index)
+        found = _Found.empty(steps, src.shape[0], max_len, _filler(model, eos_index))
+        beams = _Beams(steps, found, beam_size, float(length_penalty), eos_index)
         token = src.new_full((src.shape[0],), bos_index, dtype=torch.int64)
-        while beams.length < max_len and not bool(beams.done.all()):
+        while token.shape[0]:
             token = beams.extend(steps(token))
-    return beams.best(_filler(model, eos_index))
+    return found.trimmed()
+
+
+class _Found(NamedTuple):
+    """Room for one sentence of each batch entry: as Generated, with max_len columns of `filler` at first."""
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+    filler: int
+
+    @staticmethod
+    def empty(steps: _Steps, batch: int, max_len: int, filler: int) -> _Found:
+        """Sentences of no token."""
+        scores = steps.zeros(batch)
+        tokens = torch.full((batch, max_len), filler, dtype=torch.int64, device=scores.device)
+        return _Found(tokens, torch.zeros_like(tokens[:, 0]), scores, filler)
+
+    def trimmed(self) -> Generated:
+        """Without the columns that no sentence reached."""
+        longest = int(self.lengths.max()) if self.lengths.numel() else 0
+        return Generated(self.tokens[:, :longest], self.lengths, self.scores)
 
 
 class _Steps:
@@ -129,11 +154,9 @@ class _Steps:
 
     def __call__(self, token: Tensor) -> Tensor:
         """token: int64 [rows], the last of each; returns [rows, V]."""
-        logits = self.model.decode(token[:, None], self.memory, src_lengths=self.lengths, cache=self.cache)[
-            :, -1
-        ]
+        logits = self.model.decode(token[:, None], self.memory, src_lengths=self.lengths, cache=self.cache)
         self.memory = None  # the cache holds it now, in every layer's projection
-        result = logits.log_softmax(-1, dtype=_score_dtype(logits.dtype))
+        result = logits[:, -1].log_softmax(-1, dtype=_score_dtype(logits.dtype))
         if self.model.padding_idx is not None:
             result[:, self.model.padding_idx] = -torch.inf
         return result
@@ -146,80 +169,84 @@ class _Steps:
 
 
 class _Beams:
-    """Open and finished sentences of every batch entry.
+    """Open and finished sentences of the batch entries whose search goes on.
 
-    `open` [B, W, length] and `open_scores` [B, W] are log-probabilities, W <= beam_size growing from 1;
-    `ended` [B, K, max_len], `ended_lengths` and `ended_scores` [B, K] are finished ones, best first, their
-    scores penalised and -inf where there is none.
+    `open` [A, W, length] and `open_scores` [A, W] are log-probabilities, W <= beam_size growing from 1;
+    `ended` [A, K, length], `ended_lengths` and `ended_scores` [A, K] are finished ones, best first, their
+    scores penalised and -inf where there is none. `entries` [A] are the entries' places in the batch.
     """
 
-    def __init__(
-        self, steps: _Steps, src: Tensor, max_len: int, beam_size: int, penalty: float, eos_index: int
-    ) -> None:
-        batch = src.shape[0]
-        self.steps, self.max_len, self.beam_size = steps, max_len, beam_size
-        self.penalty, self.eos_index = penalty, eos_index
-        self.length = 0
-        self.open = torch.empty(batch, 1, 0, dtype=torch.int64, device=src.device)
-        self.open_scores = steps.zeros(batch, 1)
-        self.ended = torch.empty(batch, beam_size, max_len, dtype=torch.int64, device=src.device).fill_(-1)
-        self.ended_lengths = torch.zeros(batch, beam_size, dtype=torch.int64, device=src.device)
-        self.ended_scores = steps.zeros(batch, beam_size) - torch.inf
-        self.num_ended = torch.zeros(batch, dtype=torch.int64, device=src.device)
-        self.done = torch.zeros(batch, dtype=torch.bool, device=src.device)
+    def __init__(self, steps: _Steps, found: _Found, beam_size: int, penalty: float, eos_index: int) -> None:
+        self.steps, self.found = steps, found
+        self.beam_size, self.penalty, self.eos_index = beam_size, penalty, eos_index
+        self.length, self.max_len = 0, found.tokens.shape[1]
+        self.open = found.tokens[:, None, :0]
+        self.open_scores = found.scores[:, None]
+        self.ended = self.open.expand(-1, beam_size, -1)
+        self.ended_lengths = found.lengths[:, None].expand(-1, beam_size)
+        self.ended_scores = torch.full_like(self.ended_lengths, -torch.inf, dtype=found.scores.dtype)
+        self.num_ended = torch.zeros_like(found.lengths)
+        self.entries = torch.arange(found.lengths.shape[0], device=found.lengths.device)
 
     def extend(self, log_probs: Tensor) -> Tensor:
-        """Take one more token each; returns the last tokens [B * W] of the new open sentences."""
-        batch, width = self.open.shape[:2]
+        """Take one more token each; returns the last tokens [A * W] of the open sentences that go on."""
+        count, width = self.open_scores.shape
         vocab = log_probs.shape[-1]
-        scores = (self.open_scores[:, :, None] + log_probs.view(batch, width, vocab)).flatten(1)
+        scores = (self.open_scores[:, :, None] + log_probs.view(count, width, vocab)).flatten(1)
         # Each open sentence has one ending, so twice as many extensions leave enough that go on.
         scores, index = scores.topk(min(2 * self.beam_size, width * vocab))
         parent, token = index // vocab, index % vocab
         tokens = torch.cat((_take(self.open, parent), token[:, :, None]), 2)
         self.length += 1
+        self.ended = F.pad(self.ended, (0, 1), value=self.found.filler)
         ends = token == self.eos_index
         self._finish(tokens, scores.masked_fill(~ends, -torch.inf)[:, : self.beam_size])
 
-        self.open_scores, chosen = scores.masked_fill(ends, -torch.inf).topk(
-            min(self.beam_size, scores.shape[1])
-        )
+        keep = min(self.beam_size, scores.shape[1])
+        self.open_scores, chosen = scores.masked_fill(ends, -torch.inf).topk(keep)
         self.open = _take(tokens, chosen)
         if self.length == self.max_len:
             self._finish(self.open, self.open_scores)
-        self._settle()
-        parent = parent.gather(1, chosen)
-        rows = (parent + torch.arange(batch, device=parent.device)[:, None] * width).flatten()
-        self.steps.reorder(rows, same_source=parent.shape[1] == width)
+        going = self._settle()
+        if going.shape[0]:
+            first_rows = torch.arange(count, device=parent.device)[:, None] * width
+            rows = (first_rows + parent.gather(1, chosen))[going]
+            self.steps.reorder(rows.flatten(), same_source=rows.shape == (count, width))
         return self.open[:, :, -1].flatten()
 
-    def best(self, filler: int) -> Generated:
-        """The best finished sentence of every entry."""
-        lengths = self.ended_lengths[:, 0]
-        tokens = self.ended[:, 0, : int(lengths.max()) if lengths.numel() else 0]
-        return Generated(tokens.masked_fill(tokens < 0, filler), lengths, self.ended_scores[:, 0])
-
     def _finish(self, tokens: Tensor, scores: Tensor) -> None:
-        """Count sentences as finished, where their log-probability is not -inf and the search goes on."""
-        scores = scores.masked_fill(self.done[:, None], -torch.inf)
-        self.num_ended += (scores > -torch.inf).sum(1)
+        """Count the first sentences as finished, where their log-probability [A, N] is not -inf."""
+        tokens = tokens[:, : scores.shape[1]]
+        lengths = self.num_ended.new_full(scores.shape, self.length)
+        self.num_ended = self.num_ended + (scores > -torch.inf).sum(1)
         scores = torch.cat((self.ended_scores, scores / self._divisor(self.length)), 1)
-        padded = self.ended.new_full((*tokens.shape[:2], self.max_len), -1)
-        padded[:, :, : self.length] = tokens
         self.ended_scores, chosen = scores.topk(self.beam_size)
-        self.ended = _take(torch.cat((self.ended, padded[:, : scores.shape[1] - self.beam_size]), 1), chosen)
-        lengths = torch.full_like(scores[:, self.beam_size :], self.length, dtype=torch.int64)
+        self.ended = _take(torch.cat((self.ended, tokens), 1), chosen)
         self.ended_lengths = torch.cat((self.ended_lengths, lengths), 1).gather(1, chosen)
 
-    def _settle(self) -> None:
-        """Mark the entries whose search is over."""
+    def _settle(self) -> Tensor:
+        """Store the best sentence of each entry whose search is over; returns the places of the others."""
         # Log-probabilities only fall, and are divided by at most the largest penalty still to come.
         divisor = max(self._divisor(self.length + 1), self._divisor(self.max_len))
-        hope = self.open_scores.amax(1) / divisor
-        self.done |= (self.num_ended >= self.beam_size) | (self.ended_scores[:, 0] >= hope)
+        hopeless = self.ended_scores[:, 0] >= self.open_scores[:, 0] / divisor
+        over = hopeless | (self.num_ended >= self.beam_size)
+        if self.length == self.max_len:
+            over = torch.ones_like(over)
+        entries = self.entries[over]
+        self.found.tokens[entries, : self.length] = self.ended[over, 0]
+        self.found.lengths[entries] = self.ended_lengths[over, 0]
+        self.found.scores[entries] = self.ended_scores[over, 0]
+        going = (~over).nonzero()[:, 0]
+        if going.shape[0] < over.shape[0]:
+            for name in _BY_ENTRY:
+                setattr(self, name, getattr(self, name)[going])
+        return going
 
     def _divisor(self, length: int) -> float:
         return ((5 + length) / 6) ** self.penalty
+
+
+_BY_ENTRY = ("open", "open_scores", "ended", "ended_lengths", "ended_scores", "num_ended", "entries")
 
 
 def _take(sentences: Tensor, index: Tensor) -> Tensor:
@@ -233,12 +260,6 @@ def _score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _filler(model: Transformer, eos_index: int) -> int:
     return eos_index if model.padding_idx is None else model.padding_idx
-
-
-def _stack(found: list[Tensor], src: Tensor) -> Tensor:
-    if found:
-        return torch.stack(found, 1)
-    return torch.empty(src.shape[0], 0, dtype=torch.int64, device=src.device)
 
 
 def _checked(model: Transformer, src: Tensor, bos_index: int, eos_index: int, max_len: int | None) -> int:

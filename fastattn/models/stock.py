@@ -20,9 +20,8 @@ class StockMask:
 
     Args:
         key_padding_mask: bool [B, Lk], True = blocked.
-        attn_mask: [Lq, Lk] or [B * H, Lq, Lk]: 0 and -inf, so that no layer converts it again; bool, True =
-            blocked, where is_causal stands for it.
-        is_causal: whether attn_mask is the causal mask.
+        attn_mask: [Lq, Lk] or [B * H, Lq, Lk], 0 and -inf: every layer would convert a bool one again.
+        is_causal: whether attn_mask is the causal mask, which is then not read.
     """
 
     key_padding_mask: Tensor | None = None
@@ -111,12 +110,11 @@ def stock_mask(mask: Mask | Tensor | None, num_heads: int, query: Tensor, key: T
     batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
     mask = as_mask(mask)
     blocked = ~mask.to_dense(MaskShape(batch, num_heads, seqlen_q, seqlen_k), query.device)
-    if mask == _CAUSAL and seqlen_q == seqlen_k:
-        return StockMask(attn_mask=blocked[0, 0], is_causal=True)
     if blocked.shape[1:3] == (1, 1):
         return StockMask(key_padding_mask=blocked[:, 0, 0].expand(batch, seqlen_k))
     added = torch.zeros(blocked.shape, dtype=query.dtype, device=query.device)
     added.masked_fill_(blocked, float("-inf"))
     if added.shape[:2] == (1, 1):
-        return StockMask(attn_mask=added[0, 0].expand(seqlen_q, seqlen_k))
+        is_causal = mask == _CAUSAL and seqlen_q == seqlen_k
+        return StockMask(attn_mask=added[0, 0].expand(seqlen_q, seqlen_k), is_causal=is_causal)
     return StockMask(attn_mask=added.expand(batch, num_heads, seqlen_q, seqlen_k).flatten(0, 1))
