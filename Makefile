@@ -18,7 +18,7 @@ PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
 
 help:
 	@echo "make build         build the native core in place"
-	@echo "make demo          train a small language model with and without fastattn and compare"
+	@echo "make demo          learn English to Chinese with fastattn, compare with PyTorch, look at the result"
 	@echo "make test          the test suite"
 	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and aarch64 under qemu"
 	@echo "make bench         measure against PyTorch, then guard the floors (BENCH_FLAGS=--quick for the short run)"

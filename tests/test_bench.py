@@ -320,8 +320,8 @@ def test_the_command_reports_errors(tmp_path, capsys):
         (["bench", "--threads", "0"], "argument --threads: must be an int >= 1, got '0'"),
         (["bench", "--threads", "1", "two"], "argument --threads: must be an int >= 1, got 'two'"),
         (["bench", "--seconds", "-1"], "argument --seconds: must be a number of seconds > 0, got '-1'"),
-        (["demo", "--seconds", "-1"], "argument --seconds: must be a number of seconds > 0, got '-1'"),
-        (["demo", "--seconds", "nan"], "argument --seconds: must be a number of seconds > 0, got 'nan'"),
+        (["bench", "--seconds", "nan"], "argument --seconds: must be a number of seconds > 0, got 'nan'"),
+        (["demo", "--steps", "0"], "argument --steps: must be an int >= 1, got '0'"),
     ],
 )
 def test_options_are_checked_first(argv, message, capsys):

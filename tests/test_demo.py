@@ -1,4 +1,4 @@
-"""The demo in small: what it reads, that both sides take the same steps, what it says and writes."""
+"""The demo in small: its batches, that both sides take the same steps, resuming, what it says and draws."""
 
 from __future__ import annotations
 
@@ -7,279 +7,482 @@ import dataclasses
 import functools
 import itertools
 import math
-import mmap
-import sys
+import os
+import signal
 
 import pytest
 import torch
+from catalogue_support import write_mo
+from torch import nn
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
 
 from fastattn.bench.machine import describe
-from fastattn.cli import demo
-from fastattn.data import StdlibDocs, load_stdlib_docs
-from fastattn.demo import measure, memory, plot, results, train
-from fastattn.demo.measure import SIDES, Case, Timing, side
-from fastattn.demo.model import LanguageModel, ModelConfig, new_model
+from fastattn.cli import demo, main
+from fastattn.data import EnglishChinese, Pair, load_english_chinese
+from fastattn.data.subwords import BOS, EOS, PAD
+from fastattn.demo import checkpoint, judge, measure, plot, results
+from fastattn.demo.free import FreeAttention, free_attention
+from fastattn.demo.measure import CASES, SIDES, Case, Timing
+from fastattn.demo.progress import progress
+from fastattn.demo.recipe import Recipe
 from fastattn.demo.results import Results
-from fastattn.demo.text import Tokens, batches
-from fastattn.integrations.torch import stand_ins
+from fastattn.demo.text import PAD_DOCUMENT, Batch, Text, batches, packed, padded
+from fastattn.demo.train import Run, Trainer, train
 
-TEXT = "Return the number of items. Raise KeyError if there are none.\n" * 40
-SMALL = ModelConfig(vocab_size=30, num_layers=2, num_heads=2, width=16)
-RECIPE = train.Recipe(steps=8, batch=2, seqlen=24, learning_rate=1e-2, warmup=2)
-
-
-@pytest.fixture
-def ours(monkeypatch) -> list[dict]:
-    """The keyword arguments of each attention call that reaches fastattn through the override."""
-    seen: list[dict] = []
-    function = stand_ins.scaled_dot_product_attention
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(stand_ins, "scaled_dot_product_attention", spy)
-    return seen
-
-
-def runs(recipe: train.Recipe = RECIPE, config: ModelConfig = SMALL) -> dict[str, train.Run]:
-    tokens = Tokens.of(TEXT)
-    found = {}
-    for name in SIDES:
-        with side(name):
-            found[name] = train.train(config, tokens, recipe, name)
-    return found
-
-
-def results_of(found: dict[str, train.Run]) -> Results:
-    return Results(describe(), 2, runs=found, held_out=dict.fromkeys(SIDES, 1.0))
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+HAN = "一二三四五六七八九十廿卅"
+SMALL = Recipe(
+    steps=8, batch=8, vocab_size=200, d_model=16, num_heads=2, num_layers=1, d_ff=32, warmup=2, dropout=0.2
+)
+TINY_CASE = Case(32, 0.1)
 
 
 @pytest.fixture(scope="module")
-def docs() -> StdlibDocs:
-    return load_stdlib_docs()
+def data(tmp_path_factory) -> EnglishChinese:
+    """A catalogue of a hundred and forty-four sentences of one form."""
+    folder = tmp_path_factory.mktemp("locale")
+    sentences = {
+        f"file {a} has {b} lines": f"文件{x}有{y}行"
+        for (a, x), (b, y) in itertools.product(zip(NUMBERS, HAN, strict=True), repeat=2)
+    }
+    write_mo(folder / "zh_CN/LC_MESSAGES/x.mo", sentences)
+    return load_english_chinese(folders=[folder], dictionary=False, held_out=10)
 
 
-# Text
+@pytest.fixture(scope="module")
+def text(data) -> Text:
+    # All sentences are near-duplicates of one another, so that none can be held out: take some by hand.
+    divided = dataclasses.replace(data, train=data.train[10:], held_out=data.train[:10])
+    return Text.of(divided, SMALL.vocab_size)
 
 
-def test_the_standard_library_is_found_and_the_same_twice(docs):
-    assert len(docs.text) > 1_000_000
-    assert docs.num_docstrings > 3000
-    assert docs.text.isascii()
-    assert "iterable" in docs.text
-    assert docs.text == load_stdlib_docs().text
-    assert f"{len(docs.text):,} characters" in docs.describe()
+# Batches
 
 
-def test_docstrings_are_read_but_tests_and_packages_are_not(tmp_path):
-    source = '"""A module with a docstring long enough."""\ndef f():\n    """{}."""\n'
-    (tmp_path / "site-packages").mkdir()
-    (tmp_path / "pydoc_data").mkdir()
-    (tmp_path / "a.py").write_text(source.format("Text of the function, “quoted”,\n\n      indented   "))
-    (tmp_path / "b.py").write_text(source.format("Too short"))
-    (tmp_path / "broken.py").write_text("def f(:")
-    (tmp_path / "site-packages" / "c.py").write_text(source.format("Not of the standard library: not read"))
-    (tmp_path / "pydoc_data" / "topics.py").write_text("topics = {'b': 'Second topic.', 'a': 'First topic.'}")
-    docs = load_stdlib_docs(tmp_path)
-    assert docs.text == (
-        "First topic.\n\nSecond topic.\n\nA module with a docstring long enough.\n\n"
-        "Text of the function, quoted,\n\nindented   .\n\n"
-    )
-    assert (docs.num_topics, docs.num_docstrings, docs.num_modules) == (2, 2, 2)
+def test_every_pair_is_in_an_epoch_once(text):
+    an_epoch = len(text.train) // 8
+    order = batches(text.train, 8, seed=3)
+    for _ in range(2):
+        rows = [tuple(row) for batch in itertools.islice(order, an_epoch) for row in batch.tgt.tolist()]
+        sentences = {tuple(token for token in row if token != PAD) for row in rows}
+        assert len(rows) == len(sentences) == an_epoch * 8
 
 
-def test_no_text_says_what_to_install(tmp_path, monkeypatch, capsys):
-    with pytest.raises(FileNotFoundError, match="Install the full standard library"):
-        load_stdlib_docs(tmp_path)
-    monkeypatch.setattr(demo, "load_stdlib_docs", lambda: load_stdlib_docs(tmp_path))
-    assert demo.run(argparse.Namespace(seconds=1, seed=0, out=tmp_path)) == 1
-    assert "error: no documentation found" in capsys.readouterr().err
+def test_batches_depend_on_the_seed_and_go_on_from_any(text):
+    def tokens(seed: int, start: int, count: int) -> list[list[list[int]]]:
+        return [batch.src.tolist() for batch in itertools.islice(batches(text.train, 8, seed, start), count)]
+
+    whole = tokens(3, 0, 40)  # more than two epochs
+    assert whole == tokens(3, 0, 40)
+    assert whole != tokens(4, 0, 40)
+    assert whole[:16] != whole[16:32]
+    for start in (1, 16, 17, 33):
+        assert tokens(3, start, 40 - start) == whole[start:]
+    with pytest.raises(ValueError, match="pairs must be at least size=500, got 134"):
+        next(batches(text.train, 500, 0))
 
 
-def test_tokens_and_batches():
-    tokens = Tokens.of(TEXT)
-    assert tokens.decode(torch.cat((tokens.train, tokens.held_out))) == TEXT
-    assert tokens.decode(tokens.encode("Raise")) == "Raise"
-    first, second = (list(itertools.islice(batches(tokens.train, 3, 10, seed=5), 4)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(first[0], first[1])
-    assert all(batch.shape == (3, 11) and tokens.decode(batch[0]) in TEXT for batch in first)
-    with pytest.raises(ValueError, match="tokens must be more than 10, got 10"):
-        next(batches(tokens.train[:10], 3, 10, seed=0))
+def test_one_pair_a_row():
+    batch = padded([([5, 6], [7]), ([8], [9, 10, 11])])
+    assert batch.src.tolist() == [[5, 6, EOS], [8, EOS, PAD]]
+    assert batch.tgt.tolist() == [[BOS, 7, PAD, PAD], [BOS, 9, 10, 11]]
+    assert batch.want.tolist() == [[7, EOS, PAD, PAD], [9, 10, 11, EOS]]
+    assert padded([([5], [7])], 4).src.tolist() == [[5, EOS, PAD, PAD]]
+
+
+def test_packed_rows():
+    pairs = [([5], [6, 7]), ([8, 9], [10]), ([11] * 9, [12]), ([13], [14])]
+    batch = packed(pairs, 1, 6)
+    assert batch.src.tolist() == [[5, EOS, 8, 9, EOS, PAD]]
+    assert batch.tgt.tolist() == [[BOS, 6, 7, BOS, 10, PAD]]
+    assert batch.want.tolist() == [[6, 7, EOS, 10, EOS, PAD]]
+    assert batch.src_documents.tolist() == [[0, 0, 1, 1, 1, PAD_DOCUMENT]]
+    assert batch.tgt_documents.tolist() == [[0, 0, 0, 1, 1, PAD_DOCUMENT]]
+    with pytest.raises(ValueError, match="pairs must fill 2 rows of 20 tokens, got 4 pairs"):
+        packed(pairs, 2, 20)
+
+
+@pytest.mark.parametrize("attention", ["fastattn", "torch"])
+def test_packing_leaves_the_loss_of_every_pair_as_it_is(text, attention):
+    recipe = dataclasses.replace(SMALL, dropout=0.0, smoothing=0.0)
+    trainer = Trainer(recipe.model(len(text.subwords), attention), recipe)
+    together = packed(text.train, 2, 40)
+    count = int((together.src == EOS).sum())
+    apart = padded(text.train[:count])
+    assert count > 6
+    torch.testing.assert_close(trainer.loss(together), trainer.loss(apart))
 
 
 # Training
 
 
-def test_the_model_looks_only_back():
-    model = new_model(SMALL, 0)
-    for block in model.blocks:
-        torch.nn.init.normal_(block.proj.weight)
-    tokens = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(0))
-    changed = tokens.clone()
-    changed[:, 7] = (changed[:, 7] + 1) % 30
-    before, after = model(tokens), model(changed)
-    torch.testing.assert_close(before[:, :7], after[:, :7])
-    assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+def test_both_sides_take_the_same_steps(text):
+    runs = {attention: Run.new(SMALL, text, attention) for attention in ("torch", "fastattn")}
+    for attention, run in runs.items():
+        # The runs begin with the same weights; each seeds the generator when its model is made.
+        torch.manual_seed(1)
+        assert train(run, text, SMALL.steps, attention)
+    stock, ours = (run.losses for run in runs.values())
+    assert len(stock) == len(ours) == SMALL.steps
+    assert max(abs(a - b) for a, b in zip(stock, ours, strict=True)) < 1e-5
+    assert stock[-1] < stock[0]
+    kinds = [type(run.model.decoder.layers[0].cross_attn).__module__ for run in runs.values()]
+    assert kinds == ["fastattn.models.stock", "fastattn.nn.multihead"]
 
 
-def test_both_sides_take_the_same_steps(ours):
-    found = runs()
-    assert len(ours) == RECIPE.steps * SMALL.num_layers
-    assert all(call["backend"] is None for call in ours)
-    assert [len(run.losses) for run in found.values()] == [RECIPE.steps] * 2
-    assert results_of(found).agrees()
-    assert max(results_of(found).differences()) < 1e-3
-    stock = found["PyTorch"].losses
-    assert stock[-1] < stock[0] - 0.05
-    assert runs()["PyTorch"].losses == stock
-    assert runs(dataclasses.replace(RECIPE, seed=1))["PyTorch"].losses != stock
+def test_a_run_follows_from_its_seed(text):
+    def losses(seed: int) -> list[float]:
+        run = Run.new(dataclasses.replace(SMALL, seed=seed), text, "fastattn")
+        train(run, text, 3, "x")
+        return run.losses
+
+    assert losses(0) == losses(0) != losses(1)
 
 
-def test_dropout_reaches_the_attention_call(ours):
-    runs(config=dataclasses.replace(SMALL, dropout=0.25))
-    with side("fastattn"), torch.no_grad():
-        new_model(SMALL, 0).eval()(torch.zeros(1, 4, dtype=torch.int64))
-    assert ours  # arguments are positional there, so look at what dropout does
-    config = dataclasses.replace(SMALL, dropout=0.25)
-    model = new_model(config, 0)
-    torch.nn.init.normal_(model.blocks[0].proj.weight)
-    tokens = torch.arange(12)[None]
-    assert not torch.equal(model(tokens), model(tokens))
-    model.eval()
-    assert torch.equal(model(tokens), model(tokens))
-
-
-@pytest.mark.parametrize("wrong", [2e-3, math.nan, math.inf])
-def test_losses_that_differ_are_told_from_those_that_agree(wrong):
-    found = results_of(runs())
-    text = "\n".join(results.loss_table(found))
-    assert "within 0.001" in text
-    assert "NOT WITHIN" not in text
-    found.runs["fastattn"].losses[3] += wrong
-    assert not found.agrees()
-    assert "at step 4: NOT WITHIN 0.001" in "\n".join(results.loss_table(found))
-
-
-def test_generation_follows_the_seed():
-    tokens = Tokens.of(TEXT)
-    model = new_model(ModelConfig(len(tokens.alphabet), num_layers=1, num_heads=1, width=8), 0)
-    first, again, other = (train.generate(model, tokens, "Return", 20, seed) for seed in (0, 0, 1))
-    assert first == again != other
-    assert first.startswith("Return")
-    assert len(first) == 26
-    assert model.training
+def test_the_rate_rises_and_falls():
+    recipe = Recipe(steps=100, warmup=10, learning_rate=1.0)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(range(100), key=rates.__getitem__) == 9
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.55)))
+    assert 0 < rates[99] < 1e-3
 
 
 def test_progress_without_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    losses = [1.5]
-    assert list(train.progress(range(30), 30, "label", losses)) == list(range(30))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    assert list(progress(range(15, 30), 30, "label", [1.5])) == list(range(15, 30))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
-    assert lines[-1].startswith("label [##########] step 30/30, loss 1.500")
+    assert len(lines) == 5
+    assert lines[0].startswith("label [######....] step 18/30, loss 1.500")
+    assert lines[-1].startswith("label [##########] step 30/30")
+
+
+def interrupt_at(monkeypatch, number: int) -> None:
+    """Ctrl-C during that step, counted from 1 over all trainers."""
+    step, count = Trainer.step, itertools.count(1)
+
+    def interrupted(self, batch: Batch, rate: float | None = None) -> float:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, rate)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(text, tmp_path, monkeypatch):
+    whole = Run.new(SMALL, text, "fastattn")
+    assert train(whole, text, SMALL.steps, "whole")
+
+    first = Run.new(SMALL, text, "fastattn")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        assert not train(first, text, SMALL.steps, "first")
+    assert len(first.losses) == 5  # the step at hand is finished
+    path = tmp_path / "run.safetensors"
+    checkpoint.save(first, text, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    torch.manual_seed(99)  # whatever happens to the generator in between
+    second = checkpoint.load(path, text)
+    assert second.losses == first.losses
+    assert second.trainer.recipe == SMALL
+    assert train(second, text, SMALL.steps, "second")
+    assert second.losses == whole.losses
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait(text, monkeypatch):
+    step = Trainer.step
+
+    def interrupted(self, batch, rate=None):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, rate)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.new(SMALL, text, "fastattn"), text, SMALL.steps, "x")
+
+
+def test_what_is_no_checkpoint_of_this_text_is_refused(text, tmp_path):
+    path = tmp_path / "x.safetensors"
+    run = Run.new(SMALL, text, "fastattn")
+    checkpoint.save(run, text, path)
+    other = dataclasses.replace(text, train=text.train[1:])
+    with pytest.raises(ValueError, match="must be of the text found on this machine"):
+        checkpoint.load(path, other)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="must be a checkpoint of the demo"):
+        checkpoint.load(path, text)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="must be a checkpoint of the demo, got other tensors"):
+        checkpoint.read_recipe(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.read_recipe(tmp_path / "nothing")
 
 
 # Measuring
 
 
+def test_free_attention_is_the_projections_alone():
+    attention = nn.MultiheadAttention(6, 2, batch_first=True)
+    free = FreeAttention(attention)
+    x, y = torch.randn(2, 2, 5, 6, requires_grad=True)
+    for query, key in ((x, x), (x, y)):
+        out, weights = free(query, key, key, mask=object(), need_weights=False)
+        value = key @ attention.in_proj_weight[12:].T + attention.in_proj_bias[12:]
+        torch.testing.assert_close(out, attention.out_proj(value))
+        assert weights is None
+        [grad] = torch.autograd.grad(out.sum(), attention.in_proj_weight)
+        assert all(part.abs().sum() > 0 for part in grad.chunk(3))  # no projection's backward is left out
+
+
+def test_free_attention_takes_every_place(text):
+    model = SMALL.model(len(text.subwords))
+    free_attention(model)
+    kinds = [type(module) for module in model.modules()]
+    assert kinds.count(FreeAttention) == 3
+    assert not any(issubclass(kind, nn.MultiheadAttention) for kind in kinds)
+    before = sum(parameter.numel() for parameter in SMALL.model(len(text.subwords)).parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == before
+
+
 def test_sides_take_turns():
     order = []
-    timing = measure.in_turns(lambda: order.append(torch.overrides._get_current_function_mode()), 0, fewest=4)
-    names = ["PyTorch" if mode is None else "fastattn" for mode in order]
-    assert names == ["PyTorch", "fastattn", "fastattn", "PyTorch"] * 2 + ["PyTorch", "fastattn"]
-    assert all(len(times) == 4 for times in timing.times.values())
+    work = {side: functools.partial(order.append, side) for side in "abc"}
+    timing = measure.in_turns(work, 0, fewest=3)
+    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
+    assert all(len(times) == 3 for times in timing.times.values())
 
 
 def test_timing_statistics():
-    timing = Timing({"PyTorch": [3.0, 1.0, 2.0, 5.0, 4.0], "fastattn": [1.0, 1.5, 2.0, 1.4, 1.6]})
+    times = {
+        "PyTorch": [3.0, 1.0, 2.0, 5.0, 4.0],
+        "fastattn": [1.5, 0.5, 1.0, 2.5, 2.0],
+        "free": [1.0, 0.0, 0.5, 2, 1],
+    }
+    timing = Timing(times)
     assert timing.median("PyTorch") == 3.0
     assert timing.quartiles("PyTorch") == (2.0, 4.0)
     assert timing.ratio == 2.0
-    (_, row) = results.time_table({Case(256, 0.1, 8): timing})
-    assert row.split() == ["L", "=", "256,", "dropout", "0.1", "3000.00", "(2000.00-4000.00)", "1500.00",
-                           "(1400.00-1600.00)", "2.00x"]  # fmt: skip
+    assert timing.ceiling == 3.0
+    assert timing.share == 1.5 / 2.0  # medians of (1.5, 0.5, 1, 2.5, 2) and of (2, 1, 1.5, 3, 3)
+    (_, row) = results.time_table({Case(256, 0.1): timing})
+    assert row.split() == [
+        *("L", "=", "256,", "dropout", "0.1", "3000", "(2000-4000)", "1500", "(1000-2000)"),
+        *("1000", "(500-1000)", "2.00x", "3.00x", "75%"),
+    ]
 
 
-def test_resident_memory_grows_with_what_is_kept():
-    now, peak = memory.resident()
-    assert 0 < now <= peak
-    size = 64 * 2**20
-    with mmap.mmap(-1, size) as pages:  # not from malloc, which may still hold pages it had before
-        for start in range(0, size, mmap.PAGESIZE):
-            pages[start] = 1
-        assert memory.resident()[0] - now > 0.9 * size
+def test_each_case_has_its_rows(text):
+    many = dataclasses.replace(text, train=text.train * 10)
+    for case in CASES:
+        batch = case.batch(many)
+        shape = (measure.TOKENS // case.seqlen, case.seqlen)
+        assert batch.src.shape == batch.tgt.shape == batch.want.shape == shape
+        assert (batch.src_documents is None) == (case.seqlen == 20)
+
+
+def test_step_times_of_all_sides(text):
+    state = torch.get_rng_state()
+    timing = measure.step_times(SMALL, text, TINY_CASE, 0.0)
+    assert list(timing.times) == list(SIDES)
+    assert all(time > 0 for times in timing.times.values() for time in times)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Judging
+
+
+def test_translations_and_attention(text):
+    model = SMALL.model(len(text.subwords))
+    sentences = [pair.english for pair in text.held_out[:3]]
+    found = judge.translate(model, text.subwords, sentences)
+    assert len(found) == 3
+    assert found == judge.translate(model, text.subwords, sentences)
+    attention = judge.attention_of(model, text.subwords, text.held_out[0], "文件一")
+    assert attention.target == ["文", "件", "一", judge.END_MARK]
+    assert attention.source[-1] == judge.END_MARK
+    assert attention.weights.shape == (1, 4, len(attention.source))
+    torch.testing.assert_close(attention.weights.sum(-1), torch.ones(1, 4))
+    assert model.training
+
+
+def test_the_longest_right_translation_is_drawn():
+    pairs = [
+        Pair(english, chinese, "")
+        for english, chinese in (("a b", "甲"), ("c d e", "乙 X"), ("f g h i", "丙"))
+    ]
+    assert judge.telling(pairs, ["甲", "乙X", "错"]) == 1
+    assert judge.telling(pairs, ["错", "错", "错"]) == 0
+    assert judge.telling([], []) == 0
+
+
+def test_bleu_needs_enough_sentences(data):
+    pytest.importorskip("sacrebleu")
+    held_out = data.train[:20]
+    few = dataclasses.replace(data, held_out=held_out)
+    right = [pair.chinese for pair in held_out]
+    assert judge.bleu(few, right) == (
+        None,
+        "no BLEU: it takes at least 5,000 pairs of sentences to learn from and judge by, and this machine's "
+        "catalogues have 144",
+    )
+    many = dataclasses.replace(few, num_sentences=5000)
+    score, signature = judge.bleu(many, right)
+    assert score == pytest.approx(100)
+    assert "tok:zh" in signature
+    assert judge.bleu(many, ["完全不同的另一句话"] * 20)[0] < 5
+
+
+# What it says
+
+
+def found_results(text: Text) -> Results:
+    ours = [8.0 - 0.1 * n for n in range(60)]
+    found = Results(describe(), 2, ours=ours, stock=[loss + 1e-5 for loss in ours[:50]])
+    for case in CASES:
+        found.steps[case] = Timing({"PyTorch": [3.0, 3.1], "fastattn": [1.5, 1.6], "free": [1.0, 1.1]})
+    weights = torch.rand(3, 4, 5).softmax(-1)
+    found.attention = judge.Attention(
+        ["open", "the", "file", "now", "<end>"], ["打", "开", "文", "<end>"], weights
+    )
+    return found
+
+
+@pytest.mark.parametrize("wrong", [2e-3, math.nan, math.inf])
+def test_losses_that_differ_are_told_from_those_that_agree(text, wrong):
+    found = found_results(text)
+    assert found.agrees()
+    said = "\n".join(results.loss_table(found))
+    assert "within 0.001" in said
+    assert "NOT WITHIN" not in said
+    found.ours[3] += wrong
+    assert not found.agrees()
+    assert "at step 4: NOT WITHIN 0.001" in "\n".join(results.loss_table(found))
+
+
+def test_translations_are_shown_beside_their_references():
+    pairs = [Pair(f"sentence {n}", f"句子{n}", "") for n in range(10)]
+    said = list(results.translation_lines(pairs, ["句子0"] * 10, count=5))
+    assert said[0] == "    sentence 0\n        句子0"
+    assert said[1] == "    sentence 2\n        句子0\n        (句子2)"
+    assert len(said) == 5
+
+
+def test_pictures(text, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = found_results(text)
+    plot.draw_loss(found, tmp_path / "loss.png")
+    plot.draw_speed(found, tmp_path / "speed.png")
+    plot.draw_attention(found, found.attention, tmp_path / "attention.png")
+    for name in ("loss.png", "speed.png", "attention.png"):
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 10_000
 
 
 # All of it
 
 
 @pytest.fixture
-def tiny(monkeypatch, docs) -> None:
-    """The demo with a small model, few steps and one short case."""
-    monkeypatch.setattr(demo, "load_stdlib_docs", lambda: docs)
-    monkeypatch.setattr(demo, "ModelConfig", functools.partial(ModelConfig, num_layers=1, width=16))
-    monkeypatch.setattr(train, "steps_for", lambda *_: 6)
-    monkeypatch.setattr(demo, "CASES", (Case(32, 0.1, 2),))
-    monkeypatch.setattr(demo, "SAMPLE_LENGTH", 12)
+def tiny(monkeypatch, data) -> None:
+    """The demo with a small model, few steps, one short case, and the catalogue of these tests."""
+    divided = dataclasses.replace(data, train=data.train[10:], held_out=data.train[:10])
+    monkeypatch.setattr(demo, "load_english_chinese", lambda: divided)
+    monkeypatch.setattr(demo, "Recipe", lambda: SMALL)
+    monkeypatch.setattr(demo, "CASES", (TINY_CASE,))
+    monkeypatch.setattr(demo, "SECONDS_PER_CASE", 0.0)
+
+
+def arguments(out, **given) -> argparse.Namespace:
+    return argparse.Namespace(**{"steps": None, "seed": None, "resume": False, "out": out} | given)
 
 
 def test_demo(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("sacrebleu")
     out = tmp_path / "demo"
-    assert demo.run(argparse.Namespace(seconds=0.1, seed=0, out=out)) == 0
-    text = capsys.readouterr().out
+    assert demo.run(arguments(out)) == 0
+    said = capsys.readouterr().out
     for line in (
         describe()["cpu"],
-        "characters: ",
-        "6 steps of 4 x 256 characters",
-        "held out",
+        "Text: 144 pairs of 1 programs' message catalogues",
+        "Training: 8 steps of 8 pairs, float32, seed 0; the first 8 with PyTorch's attention",
         "within 0.001",
-        "from 'Return '",
         "L = 32, dropout 0.1",
-        "Memory: peak resident memory",
-        "speed.png",
+        "file eight has",
+        "no BLEU: it takes at least 5,000 pairs",
+        "attention.png",
     ):
-        assert line in text
-    for name in ("speed.png", "loss.png"):
-        data = (out / name).read_bytes()
-        assert data.startswith(b"\x89PNG")
-        assert len(data) > 10_000
+        assert line in said
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint.safetensors",
+        "loss.png",
+        "speed.png",
+        "attention.png",
+    }
+
+
+def test_demo_stops_and_goes_on(tiny, tmp_path, capsys, monkeypatch):
+    assert demo.run(arguments(tmp_path / "whole", seed=7)) == 0
+    whole = demo.checkpoint.load(tmp_path / "whole/checkpoint.safetensors", the_text())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, SMALL.steps + 3)  # after the steps with PyTorch's attention
+        assert demo.run(arguments(tmp_path, seed=7)) == 130
+    said = capsys.readouterr().out
+    assert f"Stopped after 3 of 8 steps; to go on: python -m fastattn demo --resume --out {tmp_path}" in said
+
+    assert demo.run(arguments(tmp_path, seed=8, resume=True)) == 1
+    assert "error: --seed must be the checkpoint's 7 with --resume, got 8" in capsys.readouterr().err
+    assert demo.run(arguments(tmp_path, resume=True)) == 0
+    again = demo.checkpoint.load(tmp_path / "checkpoint.safetensors", the_text())
+    assert again.losses == whole.losses
+    assert len(again.losses) == SMALL.steps
+
+
+def the_text() -> Text:
+    return Text.of(demo.load_english_chinese(), SMALL.vocab_size)
 
 
 def test_demo_fails_where_losses_differ(tiny, tmp_path, capsys, monkeypatch):
-    loss = LanguageModel.loss
+    loss = Trainer.loss
 
-    def off_by_a_little(self, tokens):
-        mode = torch.overrides._get_current_function_mode()
-        return loss(self, tokens) + (0.0 if mode is None else 5e-3)
+    def off_by_a_little(self, batch):
+        stock = type(self.model.decoder.layers[0].cross_attn).__module__ == "fastattn.models.stock"
+        return loss(self, batch) + (5e-3 if stock else 0.0)
 
-    monkeypatch.setattr(LanguageModel, "loss", off_by_a_little)
-    monkeypatch.setattr(memory, "grown", lambda *_: 1)
-    assert demo.run(argparse.Namespace(seconds=0.1, seed=0, out=tmp_path)) == 1
+    monkeypatch.setattr(Trainer, "loss", off_by_a_little)
+    assert demo.run(arguments(tmp_path)) == 1
     captured = capsys.readouterr()
     assert "NOT WITHIN 0.001" in captured.out
     assert "error: the losses differ by up to 5.0e-03" in captured.err
 
 
-def test_demo_without_matplotlib_and_without_memory(tiny, tmp_path, capsys, monkeypatch):
-    def missing(*_):
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
-
-    def unknown(*_):
-        raise RuntimeError("this system tells no process how much memory it had")
-
-    monkeypatch.setattr(plot, "draw_speed", missing)
-    monkeypatch.setattr(memory, "grown", unknown)
-    assert demo.run(argparse.Namespace(seconds=0.1, seed=0, out=tmp_path)) == 0
-    text = capsys.readouterr().out
-    assert "Peak memory was not measured: this system tells no process" in text
-    assert "No pictures: matplotlib is not installed; run: pip install 'fastattn[viz]'" in text
-
-
-def test_the_folder_is_made_before_anything_is_trained(tmp_path, capsys):
+def test_what_is_missing_is_said_before_anything_is_trained(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "taken").write_text("")
-    assert demo.run(argparse.Namespace(seconds=0.1, seed=0, out=tmp_path / "taken")) == 1
+    assert demo.run(arguments(tmp_path / "taken")) == 1
+    assert demo.run(arguments(tmp_path / "new", resume=True)) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("error:") and not printed.out
+    assert printed.err.count("error:") == 2
+    assert not printed.out
+
+    def nothing():
+        raise FileNotFoundError("no English-Chinese text found")
+
+    monkeypatch.setattr(demo, "load_english_chinese", nothing)
+    assert demo.run(arguments(tmp_path)) == 1
+    assert "error: no English-Chinese text found" in capsys.readouterr().err
+
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+
+    monkeypatch.setattr(demo, "_run", missing)
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "pip install 'fastattn[train]'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 SUBCOMMANDS = {
     "info": "versions, instruction set, threads, and which backends are usable",
-    "demo": "train a small language model with and without fastattn and compare",
+    "demo": "learn English to Chinese with fastattn, compare with PyTorch, and look at the result",
     "bench": "measure attention against PyTorch's on this machine",
 }
 
@@ -20,6 +20,9 @@ _EXTRA_OF_MODULE = {
     "matplotlib": "viz",
     "pytest": "bench",
     "pytest_benchmark": "bench",
+    "sacrebleu": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
     "tqdm": "train",
     "transformers": "hf",
     "triton": "triton",

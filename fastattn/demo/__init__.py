@@ -1,5 +1,5 @@
-"""`make demo`: a language model in plain PyTorch, trained with PyTorch's attention and then with ours.
+"""`make demo`: English to Chinese, learnt with fastattn's attention and compared with PyTorch's.
 
-model, text and train make and train it; measure and memory time its steps and weigh them; report and plot say
-what came out. fastattn.cli.demo runs them in order.
+recipe says what is trained and how; text, train and checkpoint do it; measure times steps; judge says what
+was learnt; results and plot say what came out. fastattn.cli.demo runs them in order.
 """

@@ -1,59 +1,66 @@
-"""Step times of PyTorch's attention and ours, measured in turns."""
+"""Times of training steps with PyTorch's attention, with ours, and with attention that costs nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from fastattn.demo.model import ModelConfig, new_model
-from fastattn.demo.text import Tokens, batches
+from fastattn.demo.free import free_attention
+from fastattn.demo.recipe import Recipe
+from fastattn.demo.text import Batch, Text, packed, padded
 from fastattn.demo.train import Trainer
-from fastattn.integrations.torch import override_sdpa
 
-SIDES = ("PyTorch", "fastattn")
-
-
-def side(name: str) -> contextlib.AbstractContextManager[object]:
-    """The context in which attention is that side's."""
-    return override_sdpa() if name == "fastattn" else contextlib.nullcontext()
+SIDES = ("PyTorch", "fastattn", "free")
+TOKENS = 1024  # of each language in a step, padding counted
+PAIR_LENGTH = 20  # the length of rows that hold one pair; longer ones are packed
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: sequences of `seqlen` tokens, `batch` of them a step."""
+    """One row of the table: rows of `seqlen` tokens in both languages, attention weights dropped or not."""
 
     seqlen: int
     dropout: float
-    batch: int
+
+    @property
+    def rows(self) -> int:
+        return TOKENS // self.seqlen
 
     @property
     def name(self) -> str:
         return f"L = {self.seqlen}, " + (f"dropout {self.dropout:g}" if self.dropout else "no dropout")
 
+    def batch(self, text: Text) -> Batch:
+        """Training pairs of all lengths that fit: one a row, or packed with document masks."""
+        pairs = [pair for pair in text.train if max(map(len, pair)) < PAIR_LENGTH]
+        random.Random(0).shuffle(pairs)
+        if self.seqlen == PAIR_LENGTH:
+            return padded(pairs[: self.rows], self.seqlen)
+        return packed(pairs, self.rows, self.seqlen)
+
 
 CASES = tuple(
-    Case(seqlen, dropout, 2048 // seqlen) for seqlen, dropout in itertools.product((256, 1024), (0.0, 0.1))
+    Case(seqlen, dropout) for seqlen, dropout in itertools.product((PAIR_LENGTH, 256, 1024), (0.0, 0.1))
 )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of the two sides in seconds; round n of one stands beside round n of the other."""
+    """Seconds of every step by side; step n of one side stands beside step n of the others."""
 
-    times: dict[str, list[float]]
+    times: Mapping[str, list[float]]
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.times[name])
+    def median(self, side: str) -> float:
+        return statistics.median(self.times[side])
 
-    def quartiles(self, name: str) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.times[name], n=4, method="inclusive")
+    def quartiles(self, side: str) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.times[side], n=4, method="inclusive")
         return low, high
 
     @property
@@ -61,17 +68,40 @@ class Timing:
         """PyTorch's median over ours: above 1, ours is faster."""
         return self.median("PyTorch") / self.median("fastattn")
 
+    @property
+    def ceiling(self) -> float:
+        """PyTorch's median over that of free attention: the highest ratio that any kernel could reach."""
+        return self.median("PyTorch") / self.median("free")
 
-def in_turns(work: Callable[[], object], seconds: float, fewest: int = 5, most: int = 200) -> Timing:
-    """Time `work` on both sides in turns (A B, B A, ...) for about that long, after one round unmeasured."""
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    @property
+    def share(self) -> float:
+        """(PyTorch - ours) / (PyTorch - free): of the time that attention takes, what ours saves.
+
+        Of medians of differences within a round, since a virtual machine changes speed between rounds.
+        """
+        saved, attainable = (
+            statistics.median(a - b for a, b in zip(self.times["PyTorch"], self.times[side], strict=True))
+            for side in ("fastattn", "free")
+        )
+        return saved / attainable
+
+
+def in_turns(
+    work: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 200
+) -> Timing:
+    """Time every function in turns for about that long in all, after one round unmeasured.
+
+    Each round begins with another one, so that none is always after the same.
+    """
+    names = list(work)
+    times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for number in range(-1, most):
-        for name in SIDES if number % 2 else reversed(SIDES):
-            with side(name):
-                before = time.perf_counter()
-                work()
-                after = time.perf_counter()
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            before = time.perf_counter()
+            work[name]()
+            after = time.perf_counter()
             if number >= 0:
                 times[name].append(after - before)
         if number + 1 >= fewest and time.perf_counter() - start > seconds:
@@ -79,22 +109,17 @@ def in_turns(work: Callable[[], object], seconds: float, fewest: int = 5, most: 
     return Timing(times)
 
 
-def step_times(config: ModelConfig, tokens: Tokens, case: Case, seed: int, seconds: float) -> Timing:
-    """Whole training steps: forward, backward, clipping and update."""
-    trainer = Trainer(new_model(replace(config, dropout=case.dropout), seed))
-    data = batches(tokens.train, case.batch, case.seqlen, seed)
-    return in_turns(lambda: trainer.step(next(data)), seconds)
+def step_times(recipe: Recipe, text: Text, case: Case, seconds: float) -> Timing:
+    """Whole training steps (forward, backward, clipping, update) on one batch, from the same weights."""
+    batch = case.batch(text)
 
+    def steps(side: str) -> Callable[[], object]:
+        attention = "torch" if side == "PyTorch" else "fastattn"
+        model = recipe.model(len(text.subwords), attention, case.dropout)
+        if side == "free":
+            free_attention(model)
+        trainer = Trainer(model, recipe)
+        return lambda: trainer.step(batch)
 
-def attention_times(config: ModelConfig, case: Case, seed: int, seconds: float) -> Timing:
-    """Forward and backward of the attention call alone, on normal numbers in the model's layout."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (3, case.batch, case.seqlen, config.num_heads, config.head_dim)
-    q, k, v = (t.transpose(1, 2).requires_grad_() for t in torch.randn(shape, generator=generator))
-    dout = torch.randn(q.shape, generator=generator)
-
-    def forward_and_backward() -> None:
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=case.dropout, is_causal=True)
-        torch.autograd.grad(out, (q, k, v), dout)
-
-    return in_turns(forward_and_backward, seconds)
+    with torch.random.fork_rng():
+        return in_turns({side: steps(side) for side in SIDES}, seconds)

@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastattn.data import Pair
+from fastattn.demo.judge import Attention
 from fastattn.demo.measure import SIDES, Case, Timing
-from fastattn.demo.train import Run
 
-TOLERANCE = 1e-3  # of losses without dropout: the same steps in another order of rounding
+COMPARED = 50  # steps that PyTorch's attention repeats
+TOLERANCE = 1e-3  # of their losses: the same steps in another order of rounding
 
 
 @dataclass
 class Results:
-    """Everything that was measured; `runs` by side, the rest by case."""
+    """Everything that was found.
+
+    Attributes:
+        machine: of fastattn.bench.machine.describe.
+        threads: of torch.
+        ours: the loss of every step with fastattn's attention.
+        stock: those of the first steps with PyTorch's.
+        steps: times by case.
+        pairs, translations: what was held out, and what the model makes of it.
+        bleu: of those; None where there is none.
+        attention: where the model looked, of one of them.
+    """
 
     machine: dict[str, Any]
     threads: int
-    runs: dict[str, Run] = field(default_factory=dict)
-    held_out: dict[str, float] = field(default_factory=dict)
+    ours: list[float] = field(default_factory=list)
+    stock: list[float] = field(default_factory=list)
     steps: dict[Case, Timing] = field(default_factory=dict)
-    attention: dict[Case, Timing] = field(default_factory=dict)
-    memory: dict[Case, dict[str, int]] = field(default_factory=dict)
-    sample: str = ""
+    pairs: Sequence[Pair] = ()
+    translations: Sequence[str] = ()
+    bleu: float | None = None
+    attention: Attention | None = None
 
     def differences(self) -> list[float]:
-        """|PyTorch's loss - ours| of each step."""
-        pairs = zip(*(self.runs[name].losses for name in SIDES), strict=True)
-        return [abs(a - b) for a, b in pairs]
+        """|PyTorch's loss - ours| of each step that both took."""
+        return [abs(a - b) for a, b in zip(self.stock, self.ours, strict=False)]
 
     def agrees(self) -> bool:
-        """Whether every loss is finite and within TOLERANCE of the other side's, the held-out one too."""
-        differences = [*self.differences(), abs(self.held_out["PyTorch"] - self.held_out["fastattn"])]
-        return all(math.isfinite(d) and d <= TOLERANCE for d in differences)
+        """Whether those losses are finite and within TOLERANCE of one another."""
+        return all(math.isfinite(d) and d <= TOLERANCE for d in self.differences())
 
     def machine_line(self) -> str:
         machine = self.machine
@@ -45,16 +56,15 @@ class Results:
         )
 
 
-def loss_table(results: Results, rows: int = 8) -> Iterator[str]:
+def loss_table(results: Results, rows: int = 6) -> Iterator[str]:
     """Losses side by side at some steps, then the largest difference at any step."""
-    stock, ours = (results.runs[name].losses for name in SIDES)
     differences = results.differences()
     yield f"{'step':>10}{'PyTorch':>12}{'fastattn':>12}{'difference':>13}"
-    last = len(stock) - 1
+    last = len(differences) - 1
     for step in sorted({round(last * n / (rows - 1)) for n in range(rows)}):
-        yield f"{step + 1:>10}{stock[step]:>12.5f}{ours[step]:>12.5f}{differences[step]:>13.1e}"
-    held_out = [results.held_out[name] for name in SIDES]
-    yield f"{'held out':>10}{held_out[0]:>12.5f}{held_out[1]:>12.5f}{abs(held_out[0] - held_out[1]):>13.1e}"
+        yield (
+            f"{step + 1:>10}{results.stock[step]:>12.5f}{results.ours[step]:>12.5f}{differences[step]:>13.1e}"
+        )
     # A difference that is no number is worse than any that is.
     worst = max(range(len(differences)), key=lambda n: (math.isnan(differences[n]), differences[n]))
     verdict = "within" if results.agrees() else "NOT WITHIN"
@@ -62,23 +72,25 @@ def loss_table(results: Results, rows: int = 8) -> Iterator[str]:
 
 
 def time_table(timings: dict[Case, Timing]) -> Iterator[str]:
-    """Medians with quartiles, in milliseconds."""
-    yield f"{'':<22}{'PyTorch':>26}{'fastattn':>26}{'PyTorch / fastattn':>20}"
+    """Medians with quartiles in milliseconds, ratios, and the share of attention's time that was saved."""
+    yield (
+        f"{'':<22}{'PyTorch':>21}{'fastattn':>21}{'free attention':>21}"
+        f"{'speed-up':>10}{'ceiling':>9}{'share':>7}"
+    )
     for case, timing in timings.items():
         cells = []
-        for name in SIDES:
-            low, high = timing.quartiles(name)
-            cells.append(f"{1e3 * timing.median(name):.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})")
-        yield f"{case.name:<22}{cells[0]:>26}{cells[1]:>26}{timing.ratio:>19.2f}x"
+        for side in SIDES:
+            low, high = timing.quartiles(side)
+            cells.append(f"{1e3 * timing.median(side):.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})")
+        yield (
+            f"{case.name:<22}{cells[0]:>21}{cells[1]:>21}{cells[2]:>21}"
+            f"{timing.ratio:>9.2f}x{timing.ceiling:>8.2f}x{timing.share:>7.0%}"
+        )
 
 
-def memory_table(memory: dict[Case, dict[str, int]]) -> Iterator[str]:
-    """Peaks in MB."""
-    yield f"{'':<22}{'PyTorch':>26}{'fastattn':>26}{'PyTorch / fastattn':>20}"
-    for case, peaks in memory.items():
-        cells = [f"{peaks[name] / 1e6:.0f} MB" for name in SIDES]
-        yield f"{case.name:<22}{cells[0]:>26}{cells[1]:>26}{peaks['PyTorch'] / peaks['fastattn']:>19.2f}x"
-
-
-def indented(text: str) -> str:
-    return textwrap.indent(text, "    ")
+def translation_lines(pairs: Sequence[Pair], translations: Sequence[str], count: int = 12) -> Iterator[str]:
+    """Held-out sentences at even distances: English, the model's Chinese, the reference where it differs."""
+    stride = max(1, len(pairs) // count)
+    for pair, translation in list(zip(pairs, translations, strict=True))[::stride][:count]:
+        same = pair.chinese.replace(" ", "") == translation.replace(" ", "")
+        yield f"    {pair.english}\n        {translation}" + ("" if same else f"\n        ({pair.chinese})")
