@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flex", action="store_true", help="also against compiled FlexAttention on causal and window masks")
     add("--out", type=Path, default=Path("fastattn-bench"), metavar="DIR", help="default: %(default)s")
     add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
+    add("--modules", action="store_true", help="nn.MultiheadAttention instead, against PyTorch's module")
     add("--list", action="store_true", help="list the chosen cases and stop")
 
 
@@ -107,12 +108,31 @@ def picture(report: bench.Report, path: Path) -> None:
         print(f"wrote {path}")
 
 
+def measure_modules(args: argparse.Namespace) -> None:
+    """Time the modules; print each row as it comes, then the summary; write modules.json."""
+    from fastattn.bench import modules
+
+    options = options_of(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    print("\n".join([*machine_lines(machine), "", modules.HEADER]), flush=True)
+    results = modules.run(options.threads, options.budget, lambda result: print(result.line(), flush=True))
+    print("\n".join(["", *modules.summary(results)]))
+    path = args.out / "modules.json"
+    path.write_text(
+        json.dumps({"machine": machine, "rows": [result.row() for result in results]}, indent=1) + "\n"
+    )
+    print(f"\nwrote {path}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Status 1 where an option is wrong or contenders disagree."""
     try:
         if args.list:
             for case in options_of(args).cases():
                 print(f"{case.group:<30}{case.name:<40}{case.timed:<10}{case.shape}")
+        elif args.modules:
+            measure_modules(args)
         else:
             picture(measure(args), args.out / "bench.png")
     except (OSError, RuntimeError, ValueError) as error:
