@@ -30,6 +30,7 @@ const Case kCases[] = {
     {"dense", 2, 2, 2, 67, 131, 64, 64},
     {"causal gqa", 1, 4, 2, 97, 97, 40, 24, -fastattn::kUnbounded, 0, 0, false, 2},
     {"window softcap sinks", 1, 2, 1, 101, 150, 33, 65, -30, 7, 5.0, true, 2},
+    {"few rows", 1, 4, 2, 3, 170, 40, 29, -fastattn::kUnbounded, 0, 0, true},
     {"long", 1, 1, 1, 300, 700, 128, 128, -fastattn::kUnbounded, 0},
     {"empty rows", 1, 1, 1, 90, 50, 16, 16, -fastattn::kUnbounded, 0, 0, true},
 };
