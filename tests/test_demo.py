@@ -273,6 +273,9 @@ def test_timing_statistics():
     assert timing.ratio == 2.0
     assert timing.ceiling == 3.0
     assert timing.share == 1.5 / 2.0  # medians of (1.5, 0.5, 1, 2.5, 2) and of (2, 1, 1.5, 3, 3)
+    noisy = Timing(times | {"free": [3.5, 0.0, 1.5, 2, 5]})  # quartiles of the differences: -0.5 and 1
+    assert noisy.share is None
+    assert results.share_text(noisy) == "noise"
     (_, row) = results.time_table({Case(256, 0.1): timing})
     assert row.split() == [
         *("L", "=", "256,", "dropout", "0.1", "3000", "(2000-4000)", "1500", "(1000-2000)"),

@@ -25,7 +25,8 @@ SECONDS_PER_CASE = 11.0
 SPEED_HEADING = f"""
 Training steps in turns, {TOKENS} tokens of each language, ms: median (quartiles). L = 20 has one pair a row,
 longer rows are packed with document masks; dropout is of attention weights. Free attention passes the values
-on and computes nothing: no kernel can do better. Share: (PyTorch - fastattn) / (PyTorch - free)"""
+on and computes nothing: no kernel can do better. Share: (PyTorch - fastattn) / (PyTorch - free), or
+"noise" where the steps' times scatter more than that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +134,7 @@ def compare_training(found: Results, recipe: Recipe, text: Text, args: argparse.
             "\nLosses (nats a token, smoothed labels) of the steps that both took", results.loss_table(found)
         )
     )
-    say(f"All {len(ours.losses)} steps with fastattn: {ours.seconds:.0f} s. Wrote {path}")
+    say(f"{len(ours.losses)} steps with fastattn took {ours.seconds:.0f} s. Wrote {path}")
     return ours
 
 

@@ -74,16 +74,18 @@ class Timing:
         return self.median("PyTorch") / self.median("free")
 
     @property
-    def share(self) -> float:
+    def share(self) -> float | None:
         """(PyTorch - ours) / (PyTorch - free): of the time that attention takes, what ours saves.
 
-        Of medians of differences within a round, since a virtual machine changes speed between rounds.
+        Of medians of differences within a round, since a virtual machine changes speed between rounds. None
+        where the quartiles of what is attainable lie further apart than its median: that is noise.
         """
         saved, attainable = (
-            statistics.median(a - b for a, b in zip(self.times["PyTorch"], self.times[side], strict=True))
+            [a - b for a, b in zip(self.times["PyTorch"], self.times[side], strict=True)]
             for side in ("fastattn", "free")
         )
-        return saved / attainable
+        low, middle, high = statistics.quantiles(attainable, n=4, method="inclusive")
+        return None if high - low > middle else statistics.median(saved) / middle
 
 
 def in_turns(

@@ -68,9 +68,9 @@ def draw_loss(results: Results, path: Path) -> None:
     differences = [max(difference, smallest) for difference in results.differences()]
     below.plot(steps, differences, ".", color=INK, ms=4)
     below.axhline(TOLERANCE, color=RED, lw=1.5, ls="--")
-    below.text(compared, TOLERANCE * 0.7, f"allowed: {TOLERANCE:g}", ha="right", va="top", color=RED)
+    below.text(compared, TOLERANCE * 1.3, f"allowed: {TOLERANCE:g}", ha="right", va="bottom", color=RED)
     below.set_yscale("log")
-    below.set_ylim(smallest, 10 * max(TOLERANCE, *differences))
+    below.set_ylim(smallest, 30 * max(TOLERANCE, *differences))
     below.set_ylabel("|difference|, nats")
     below.set_xlabel("step")
     below.xaxis.get_major_locator().set_params(integer=True)
@@ -110,7 +110,8 @@ def draw_speed(results: Results, path: Path) -> None:
         axes.errorbar(medians, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
     for row, (_, timing) in enumerate(cases):
         end = 1e3 * max(timing.quartiles(side)[1] for side in SIDES) + 0.015 * longest
-        text = f"{timing.ratio:.2f}x of at most {timing.ceiling:.2f}x; {timing.share:.0%} of the attainable"
+        share = "too noisy for a share" if timing.share is None else f"{timing.share:.0%} of the attainable"
+        text = f"{timing.ratio:.2f}x of at most {timing.ceiling:.2f}x; {share}"
         axes.text(end, row, text, va="center", fontsize=9, color=INK)
     axes.set_xlim(0, 1.5 * longest)
     axes.set_yticks(range(len(cases)), [case.name.replace(", ", "\n") for case, _ in cases])

@@ -84,8 +84,13 @@ def time_table(timings: dict[Case, Timing]) -> Iterator[str]:
             cells.append(f"{1e3 * timing.median(side):.0f} ({1e3 * low:.0f}-{1e3 * high:.0f})")
         yield (
             f"{case.name:<22}{cells[0]:>21}{cells[1]:>21}{cells[2]:>21}"
-            f"{timing.ratio:>9.2f}x{timing.ceiling:>8.2f}x{timing.share:>7.0%}"
+            f"{timing.ratio:>9.2f}x{timing.ceiling:>8.2f}x{share_text(timing):>7}"
         )
+
+
+def share_text(timing: Timing) -> str:
+    """The share in percent, or that there is no telling."""
+    return "noise" if timing.share is None else f"{timing.share:.0%}"
 
 
 def translation_lines(pairs: Sequence[Pair], translations: Sequence[str], count: int = 12) -> Iterator[str]:

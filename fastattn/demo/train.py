@@ -28,7 +28,7 @@ class Trainer:
         # eps is large for Adam: it divides by a gradient's size, and where that is no more than rounding
         # errors, these would become steps of full length, and runs on other kernels would drift apart.
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+            model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), eps=1e-5, weight_decay=0.01
         )
 
     def loss(self, batch: Batch) -> Tensor:
