@@ -70,8 +70,10 @@ def test_every_sample_of_torchs_module_db(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("add_bias_kv", "add_zero_attn", "sizes", "batch_first", "need_weights"),
-    itertools.product(
-        [False, True], [False, True], [{}, {"kdim": 6, "vdim": 10}], [False, True], [False, True]
+    list(
+        itertools.product(
+            [False, True], [False, True], [{}, {"kdim": 6, "vdim": 10}], [False, True], [False, True]
+        )
     ),
 )
 def test_constructor(

@@ -26,7 +26,7 @@ class Recipe:
         smoothing: of labels.
     """
 
-    steps: int = 1200
+    steps: int = 1000
     seed: int = 0
     batch: int = 64
     vocab_size: int = 6000
