@@ -7,7 +7,8 @@ tracer or a transform watches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +147,16 @@ class _Attention(torch.autograd.Function):
             return ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
 
         return without_double_backward(gradients, dout, dlse, *saved) + unused
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Backward passes compute in the dtypes of their forward pass, wherever they are called from."""
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastattn.autograd import without_autocast
 from fastattn.call import Call
 from fastattn.philox import dropout_mask
 from fastattn.weights import attention_weights
@@ -44,7 +45,7 @@ def with_lazy_gradient(value: Tensor, recompute: Any, arguments: Any) -> Tensor:
     Most training never differentiates the weights, so the kernels keep nothing for it.
 
     Args:
-        value: what recompute(*arguments) would give.
+        value: what recompute(*arguments) would give; becomes the result.
         recompute: a differentiable function.
         arguments: of any pytree structure.
     """
@@ -59,7 +60,8 @@ class _Lazy(torch.autograd.Function):
         ctx.tensors = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.save_for_backward(*(leaves[n] for n in ctx.tensors))
-        return value.view_as(value)
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -68,15 +70,25 @@ class _Lazy(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         for n, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             needs = ctx.needs_input_grad[3 + n]
-            # A second derivative reaches the tensors themselves.
-            leaves[n] = tensor if create_graph else tensor.detach().requires_grad_(needs)
             if needs:
                 wanted.append(n)
-        with torch.enable_grad():
-            value = ctx.recompute(*pytree.tree_unflatten(leaves, ctx.spec))
-        found = torch.autograd.grad(
-            value, [leaves[n] for n in wanted], grad, allow_unused=True, create_graph=create_graph
-        )
+            if create_graph and needs:
+                # A second derivative goes on to the tensor; the first stops at an alias of its own, as one
+                # tensor may be several arguments, or made of another.
+                with torch.enable_grad():
+                    leaves[n] = tensor.view_as(tensor)
+            else:
+                leaves[n] = tensor.detach().requires_grad_(needs)
+        with without_autocast(grad.device):
+            with torch.enable_grad():
+                value = ctx.recompute(*pytree.tree_unflatten(leaves, ctx.spec))
+            found = torch.autograd.grad(
+                value,
+                [leaves[n] for n in wanted],
+                grad.to(value.dtype),
+                allow_unused=True,
+                create_graph=create_graph,
+            )
         grads: list[Tensor | None] = [None] * len(leaves)
         for n, gradient in zip(wanted, found, strict=True):
             grads[n] = gradient

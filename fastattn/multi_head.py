@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastattn import autograd, dispatch
-from fastattn.autograd import without_double_backward
+from fastattn.autograd import without_autocast, without_double_backward
 from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
@@ -89,26 +89,28 @@ def multi_head_attention(
         raise ValueError(f"num_heads must be a multiple of num_kv_heads {heads_kv}, got {heads}")
     check_bool("need_weights", need_weights)
     check_bool("average_weights", average_weights)
+    if not isinstance(in_proj_weight, Tensor | list | tuple):
+        raise TypeError(f"in_proj_weight must be one tensor or three, got {type(in_proj_weight).__name__}")
     w_in = in_proj_weight if isinstance(in_proj_weight, Tensor) else tuple(in_proj_weight)
     b_in, w_out, b_out = in_proj_bias, out_proj_weight, out_proj_bias
-    dtype = _autocast_dtype(query)
+    dtype = autocast_dtype(query)
     if dtype is not None:
         with torch.autocast(query.device.type, enabled=False):  # what it asks for is done here, once
             return multi_head_attention(
-                *(_cast(x, dtype) for x in (query, key, value)),
-                in_proj_weight=_cast(w_in, dtype)
+                *cast_inputs(query, key, value, dtype),
+                in_proj_weight=cast(w_in, dtype)
                 if isinstance(w_in, Tensor)
-                else [_cast(w, dtype) for w in w_in],
-                out_proj_weight=_cast(w_out, dtype),
+                else [cast(w, dtype) for w in w_in],
+                out_proj_weight=cast(w_out, dtype),
                 num_heads=heads,
                 num_kv_heads=heads_kv,
-                in_proj_bias=_cast(b_in, dtype),
-                out_proj_bias=_cast(b_out, dtype),
+                in_proj_bias=cast(b_in, dtype),
+                out_proj_bias=cast(b_out, dtype),
                 batch_first=batch_first,
                 mask=mask,
                 bias=bias
                 if not isinstance(bias, Tensor) or bias.dtype == torch.float32
-                else _cast(bias, dtype),
+                else cast(bias, dtype),
                 scale=scale,
                 softcap=softcap,
                 sinks=sinks,
@@ -138,7 +140,7 @@ def multi_head_attention(
     return (y, weights) if need_weights else y
 
 
-def _autocast_dtype(query: Any) -> torch.dtype | None:
+def autocast_dtype(query: Any) -> torch.dtype | None:
     """The dtype that autocast asks for, None where it is off."""
     if not isinstance(query, Tensor) or not torch._C._is_any_autocast_enabled():
         return None
@@ -148,7 +150,14 @@ def _autocast_dtype(query: Any) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+def cast_inputs(query: Any, key: Any, value: Any, dtype: torch.dtype) -> list[Any]:
+    """The three cast to dtype, what is one tensor still one."""
+    done = {id(x): cast(x, dtype) for x in (query, key, value)}
+    return [done[id(x)] for x in (query, key, value)]
+
+
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast does: floating-point tensors but float64."""
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor
@@ -159,7 +168,7 @@ def _composed(
 ) -> tuple[Tensor, Tensor | None]:
     """The three steps one after the other, for traces, transforms and backends without kernels."""
     layout = projections.layout
-    q, k, v = layout.split(projections.project())
+    q, k, v = projections.split()
     out = attention(
         q,
         k,
@@ -209,10 +218,16 @@ def _fused(
     constants = (projections.layout, len(projections.inputs), params, (need_weights, average))
     y, weights = _MultiHead.apply(constants, fixed, *operands[:DIFFERENTIABLE], *tensors)
     if weights is not None:
-        arguments = (projections.inputs, projections.weights, projections.bias, call.bias, call.sinks)
-        recompute = _Recompute(projections.layout, call, average)
-        weights = with_lazy_gradient(weights, recompute, arguments)
+        scored = projections.without(2)
+        options = [getattr(call, name) for name in _WEIGHTS_READ]
+        arguments = (scored.inputs, scored.weights, scored.bias, *options)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(arguments)):
+            recompute = _Recompute(scored.layout, call, average)
+            weights = with_lazy_gradient(weights, recompute, arguments)
     return y, weights
+
+
+_WEIGHTS_READ = ("mask", "bias", "sinks", "dropout_seed")  # the tensors, or holders of tensors, of a call
 
 
 class _Recompute:
@@ -220,15 +235,12 @@ class _Recompute:
 
     def __init__(self, layout: HeadLayout, call: Call, average: bool) -> None:
         self.layout, self.average = layout, average
-        self.options = {
-            name: getattr(call, name)
-            for name in ("mask", "scale", "softcap", "dropout_p", "dropout_seed", "backend")
-        }
+        self.options = {name: getattr(call, name) for name in ("scale", "softcap", "dropout_p", "backend")}
 
-    def __call__(self, inputs: Any, weights: Any, b_in: Any, bias: Any, sinks: Any) -> Tensor:
+    def __call__(self, inputs: Any, weights: Any, b_in: Any, *options: Any) -> Tensor:
         projections = Projections(self.layout, inputs, weights, b_in)
-        q, k, _ = self.layout.split(projections.project())
-        call = projections.call(bias=bias, sinks=sinks, **self.options)
+        q, k = projections.split()
+        call = projections.call(**dict(zip(_WEIGHTS_READ, options, strict=True)), **self.options)
         return dropped_weights(call, q, k, self.average)
 
 
@@ -249,9 +261,13 @@ class _Run:
         q, k, v = self.layout.split(packed)
         weights = cpu.weights_like(q, k, self.average) if self.need_weights else None
         out, lse = cpu.forward(q, k, v, self.operands, self.params, need_lse, weights)
-        y = F.linear(self.layout.from_heads(out), *output)
+        context = self.layout.from_heads(out)
+        # Not views: autograd refuses to change a function's view in place.
+        y = F.linear(context.flatten(0, 1), *output)
+        y = torch.ops.aten._unsafe_view(y, (*context.shape[:2], y.shape[1]))
         if weights is not None:
-            weights = (weights[:, 0] if self.average else weights).to(q.dtype)
+            shape = [size for n, size in enumerate(weights.shape) if n != 1 or not self.average]
+            weights = torch.ops.aten._unsafe_view(weights, shape).to(q.dtype)
         return y, weights, packed, out, lse
 
     def backward(
@@ -318,15 +334,16 @@ class _MultiHead(torch.autograd.Function):
             count = len(ctx.constants[0].groups)
             packed, rest = list(rest[:count]), rest[count:]
             run, projections, output = _gathered(ctx.constants, rest[len(needs) :], rest[: len(needs)])
-            return run.backward(dy, projections, output, packed, out, lse, needs)
+            with without_autocast(dy.device):
+                return run.backward(dy.to(out.dtype), projections, output, packed, out, lse, needs)
 
         return None, None, *without_double_backward(gradients, dy, *ctx.saved_tensors)
 
 
 def _gathered(constants: Any, fixed: Any, tensors: Any) -> tuple[_Run, Projections, Output]:
     """What the flat arguments of `_MultiHead` stand for."""
-    layout, inputs, params, need_weights = constants
+    layout, num_inputs, params, weights_wanted = constants
     head, tensors = tensors[:DIFFERENTIABLE], tensors[DIFFERENTIABLE:]
     operands = Operands(*head, *fixed) if fixed else NO_OPERANDS
-    projections = Projections(layout, tensors[:inputs], tensors[inputs:-3], tensors[-3])
-    return _Run(layout, operands, params, need_weights), projections, tensors[-2:]
+    projections = Projections(layout, tensors[:num_inputs], tensors[num_inputs:-3], tensors[-3])
+    return _Run(layout, operands, params, weights_wanted), projections, tensors[-2:]

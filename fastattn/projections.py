@@ -8,7 +8,7 @@ the backward products then read whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -111,7 +111,7 @@ class Projections:
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """(input, weight, bias) of each group's product."""
         rows = self.layout.rows()
-        packed = len(self.weights) == 1
+        packed = self._is_packed
         return [
             (
                 x,
@@ -121,15 +121,30 @@ class Projections:
             for n, (x, (begin, end)) in enumerate(zip(self.inputs, rows, strict=True))
         ]
 
+    @property
+    def _is_packed(self) -> bool:
+        # The rows of a weight of its own begin at 0, as those of a packed one do for the first group.
+        return len(self.weights) == 1
+
     def project(self) -> list[Tensor]:
         """Each group's product, [B, L, rows] or [L, B, rows]."""
         return [F.linear(*part) for part in self.parts()]
 
-    def project_query(self) -> Tensor:
-        """q alone, [B, Hq, L, D]."""
-        rows = self.layout.num_heads * self.layout.head_dim
-        bias = None if self.bias is None else self.bias[:rows]
-        return self.layout.to_heads(F.linear(self.inputs[0], self.weights[0][:rows], bias))
+    def split(self) -> list[Tensor]:
+        """q [B, Hq, L, D], k and v [B, Hkv, S, D], or those of them that there are."""
+        return self.layout.split(self.project())
+
+    def without(self, *dropped: int) -> Projections:
+        """The same for q, k and v but the dropped ones, which must come last."""
+        layout, kept = self.layout, []
+        groups = []
+        for n, group in enumerate(layout.groups):
+            if rest := tuple(which for which in group if which not in dropped):
+                groups.append(rest)
+                kept.append(n)
+        weights = self.weights if len(self.weights) == 1 else tuple(self.weights[n] for n in kept)
+        inputs = tuple(self.inputs[n] for n in kept)
+        return Projections(replace(layout, groups=tuple(groups)), inputs, weights, self.bias)
 
     def backward(
         self, grads: Sequence[Tensor], needs: Sequence[bool]
@@ -152,7 +167,7 @@ class Projections:
             torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None
             for weight, need in zip(self.weights, need_weights, strict=True)
         ]
-        packed = len(self.weights) == 1
+        packed = self._is_packed
         for n, (begin, end) in enumerate(self.layout.rows()):
             into = dweights[0] if packed else dweights[n]
             if into is not None:
@@ -166,6 +181,7 @@ class Projections:
         lengths = {
             which: x for x, group in zip(self.inputs, self.layout.groups, strict=True) for which in group
         }
+        lengths.setdefault(2, lengths[1])
 
         def heads(which: int) -> Tensor:
             x = lengths[which]

@@ -15,6 +15,7 @@ from torch.testing._internal.common_modules import module_db
 
 from fastattn import masks
 from fastattn.nn import KVCache, MultiheadAttention
+from fastattn.nn.visibility import merge_masks
 
 BATCH, SEQLEN_Q, SEQLEN_K, WIDTH, HEADS = 2, 5, 7, 16, 4
 
@@ -349,3 +350,124 @@ BAD_CALLS = {
 def test_call_errors(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         MultiheadAttention(WIDTH, HEADS, batch_first=True)(torch.zeros(2, 5, WIDTH), **options)
+
+
+def test_backward_under_autocast_alone() -> None:
+    """Kernels read bare memory: what autocast would make of gradients on their way must not reach them."""
+    ours = pair(batch_first=True)[1].float()
+    x = randn(BATCH, 40, WIDTH, dtype=torch.float32)
+    grads = []
+    for enabled in (False, True):
+        y, weights = ours(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(y.sum() + weights.square().sum(), list(ours.parameters())))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_can_be_changed_in_place() -> None:
+    _, ours = pair(batch_first=True)
+    x = randn(BATCH, SEQLEN_Q, WIDTH, grad=True)
+    for average in (True, False):
+        y, weights = ours(x, average_attn_weights=average)
+        want = torch.autograd.grad((2 * y).sum() + (3 * weights**2).sum(), x)
+        y, weights = ours(x, average_attn_weights=average)
+        squares = (weights**2).mul_(3)
+        same(list(torch.autograd.grad(y.mul_(2).sum() + squares.sum(), x)), list(want))
+        ours(x, average_attn_weights=average)[1].mul_(2)
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_weights_in_the_loss(create_graph: bool) -> None:
+    """Arguments made of one another, a tensor twice, only the values' side trained, a mask changed since."""
+    theirs, ours = pair(batch_first=True)
+
+    def grad(module: nn.Module, *inputs: Tensor, of: Tensor, with_output: bool = False) -> Tensor:
+        y, weights = module(*inputs)
+        loss = (weights**2).sum() + (y.sum() if with_output and not create_graph else 0)
+        return torch.autograd.grad(loss, of, create_graph=create_graph)[0]
+
+    q, v = randn(BATCH, SEQLEN_Q, WIDTH, grad=True), randn(BATCH, SEQLEN_Q, WIDTH, seed=2)
+    for inputs in (lambda: (q, q * 2, q * 3), lambda: (q, q, v), lambda: (q, q, q)):
+        want = grad(theirs, *inputs(), of=q, with_output=True)
+        same([grad(ours, *inputs(), of=q, with_output=True)], [want])
+    if create_graph:
+        second = [torch.autograd.grad(grad(module, q, q, q, of=q).sum(), q)[0] for module in (theirs, ours)]
+        same(second[1:], second[:1])
+        return
+    ours.requires_grad_(False)
+    v.requires_grad_()
+    y, weights = ours(q.detach(), q.detach(), v)
+    assert not weights.requires_grad
+    (y.sum() + weights.sum()).backward()
+    assert v.grad is not None
+    mask = torch.ones(SEQLEN_Q, SEQLEN_Q, dtype=torch.bool).tril()
+    _, weights = ours(q, mask=mask)
+    mask.fill_(True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weights.square().sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_autocast_of_narrow_activations(options: dict[str, bool]) -> None:
+    ours = MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
+    x = randn(BATCH, SEQLEN_Q, WIDTH, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = ours(x)
+        with torch.no_grad():
+            cached, _ = ours(x, cache=KVCache())
+    assert y.dtype == cached.dtype == torch.bfloat16
+    torch.testing.assert_close(cached, y, rtol=0.05, atol=0.05)
+
+
+def test_static_cache_of_other_widths_and_failed_calls() -> None:
+    ours = MultiheadAttention(WIDTH, HEADS, kdim=6, vdim=10, batch_first=True)
+    static = KVCache(static=True)
+    query, key, value = torch.randn(2, 1, WIDTH), torch.randn(2, 4, 6), torch.randn(2, 4, 10)
+    want = ours(query, key, value)[0]
+    for inputs in ((query, key, value), (query, key, value), (query,)):
+        torch.testing.assert_close(ours(*inputs, cache=static)[0], want)
+    cache, layer = KVCache(), MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    with pytest.raises(ValueError, match="mask must broadcast"):
+        layer(query, cache=cache, mask=torch.ones(3, 3, dtype=torch.bool))
+    assert cache.length == 0 and not cache.is_filled
+    with pytest.raises(TypeError, match=r"cache must be a fastattn\.nn\.KVCache, got int"):
+        layer(query, cache=3)
+
+
+def test_hint_beside_key_padding_keeps_the_mask() -> None:
+    theirs, ours = pair(batch_first=True)
+    query, memory = randn(1, 2, WIDTH, grad=True), randn(1, 4, WIDTH, seed=2, grad=True)
+    options = {
+        "key_padding_mask": torch.tensor([[True, False, False, False]]),
+        "attn_mask": torch.ones(2, 4).triu(3).bool(),
+        "is_causal": True,
+        "need_weights": False,
+    }
+    inputs = query, memory, memory
+    same(results(ours, inputs, **options), results(theirs, inputs, **options))
+
+
+def test_unbatched_valid_lens() -> None:
+    _, ours = pair()
+    x = randn(SEQLEN_Q, WIDTH)
+    per_query = torch.arange(1, SEQLEN_Q + 1)
+    torch.testing.assert_close(ours(x, valid_lens=per_query)[0], ours(x, mask=masks.causal())[0], **EXACT)
+    torch.testing.assert_close(ours(x, valid_lens=3)[1][:, 3:], torch.zeros(5, 2).double(), **EXACT)
+    with pytest.raises(ValueError, match=r"key must be 2-D like the query, .* got shape \[1, 5, 16\]"):
+        ours(x, x[None])
+
+
+def test_an_expanded_mask_is_not_made_dense() -> None:
+    blocked = torch.zeros(1, 1, 50, 50, dtype=torch.bool).expand(4, 8, 50, 50)
+    mask, _ = merge_masks(
+        (4, 8, 50, 50),
+        torch.float32,
+        key_padding_mask=None,
+        attn_mask=blocked,
+        is_causal=False,
+        causal_align="top_left",
+        mask=None,
+        valid_lens=None,
+    )
+    assert isinstance(mask, Tensor) and mask.untyped_storage().nbytes() == 2500

@@ -156,6 +156,7 @@ def backward(
         ValueError: as `forward`.
     """
     operands = _prepare(q, k, operands, params)
+    dout = dout.to(q.dtype)  # whatever autocast made of it: the kernels read bare memory
     dlse = None if dlse is None else resolved(dlse)
     dq, dk, dv = (output_like(t, t.shape[-1]) for t in (q, k, v)) if into is None else into
     extra = _extra_gradients(operands, needs)

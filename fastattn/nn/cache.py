@@ -9,7 +9,7 @@ from fastattn.checks import check_bool, check_int
 
 
 class KVCache:
-    """Projected keys and values of one attention layer, contiguous [B, Hkv, capacity, D], grown by doubling.
+    """Projected keys and values of one attention layer, [B, Hkv, capacity, D], grown by doubling.
 
     A decoder's self-attention appends the new tokens of each step; its cross-attention fills a static cache
     once, with the projected encoder output, and reads it ever after.
@@ -32,6 +32,11 @@ class KVCache:
     def __repr__(self) -> str:
         kind = ", static" if self.static else ""
         return f"KVCache(length={self.length}{kind})"
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether anything was appended, if only no tokens."""
+        return self._keys is not None
 
     @property
     def keys(self) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -14,13 +15,13 @@ from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.dispatch import draw_seed
 from fastattn.masks import Mask
-from fastattn.multi_head import multi_head_attention
+from fastattn.multi_head import autocast_dtype, cast, cast_inputs, multi_head_attention
 from fastattn.nn.cache import KVCache
 from fastattn.nn.extra_keys import attend_with_extra_keys
 from fastattn.nn.nested import attend_to_nested, is_nested_self_attention
 from fastattn.nn.visibility import merge_masks
 from fastattn.projections import Projections, check_projections
-from fastattn.validation import validate_options
+from fastattn.validation import check_number, validate
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -77,7 +78,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         heads_kv = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
         if num_heads % heads_kv != 0:
             raise ValueError(f"num_kv_heads must divide num_heads {num_heads}, got {heads_kv}")
-        if not 0 <= dropout <= 1:
+        if not 0 <= check_number("dropout", dropout) <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         nn.Module.__init__(self)  # the class in between would make parameters of other shapes
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, heads_kv
@@ -160,7 +161,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: a query sees no later key. As in torch it stands for attn_mask, which may be None, and
                 is aligned top-left (bottom-right with a cache).
             mask: a fastattn.masks.Mask, or bool broadcastable to [B, Hq, L, S]; True = attend.
-            valid_lens: int [B] or [B, L]: how many of the first keys are visible.
+            valid_lens: int [B] or [B, L] ([] or [L] unbatched): how many of the first keys are visible.
             cache: key and value are projected and appended to it, and the query sees all that it holds; S
                 counts these. One that is static and filled is read instead of key and value.
         Returns:
@@ -189,11 +190,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         _check_3d(query, key, value, self.batch_first)
         batch, seqlen_q, seqlen_k = _sizes(query, key, self.batch_first)
-        is_filled = cache is not None and cache.static and cache.length > 0
         if cache is not None:
-            seqlen_k = cache.length + (0 if is_filled else seqlen_k)
-        # torch takes the hint for the mask only where it returns no weights.
-        hint = is_causal and (attn_mask is None or not need_weights)
+            if not isinstance(cache, KVCache):
+                raise TypeError(f"cache must be a fastattn.nn.KVCache, got {type(cache).__name__}")
+            seqlen_k = cache.length + (0 if cache.static and cache.is_filled else seqlen_k)
+        # torch takes the hint for the mask only where it returns no weights and there is no key padding.
+        hint = is_causal and (attn_mask is None or (not need_weights and key_padding_mask is None))
         merged, bias = merge_masks(
             (batch, self.num_heads, seqlen_q, seqlen_k),
             query.dtype,
@@ -237,9 +239,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, padded: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The same with a batch of one."""
+        for name, x in (("key", key), ("value", value)):
+            if not isinstance(x, Tensor) or x.dim() != 2:
+                got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} must be 2-D like the query, which has no batch, got {got}")
         at = 0 if self.batch_first else 1
         batched = {id(x): x.unsqueeze(at) for x in (query, key, value)}  # one tensor stays one tensor
-        padded = None if padded is None else padded.unsqueeze(0)
+        if padded is not None:
+            if not isinstance(padded, Tensor):
+                raise TypeError(f"key_padding_mask must be a tensor, got {type(padded).__name__}")
+            padded = padded.unsqueeze(0)
+        if options["valid_lens"] is not None:
+            options["valid_lens"] = torch.as_tensor(options["valid_lens"])[None]
         query, key, value = (batched[id(x)] for x in (query, key, value))
         out, weights = self.forward(query, key, value, padded, **options)
         return out.squeeze(at), None if weights is None else weights.squeeze(0)
@@ -247,8 +258,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _step_by_step(
         self,
         query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
+        key: Tensor,
+        value: Tensor,
         mask: Mask | Tensor | None,
         bias: Tensor | None,
         dropout_p: float,
@@ -257,38 +268,43 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Projections, attention and output projection as calls of their own."""
         weight, bias_in = self._in_proj_weight(), self.in_proj_bias
+        w_out, b_out, bias_k, bias_v = self.out_proj.weight, self.out_proj.bias, self.bias_k, self.bias_v
+        dtype = autocast_dtype(query)
+        if dtype is not None:
+            query, key, value = cast_inputs(query, key, value, dtype)
+            weight = (
+                tuple(cast(w, dtype) for w in weight) if isinstance(weight, tuple) else cast(weight, dtype)
+            )
+            bias_in, w_out, b_out, bias_k, bias_v = (
+                cast(t, dtype) for t in (bias_in, w_out, b_out, bias_k, bias_v)
+            )
+        is_filled = cache is not None and cache.static and cache.is_filled
+        if is_filled:  # nothing is projected again: any keys and values of the right widths will do
+            nothing = query.new_empty(())
+            key, value = (nothing.expand(*query.shape[:2], dim) for dim in (self.kdim, self.vdim))
         heads, heads_kv = self.num_heads, self.num_kv_heads
-        is_filled = cache is not None and cache.static and cache.length > 0
-        if is_filled:
-            key = value = None  # not projected again
-        check_projections(
-            query,
-            key,
-            value,
-            weight,
-            bias_in,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            heads,
-            heads_kv,
-            self.batch_first,
-        )
+        check_projections(query, key, value, weight, bias_in, w_out, b_out, heads, heads_kv, self.batch_first)
         projections = Projections.of(
             query, key, value, weight, bias_in, heads, heads_kv, self.head_dim, self.batch_first
         )
         layout = projections.layout
         if cache is not None and is_filled:
-            q, k, v = projections.project_query(), cache.keys, cache.values
+            (q,) = projections.without(1, 2).split()
+            k, v = cache.keys, cache.values
         else:
-            q, k, v = layout.split(projections.project())
-            if cache is not None:
-                k, v = cache.append(k, v)
-        call = Call("attention", q, k, v, mask=mask, bias=bias, dropout_p=dropout_p)
-        validate_options(call)
+            q, k, v = projections.split()
+        # Checked before the cache takes anything in, with stand-ins of the length that it will have.
+        seqlen_k = k.shape[2] + (0 if cache is None or is_filled else cache.length)
+        nothing = k.new_empty(()).expand(*k.shape[:2], seqlen_k, self.head_dim)
+        call = Call("attention", q, nothing, nothing, mask=mask, bias=bias, dropout_p=dropout_p)
+        validate(call)
+        if cache is not None and not is_filled:
+            k, v = cache.append(k, v)
+        call.k, call.v = k, v
         if 0 < dropout_p < 1:
             call.dropout_seed = draw_seed(q.device)
-        out, weights = attend_with_extra_keys(call, self.bias_k, self.bias_v, self.add_zero_attn, average)
-        return self.out_proj(layout.from_heads(out)), weights
+        out, weights = attend_with_extra_keys(call, bias_k, bias_v, self.add_zero_attn, average)
+        return F.linear(layout.from_heads(out), w_out, b_out), weights
 
 
 def _check_3d(query: Any, key: Any, value: Any, batch_first: bool) -> None:

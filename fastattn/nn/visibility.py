@@ -28,7 +28,8 @@ def merge_masks(
     """(mask, bias) for `fastattn.attention`: a pair is visible where every argument lets it be.
 
     Kernels read one mask and one bias, each in place. So a key padding mask becomes a bias of -inf, [B, 1,
-    1, S], where the mask's place is taken, and nothing of size L x S is made unless two such tensors meet.
+    1, S], where the mask's place is taken. Of size L x S there is only the inverse of a bool attn_mask,
+    unless two such tensors meet.
 
     Args:
         shape: (B, Hq, L, S).
@@ -53,14 +54,14 @@ def merge_masks(
     else:
         blocked, bias = _split("attn_mask", _to_4d(attn_mask, shape), dtype)
         if blocked is not None:
-            tensors.append(~blocked)
+            tensors.append(_inverse(blocked))
     if isinstance(mask, Tensor):
         tensors.append(mask)
     elif mask is not None:
         objects.append(mask)
     if padded is not None:
         if not tensors and not objects:
-            tensors.append(~padded)
+            tensors.append(_inverse(padded))
         else:
             key_bias = torch.zeros(padded.shape, dtype=dtype, device=padded.device).masked_fill(
                 padded, -torch.inf
@@ -78,6 +79,14 @@ def _intersection(objects: list[Mask], tensors: list[Tensor]) -> Mask | Tensor |
     for other in masks[1:]:
         merged = merged & other
     return merged
+
+
+def _inverse(blocked: Tensor) -> Tensor:
+    """~blocked, as small as its memory where it is expanded."""
+    expanded = [
+        size > 1 and stride == 0 for size, stride in zip(blocked.shape, blocked.stride(), strict=True)
+    ]
+    return ~blocked[tuple(slice(1) if each else slice(None) for each in expanded)]
 
 
 def _split(name: str, tensor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
