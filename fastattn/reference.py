@@ -100,7 +100,11 @@ def _probabilities(
     if bias is not None:
         visible = visible & (bias != -math.inf)
     visible = visible.expand(shape)
-    s = scale * _Scores.apply(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), visible)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    if torch.compiler.is_compiling():  # which takes no function with a forward-mode derivative
+        s = scale * torch.where(visible, q @ k.mT, 0.0)
+    else:
+        s = scale * _Scores.apply(q, k, visible)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:

@@ -311,11 +311,14 @@ def test_compiles() -> None:
     _, ours = pair(batch_first=True)
     x = randn(BATCH, SEQLEN_Q, WIDTH, grad=True)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    options = {"need_weights": False, "key_padding_mask": PADDED[:, :SEQLEN_Q]}
-    want = ours(x, **options)[0]
-    got = compiled(x, **options)[0]
-    torch.testing.assert_close(got, want, **EXACT)
-    same(*[list(torch.autograd.grad(y.square().sum(), [x, *ours.parameters()])) for y in (got, want)])
+    for need_weights in (False, True):
+        options = {"need_weights": need_weights, "key_padding_mask": PADDED[:, :SEQLEN_Q]}
+        found = []
+        for module in (compiled, ours):
+            y, weights = module(x, **options)
+            loss = y.square().sum() + (weights.square().sum() if need_weights else 0)
+            found.append([y, *torch.autograd.grad(loss, [x, *ours.parameters()])])
+        same(*found)
 
 
 BAD_OPTIONS = {
