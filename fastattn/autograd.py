@@ -7,8 +7,7 @@ tracer or a transform watches.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -147,16 +146,6 @@ class _Attention(torch.autograd.Function):
             return ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
 
         return without_double_backward(gradients, dout, dlse, *saved) + unused
-
-
-@contextlib.contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Backward passes compute in the dtypes of their forward pass, wherever they are called from."""
-    if not torch._C._is_any_autocast_enabled():
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
 
 
 def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:

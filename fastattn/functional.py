@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils._pytree import tree_leaves
 
 from fastattn import autograd, dispatch
+from fastattn.autocast import autocast_dtype, cast, cast_bias
 from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
@@ -144,8 +145,7 @@ def plain_attention(
     validate_options(call)
     if call.dropout_p == 1:
         return run(call)
-    if call.dropout_p > 0 and call.dropout_seed is None:
-        call.dropout_seed = dispatch.draw_seed(call.q.device)
+    dispatch.seed(call)
     operands, params = lower(call)
     out, lse = autograd.eager(cpu, q, k, v, operands, params, return_lse)
     return (out, lse) if return_lse else out
@@ -363,8 +363,7 @@ def run(call: Call) -> Any:
     drops_all = call.dropout_p == 1
     if drops_all:
         call.dropout_p = 0.0
-    elif call.dropout_p > 0 and call.dropout_seed is None:
-        call.dropout_seed = dispatch.draw_seed(call.q.device)
+    dispatch.seed(call)
     out, lse = dispatch.run(call)
     if head_dim_v == 0:
         out = out[..., :0]
@@ -376,7 +375,7 @@ def run(call: Call) -> Any:
 
 def _prepare(call: Call) -> None:
     """Cast and check the arguments of a call, as far as they can be seen."""
-    _autocast(call)
+    autocast(call)
     validate(call)
     if call.op == "attention" or not _has_values(
         call.cu_seqlens_q, call.cu_seqlens_k, call.lengths, call.block_table
@@ -413,20 +412,9 @@ def _has_values(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _autocast(call: Call) -> None:
+def autocast(call: Call) -> None:
     """Cast q, k, v (and a bias that is not float32) as PyTorch's call does under autocast."""
-    if not isinstance(call.q, Tensor):
-        return
-    device = call.q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return
-    dtype = torch.get_autocast_dtype(device)
-    call.q, call.k, call.v = _cast(call.q, dtype), _cast(call.k, dtype), _cast(call.v, dtype)
-    if isinstance(call.bias, Tensor) and call.bias.dtype != torch.float32:
-        call.bias = _cast(call.bias, dtype)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
+    dtype = autocast_dtype(call.q)
+    if dtype is not None:
+        call.q, call.k, call.v = cast((call.q, call.k, call.v), dtype)
+        call.bias = cast_bias(call.bias, dtype)

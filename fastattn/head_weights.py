@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastattn.autograd import without_autocast
+from fastattn.autocast import without_autocast
 from fastattn.call import Call
 from fastattn.philox import dropout_mask
 from fastattn.weights import attention_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastattn import autograd, dispatch
-from fastattn.autograd import without_autocast, without_double_backward
+from fastattn import autograd, dispatch, functional
+from fastattn.autocast import autocast_dtype, cast, cast_bias, without_autocast
+from fastattn.autograd import without_double_backward
 from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
-from fastattn.functional import attention
 from fastattn.head_weights import dropped_weights, with_lazy_gradient
 from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params, lower
 from fastattn.masks import Mask
@@ -95,31 +96,10 @@ def multi_head_attention(
     b_in, w_out, b_out = in_proj_bias, out_proj_weight, out_proj_bias
     dtype = autocast_dtype(query)
     if dtype is not None:
-        with torch.autocast(query.device.type, enabled=False):  # what it asks for is done here, once
-            return multi_head_attention(
-                *cast_inputs(query, key, value, dtype),
-                in_proj_weight=cast(w_in, dtype)
-                if isinstance(w_in, Tensor)
-                else [cast(w, dtype) for w in w_in],
-                out_proj_weight=cast(w_out, dtype),
-                num_heads=heads,
-                num_kv_heads=heads_kv,
-                in_proj_bias=cast(b_in, dtype),
-                out_proj_bias=cast(b_out, dtype),
-                batch_first=batch_first,
-                mask=mask,
-                bias=bias
-                if not isinstance(bias, Tensor) or bias.dtype == torch.float32
-                else cast(bias, dtype),
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-                dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
-                need_weights=need_weights,
-                average_weights=average_weights,
-                backend=backend,
-            )
+        query, key, value, w_in, b_in, w_out, b_out = cast(
+            (query, key, value, w_in, b_in, w_out, b_out), dtype
+        )
+        bias = cast_bias(bias, dtype)
     head_dim = check_projections(query, key, value, w_in, b_in, w_out, b_out, heads, heads_kv, batch_first)
     projections = Projections.of(query, key, value, w_in, b_in, heads, heads_kv, head_dim, batch_first)
     call = projections.call(
@@ -133,34 +113,11 @@ def multi_head_attention(
         backend=backend,
     )
     validate_options(call)
-    if 0 < call.dropout_p < 1 and call.dropout_seed is None:
-        call.dropout_seed = dispatch.draw_seed(query.device)
-    run = _fused if _is_fusable(call, projections, (w_out, b_out)) else _composed
-    y, weights = run(call, projections, (w_out, b_out), need_weights, average_weights)
+    dispatch.seed(call)
+    with without_autocast(query.device):
+        run = _fused if _is_fusable(call, projections, (w_out, b_out)) else _composed
+        y, weights = run(call, projections, (w_out, b_out), need_weights, average_weights)
     return (y, weights) if need_weights else y
-
-
-def autocast_dtype(query: Any) -> torch.dtype | None:
-    """The dtype that autocast asks for, None where it is off."""
-    if not isinstance(query, Tensor) or not torch._C._is_any_autocast_enabled():
-        return None
-    device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def cast_inputs(query: Any, key: Any, value: Any, dtype: torch.dtype) -> list[Any]:
-    """The three cast to dtype, what is one tensor still one."""
-    done = {id(x): cast(x, dtype) for x in (query, key, value)}
-    return [done[id(x)] for x in (query, key, value)]
-
-
-def cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """As autocast does: floating-point tensors but float64."""
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
 
 
 def _composed(
@@ -169,19 +126,7 @@ def _composed(
     """The three steps one after the other, for traces, transforms and backends without kernels."""
     layout = projections.layout
     q, k, v = projections.split()
-    out = attention(
-        q,
-        k,
-        v,
-        mask=call.mask,
-        bias=call.bias,
-        scale=call.scale,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
-        backend=call.backend,
-    )
+    out = functional.run(replace(call, q=q, k=k, v=v))
     weights = dropped_weights(call, q, k, average) if need_weights else None
     return F.linear(layout.from_heads(out), *output), weights
 
@@ -266,8 +211,10 @@ class _Run:
         y = F.linear(context.flatten(0, 1), *output)
         y = torch.ops.aten._unsafe_view(y, (*context.shape[:2], y.shape[1]))
         if weights is not None:
-            shape = [size for n, size in enumerate(weights.shape) if n != 1 or not self.average]
-            weights = torch.ops.aten._unsafe_view(weights, shape).to(q.dtype)
+            if self.average:
+                batch, _, *matrix = weights.shape
+                weights = torch.ops.aten._unsafe_view(weights, (batch, *matrix))
+            weights = weights.to(q.dtype)
         return y, weights, packed, out, lse
 
     def backward(
@@ -315,7 +262,7 @@ class _MultiHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, constants: Any, fixed: Any, *tensors: Any) -> tuple[Tensor, Tensor | None]:
-        ctx.constants, ctx.fixed = constants, bool(fixed)
+        ctx.constants = constants
         run, projections, output = _gathered(constants, fixed, tensors)
         y, weights, packed, out, lse = run.forward(projections, output, need_lse=True)
         ctx.save_for_backward(out, lse, *packed, *tensors, *fixed)

@@ -142,7 +142,7 @@ class Projections:
             if rest := tuple(which for which in group if which not in dropped):
                 groups.append(rest)
                 kept.append(n)
-        weights = self.weights if len(self.weights) == 1 else tuple(self.weights[n] for n in kept)
+        weights = self.weights if self._is_packed else tuple(self.weights[n] for n in kept)
         inputs = tuple(self.inputs[n] for n in kept)
         return Projections(replace(layout, groups=tuple(groups)), inputs, weights, self.bias)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, reference
+from fastattn.autocast import without_autocast
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import _autocast, run
+from fastattn.functional import autocast, run
 from fastattn.lowering import to_4d
 from fastattn.masks import Mask, as_mask
 from fastattn.masks.space import Pairs
@@ -64,7 +65,7 @@ def attention_weights(
     """
     v = k.new_zeros(*k.shape[:-1], 1) if isinstance(k, Tensor) and k.dim() > 0 else k
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, backend=backend)
-    _autocast(call)
+    autocast(call)
     validate(call)
     dispatch.choose(call)  # raises where a forced backend is unknown, or cannot run the call
     at_rows = _index("rows", rows, q.shape[2], q.device)
@@ -73,12 +74,8 @@ def attention_weights(
     call.q, call.k, call.scale = call.q.to(dtype), call.k.to(dtype), call.scale_value()
     if isinstance(call.bias, Tensor):
         call.bias = call.bias.to(dtype)
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # Its casts are made; those within would round the weights.
-        with torch.autocast(device, enabled=False):
-            return _weights(call, at_rows, at_cols)
-    return _weights(call, at_rows, at_cols)
+    with without_autocast(q.device):  # its casts are made; those within would round the weights
+        return _weights(call, at_rows, at_cols)
 
 
 def _weights(call: Call, at_rows: Tensor | None, at_cols: Tensor | None) -> Tensor:

@@ -39,6 +39,11 @@ class KVCache:
         return self._keys is not None
 
     @property
+    def is_complete(self) -> bool:
+        """Whether it takes in no more: a static cache that is filled."""
+        return self.static and self.is_filled
+
+    @property
     def keys(self) -> Tensor:
         """[B, Hkv, length, D], a view.
 
@@ -96,7 +101,7 @@ class KVCache:
         return tensor[:, :, : self.length]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        if self.static and self._keys is not None:
+        if self.is_complete:
             raise ValueError(f"a static cache is filled once, and this one holds {self.length} tokens")
         for name, tensor in (("keys", keys), ("values", values)):
             if tensor.dim() != 4:

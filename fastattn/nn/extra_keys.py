@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.call import Call
-from fastattn.functional import attention
+from fastattn.functional import run
 from fastattn.head_weights import dropped_weights
 
 
@@ -33,22 +33,11 @@ def attend_with_extra_keys(
     Returns:
         out [B, Hq, L, D] and the weights [B, L, S + n] or [B, Hq, L, S + n], the n extra keys last.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k = call.q, call.k
     heads, head_dim = q.shape[1], q.shape[3]
     sinks = q.new_zeros(heads) if zero_attn else None
     call = replace(call, sinks=sinks)
-    out, lse = attention(
-        q,
-        k,
-        v,
-        mask=call.mask,
-        bias=call.bias,
-        sinks=sinks,
-        dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
-        return_lse=True,
-        backend=call.backend,
-    )
+    out, lse = run(replace(call, return_lse=True))
     share, columns = None, []
     if bias_k is not None and bias_v is not None:
         key, value = (_per_head(vector, heads, head_dim) for vector in (bias_k, bias_v))

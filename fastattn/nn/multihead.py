@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastattn.autocast import autocast_dtype, cast
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.dispatch import draw_seed
+from fastattn.dispatch import seed
 from fastattn.masks import Mask
-from fastattn.multi_head import autocast_dtype, cast, cast_inputs, multi_head_attention
+from fastattn.multi_head import multi_head_attention
 from fastattn.nn.cache import KVCache
 from fastattn.nn.extra_keys import attend_with_extra_keys
 from fastattn.nn.nested import attend_to_nested, is_nested_self_attention
@@ -193,7 +194,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if cache is not None:
             if not isinstance(cache, KVCache):
                 raise TypeError(f"cache must be a fastattn.nn.KVCache, got {type(cache).__name__}")
-            seqlen_k = cache.length + (0 if cache.static and cache.is_filled else seqlen_k)
+            seqlen_k = cache.length + (0 if cache.is_complete else seqlen_k)
         # torch takes the hint for the mask only where it returns no weights and there is no key padding.
         hint = is_causal and (attn_mask is None or (not need_weights and key_padding_mask is None))
         merged, bias = merge_masks(
@@ -271,15 +272,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         w_out, b_out, bias_k, bias_v = self.out_proj.weight, self.out_proj.bias, self.bias_k, self.bias_v
         dtype = autocast_dtype(query)
         if dtype is not None:
-            query, key, value = cast_inputs(query, key, value, dtype)
-            weight = (
-                tuple(cast(w, dtype) for w in weight) if isinstance(weight, tuple) else cast(weight, dtype)
+            query, key, value, weight, bias_in, w_out, b_out, bias_k, bias_v = cast(
+                (query, key, value, weight, bias_in, w_out, b_out, bias_k, bias_v), dtype
             )
-            bias_in, w_out, b_out, bias_k, bias_v = (
-                cast(t, dtype) for t in (bias_in, w_out, b_out, bias_k, bias_v)
-            )
-        is_filled = cache is not None and cache.static and cache.is_filled
-        if is_filled:  # nothing is projected again: any keys and values of the right widths will do
+        is_complete = cache is not None and cache.is_complete
+        if is_complete:  # nothing is projected again: any keys and values of the right widths will do
             nothing = query.new_empty(())
             key, value = (nothing.expand(*query.shape[:2], dim) for dim in (self.kdim, self.vdim))
         heads, heads_kv = self.num_heads, self.num_kv_heads
@@ -288,21 +285,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             query, key, value, weight, bias_in, heads, heads_kv, self.head_dim, self.batch_first
         )
         layout = projections.layout
-        if cache is not None and is_filled:
+        if cache is not None and is_complete:
             (q,) = projections.without(1, 2).split()
             k, v = cache.keys, cache.values
         else:
             q, k, v = projections.split()
         # Checked before the cache takes anything in, with stand-ins of the length that it will have.
-        seqlen_k = k.shape[2] + (0 if cache is None or is_filled else cache.length)
+        seqlen_k = k.shape[2] + (0 if cache is None or is_complete else cache.length)
         nothing = k.new_empty(()).expand(*k.shape[:2], seqlen_k, self.head_dim)
         call = Call("attention", q, nothing, nothing, mask=mask, bias=bias, dropout_p=dropout_p)
         validate(call)
-        if cache is not None and not is_filled:
+        if cache is not None and not is_complete:
             k, v = cache.append(k, v)
         call.k, call.v = k, v
-        if 0 < dropout_p < 1:
-            call.dropout_seed = draw_seed(q.device)
+        seed(call)
         out, weights = attend_with_extra_keys(call, bias_k, bias_v, self.add_zero_attn, average)
         return F.linear(layout.from_heads(out), w_out, b_out), weights
 
