@@ -44,3 +44,20 @@ def use_threads() -> Iterator:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The keyword arguments of each call that reaches our function through the override."""
+    from fastattn.integrations.torch import stand_ins
+
+    seen: list[dict] = []
+    ours = stand_ins.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs)
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(stand_ins, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(stand_ins, "_warned", set())
+    return seen

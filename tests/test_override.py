@@ -15,22 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn.integrations.torch import override_sdpa, stand_ins
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[dict]:
-    """The keyword arguments of each call that reaches our function through the override."""
-    seen: list[dict] = []
-    ours = stand_ins.scaled_dot_product_attention
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return ours(*args, **kwargs)
-
-    monkeypatch.setattr(stand_ins, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(stand_ins, "_warned", set())
-    return seen
+from fastattn.integrations.torch import override_sdpa
 
 
 def qkv(seed: int = 0) -> list[Tensor]:

@@ -12,27 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from fastattn.integrations.torch import override_sdpa, stand_ins
+from fastattn.integrations.torch import override_sdpa
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.usefixtures("native"),
 ]
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[dict]:
-    """The keyword arguments of each call that reaches our function through the override."""
-    seen: list[dict] = []
-    ours = stand_ins.scaled_dot_product_attention
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return ours(*args, **kwargs)
-
-    monkeypatch.setattr(stand_ins, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(stand_ins, "_warned", set())
-    return seen
 
 
 @pytest.fixture(scope="module")

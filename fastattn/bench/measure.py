@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def sample(contender: Contender, calls: int) -> float:
 def calls_for(seconds: float, at_least: float) -> int:
     """Calls of `seconds` each that make a sample of `at_least` seconds."""
     return max(1, round(at_least / max(seconds, 1e-9)))
+
+
+def rounds_for(seconds: Sequence[float], calls: Sequence[int], budget: float, fewest: int, most: int) -> int:
+    """Rounds of these calls, of `seconds` each, that fill the budget."""
+    a_round = sum(count * each for count, each in zip(calls, seconds, strict=True))
+    return max(fewest, min(most, math.ceil(budget / a_round)))
 
 
 def interleave(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.bench.contenders import OURS, Contender
-from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio
+from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio, rounds_for
 from fastattn.bench.report import geometric_mean
 from fastattn.bench.runner import thread_count
 from fastattn.nn import MultiheadAttention
@@ -131,9 +130,7 @@ def _run_case(case: ModuleCase, threads: int, seconds: float) -> ModuleResult:
             raise RuntimeError(f"{case.name}: the modules' results differ by {difference:.3g}")
     once = [timing.median for timing in interleave(pair, [1, 1], 2)]
     counts = [calls_for(each, MIN_SAMPLE) for each in once]
-    a_round = sum(count * each for count, each in zip(counts, once, strict=True))
-    rounds = max(5, min(60, math.ceil(seconds / a_round)))
-    ours, theirs = interleave(pair, counts, rounds)
+    ours, theirs = interleave(pair, counts, rounds_for(once, counts, seconds, fewest=5, most=60))
     return ModuleResult(case, threads, ours, theirs, ratio(theirs, ours))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastattn.bench.contenders import OURS, Contender, contenders, usable
 from fastattn.bench.machine import Ceilings
-from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio
+from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio, rounds_for
 from fastattn.bench.work import Work, work
 from fastattn.testing.bench_cases import BENCH_CASES, BenchCase
 from fastattn.testing.inputs import Inputs, make_inputs
@@ -191,8 +190,7 @@ def run_case(bench: BenchCase, inputs: Inputs, ceilings: Ceilings, options: Opti
     pair = [ways[0], best]
     seconds = [screened[way.name].median for way in pair]
     calls = [calls_for(each, options.min_sample) for each in seconds]
-    a_round = sum(count * each for count, each in zip(calls, seconds, strict=True))
-    rounds = max(options.min_rounds, min(options.max_rounds, math.ceil(options.budget / a_round)))
+    rounds = rounds_for(seconds, calls, options.budget, options.min_rounds, options.max_rounds)
     fma = [ceilings.measure_fma()]
     timed = interleave(pair, calls, rounds)
     fma.append(ceilings.measure_fma())
