@@ -25,6 +25,7 @@ constexpr int64_t kSegment = 256;  // keys per softmax step: 64 KB of packed K a
 constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
 constexpr int64_t kTaskRows =
     256;  // rows that share a packed segment: packing costs about 2% of the products
+constexpr int64_t kReused = 128;  // rows and keys of a task from which on scattered rows are worth a copy
 constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
 constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
 
@@ -150,13 +151,16 @@ class TaskRunner {
         weights_(p, task.batch, task.rows, scratch.weights),
         width_(round_to_lanes<T>(p.head_dim_v)),
         few_rows_(seq_.len_q <= kDotRows),
-        copy_values_(!few_rows_ && (!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided())) {
+        reused_(task.rows >= kReused && seq_.len_k >= kReused),
+        copy_values_(!few_rows_ && (!readable_in_place<T>(values_, p.dtype, p.head_dim_v) ||
+                                    (reused_ && !adjacent(values_, p.head_dim_v)))) {
     if (!few_rows_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
     scores_ = scratch.scores.ensure(kGroup * kSegment);
-    if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * width_);
+    if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * copy_stride<T>(p.head_dim_v));
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
     states_ = task.partial < 0 ? scratch.states.ensure(task.rows) : partial_states + task.partial;
-    if (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16)
+    const Rows queries(p, p.q, task.batch, tiles_.front().head, seq_.q_begin);
+    if (!in_accumulator_type(p.dtype) || (reused_ && !adjacent(queries, p.head_dim)))
       queries_ = scratch.queries.ensure(task.rows * p.head_dim);
   }
 
@@ -220,14 +224,15 @@ class TaskRunner {
   // The rows of V from key begin of the segment at s0, as far as `end`.
   Block<T> value_block(int64_t s0, int64_t begin, int64_t end) {
     if (!copy_values_) return block_in_place<T>(values_, s0 + begin);
+    const int64_t stride = copy_stride<T>(p_.head_dim_v);
     for (int64_t n = begin / kMaskTile; n * kMaskTile < end; ++n) {
       if (copied_tiles_ >> n & 1) continue;
       copied_tiles_ |= uint64_t{1} << n;
       const int64_t first = s0 + n * kMaskTile;
       block_copied<T>(values_, p_.dtype, first, std::min(kMaskTile, seq_.len_k - first), p_.head_dim_v,
-                      value_copy_ + n * kMaskTile * width_);
+                      value_copy_ + n * kMaskTile * stride);
     }
-    return {value_copy_ + begin * width_, width_};
+    return {value_copy_ + begin * stride, stride};
   }
 
   // Rows [i, i + rows) of a tile meet the keys of a run within the segment at s0.
@@ -239,6 +244,7 @@ class TaskRunner {
     const int64_t begin = first / kLanes<T> * kLanes<T>, end = round_to_lanes<T>(last);
     const int64_t padded = end - begin, keys = std::min(end, seq_.len_k - s0) - begin;
     const Block<T> queries = query_block(tile, i);
+    rules.prefetch(i, rows, s0 + begin, keys);
     if (few_rows_) {
       for (int64_t r = 0; r < rows; ++r)
         dot_rows<T>(
@@ -282,7 +288,7 @@ class TaskRunner {
   const Dropout dropout_;
   const WeightRows<T> weights_;
   const int64_t width_;
-  const bool few_rows_, copy_values_;
+  const bool few_rows_, reused_, copy_values_;
   T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
   uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment

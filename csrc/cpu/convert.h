@@ -83,6 +83,11 @@ FASTATTN_INLINE T to_accumulator(Float16 x) {
 #endif
 }
 
+// Whether tensors of the type hold what kernels compute with.
+FASTATTN_INLINE bool in_accumulator_type(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64;
+}
+
 // A vector of consecutive elements.
 template <class T, class Source>
 FASTATTN_INLINE Vec<T> load_as(const Source* p) {
@@ -255,20 +260,14 @@ FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
 }
 #endif
 
-// Rows padded to whole vectors: dst[r * padded + d].
+// Rows padded with zeros to whole vectors: dst[r * stride + d].
 template <class T, class RowOf>
-void pack_rows(const RowOf& row_of, DType dtype, int64_t rows, int64_t dim, T* dst) {
-  const int64_t padded = round_to_lanes<T>(dim);
+void pack_rows(const RowOf& row_of, DType dtype, int64_t rows, int64_t dim, T* dst, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    load_row<T>(row_of(r), dtype, dim, T{1}, dst + r * padded);
-    std::fill(dst + r * padded + dim, dst + (r + 1) * padded, T{0});
+    T* row = dst + r * stride;
+    load_row<T>(row_of(r), dtype, dim, T{1}, row);
+    std::fill(row + dim, row + round_to_lanes<T>(dim), T{0});
   }
-}
-
-// Whether kernels may read the rows of a tensor where they lie: in the accumulator's type, and whole vectors.
-template <class T>
-bool readable_in_place(DType dtype, int64_t dim) {
-  return (dtype == DType::kFloat32 || dtype == DType::kFloat64) && dim % kLanes<T> == 0;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

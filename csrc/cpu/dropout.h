@@ -38,30 +38,35 @@ struct PhiloxLanes {
   }
 };
 
-// words[j] for the keys [64 * block, 64 * block + 64) of row i.
+// words[j] for the keys [64 * block, 64 * block + 64) of row i. All chains advance together: a round of one waits for
+// the multiplication of its last.
 inline void dropout_words(uint64_t seed, uint32_t bh, uint32_t i, uint32_t block, uint32_t* words) {
   constexpr int kHalf = kLanes<uint64_t>;
-  for (int first = 0; first < 16; first += 2 * kHalf) {
-    PhiloxLanes even{{}, splat<uint64_t>(i), splat<uint64_t>(bh), {}}, odd = even;
-    for (int n = 0; n < kHalf; ++n) {
-      even.c0[n] = uint64_t{16} * block + first + 2 * n;
-      odd.c0[n] = even.c0[n] + 1;
-    }
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  constexpr int kChains = 16 / kHalf;  // an even counter and the odd one above it share 64 bits in the end
+  PhiloxLanes chain[kChains];
+#pragma GCC unroll 8
+  for (int c = 0; c < kChains; ++c) {
+    chain[c] = PhiloxLanes{Vec<uint64_t>{}, splat<uint64_t>(i), splat<uint64_t>(bh), Vec<uint64_t>{}};
+    for (int n = 0; n < kHalf; ++n)
+      chain[c].c0[n] = uint64_t{16} * block + 2 * kHalf * (c / 2) + 2 * n + c % 2;
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      even.round(k0, k1);
-      odd.round(k0, k1);
-      k0 += kPhiloxWeyl0;
-      k1 += kPhiloxWeyl1;
-    }
-    const auto put = [&](int word, Vec<uint64_t> e, Vec<uint64_t> o) {
-      store(words + 16 * word + first, (Vec<uint32_t>)((e & 0xFFFFFFFFull) | (o << 32)));
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c) chain[c].round(k0, k1);
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; c += 2) {
+    const auto put = [&](int word, Vec<uint64_t> even, Vec<uint64_t> odd) {
+      store(words + 16 * word + kHalf * c, (Vec<uint32_t>)((even & 0xFFFFFFFFull) | (odd << 32)));
     };
-    put(0, even.c0, odd.c0);
-    put(1, even.c1, odd.c1);
-    put(2, even.c2, odd.c2);
-    put(3, even.c3, odd.c3);
+    put(0, chain[c].c0, chain[c + 1].c0);
+    put(1, chain[c].c1, chain[c + 1].c1);
+    put(2, chain[c].c2, chain[c + 1].c2);
+    put(3, chain[c].c3, chain[c + 1].c3);
   }
 }
 

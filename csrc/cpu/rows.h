@@ -38,8 +38,25 @@ class Rows {
   bool paged_ = false;
 };
 
-// A block of rows in the accumulator's type, padded to whole vectors: where they lie if they can be read
-// there, else a copy in scratch.
+// The stride of copied rows of n elements: an odd number of cache lines, which spreads a column of rows over all
+// sets of a cache. Rows a power of two of lines apart share a few sets and push one another out.
+template <class T>
+constexpr int64_t copy_stride(int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  return ((n + kLine - 1) / kLine | 1) * kLine;
+}
+
+// Whether kernels can read rows where they lie: in the accumulator's type, whole vectors, one stride apart.
+template <class T>
+bool readable_in_place(const Rows& rows, DType dtype, int64_t dim) {
+  return in_accumulator_type(dtype) && dim % kLanes<T> == 0 && rows.strided();
+}
+
+// Whether rows lie next to one another. Those of several heads side by side have a stride that leaves them few sets
+// of the caches and a page each: read often enough, a copy is better.
+inline bool adjacent(const Rows& rows, int64_t dim) { return rows.strided() && rows.stride() == dim; }
+
+// A block of rows in the accumulator's type, padded to whole vectors, where they lie or copied.
 template <class T>
 struct Block {
   const T* data;
@@ -53,8 +70,9 @@ Block<T> block_in_place(const Rows& rows, int64_t first) {
 
 template <class T>
 Block<T> block_copied(const Rows& rows, DType dtype, int64_t first, int64_t count, int64_t dim, T* scratch) {
-  pack_rows<T>([&](int64_t r) { return rows(first + r); }, dtype, count, dim, scratch);
-  return {scratch, round_to_lanes<T>(dim)};
+  const int64_t stride = copy_stride<T>(dim);
+  pack_rows<T>([&](int64_t r) { return rows(first + r); }, dtype, count, dim, scratch, stride);
+  return {scratch, stride};
 }
 
 }  // namespace fastattn::FASTATTN_ISA

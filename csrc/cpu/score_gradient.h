@@ -38,7 +38,7 @@ class GradTile {
         lse_(rows.lse(b, h)),
         residual_(rows.residual(b, h)),
         delta_(rows.delta(b, h)) {
-    const int64_t width = std::max(round_to_lanes<T>(p.head_dim), round_to_lanes<T>(p.head_dim_v));
+    const int64_t width = std::max(copy_stride<T>(p.head_dim), copy_stride<T>(p.head_dim_v));
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
     key_copy_ = scratch.keys.ensure(kKeyTile * width);
@@ -66,15 +66,15 @@ class GradTile {
 
   // The tile's rows of K, to multiply dS with.
   Block<T> key_block() const {
-    if (readable_in_place<T>(p_.dtype, p_.head_dim)) return block_in_place<T>(keys_, j0_);
+    if (readable_in_place<T>(keys_, p_.dtype, p_.head_dim)) return block_in_place<T>(keys_, j0_);
     return block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
   }
 
   void load_queries(int64_t i0, int64_t i1) {
-    query_block_ = readable_in_place<T>(p_.dtype, p_.head_dim)
+    query_block_ = readable_in_place<T>(queries_, p_.dtype, p_.head_dim)
                        ? block_in_place<T>(queries_, i0)
                        : block_copied<T>(queries_, p_.dtype, i0, i1 - i0, p_.head_dim, query_copy_);
-    dout_block_ = readable_in_place<T>(p_.dtype, p_.head_dim_v)
+    dout_block_ = readable_in_place<T>(douts_, p_.dtype, p_.head_dim_v)
                       ? block_in_place<T>(douts_, i0)
                       : block_copied<T>(douts_, p_.dtype, i0, i1 - i0, p_.head_dim_v, dout_copy_);
     i0_ = i0;
@@ -93,6 +93,7 @@ class GradTile {
     const KeyRange range{columns.begin / kLanes<T> * kLanes<T>, round_to_lanes<T>(columns.end)};
     const int64_t r0 = i - i0_, n = range.end - range.begin,
                   keys = std::min(range.end, j1_ - j0_) - range.begin;
+    rules_.prefetch(i, rows, j0_ + range.begin, keys);
     T* p0 = probabilities_ + r0 * kKeyTile;
     T* ds0 = gradients_ + r0 * kKeyTile;
     gemm_panels<T>(rows, range.begin, range.end, p_.head_dim, query_block_.data + r0 * query_block_.stride,

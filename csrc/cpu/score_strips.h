@@ -20,7 +20,7 @@ void for_each_strip(const AttentionParams& p, const ScoreRules<T>& rules, int64_
   const Rows queries(p, p.q, b, h, seq.q_begin);
   panels.ensure(kStrip * p.head_dim);
   scores.ensure(rows * kStrip);
-  copies.ensure(rows * round_to_lanes<T>(p.head_dim));
+  copies.ensure(rows * copy_stride<T>(p.head_dim));
   const Block<T> block = block_copied<T>(queries, p.dtype, i0, rows, p.head_dim, copies.data());
   const KeyRange hull = rules.rows_keys(i0, i0 + rows);
   for (int64_t j0 = hull.begin / kStrip * kStrip; j0 < hull.end; j0 += kStrip)
