@@ -2,9 +2,9 @@
 //
 //   S = Q K^T   dP = dO V^T   dS = P * (dP - delta)   dV += P^T dO   dK += dS^T Q   dQ += dS K
 //
-// Keys go in tiles of 64, whose dK and dV stay in L2 while the query tiles that see them pass by. Tiles form
-// up to 8 chunks by the number of keys alone; each chunk has its own partial dQ, and the partials are added
-// in ascending order, so that the bits do not depend on how many threads took part.
+// Keys go in tiles of 64, whose dK and dV stay in L1 and L2 while the query tiles that see them pass by.
+// Tiles form up to 8 chunks by the number of keys alone; each chunk has its own partial dQ, and the partials
+// are added in ascending order, so that the bits do not depend on how many threads took part.
 #include <algorithm>
 #include <cmath>
 
@@ -20,32 +20,40 @@ namespace {
 
 constexpr int64_t kMaxChunks = 8;
 constexpr int64_t kMinChunkKeys = 256;
-constexpr int64_t kPartialBytes = 64 << 20;  // of partial dQ at a time, where there are several heads
+constexpr int64_t kLocalBytes = 1 << 20;         // of dQ that a task keeps to itself: it stays in L2
+constexpr int64_t kPartialBytes = 4 << 20;       // of partial dQ at a time, for each thread: they stay in L3
+constexpr int64_t kMostPartialBytes = 64 << 20;  // for all threads
 
-// One key-value head of one batch entry.
+// Query heads [head_begin, head_end) of one key-value head of one batch entry.
 struct Unit {
-  int64_t batch, head_kv;
+  int64_t batch, head_kv, head_begin, head_end;
   Sequence seq;
   int64_t chunk_keys, num_chunks;
-  int64_t accumulator;  // its first row in the buffers of dK and dV
+  bool first, last;  // whether the group's heads begin, and end, with these
+  bool local;        // whether the only chunk finishes dQ itself
+
+  int64_t heads() const { return head_end - head_begin; }
+  bool whole() const { return first && last; }
 };
 
-// A chunk of a unit's keys, for one of its query heads; rows are those of its partial dQ.
+// What a chunk of keys adds to one query head's dQ: rows of that head, and where they begin in the partial
+// dQ.
+struct Part {
+  KeyRange rows;
+  int64_t first;
+};
+
+// A chunk of a unit's keys, with a Part for each of its heads.
 struct Chunk {
   const Unit* unit;
-  int64_t head, key_begin, key_end;
-  KeyRange rows;
-  int64_t partial;  // its first row in the buffer of partial dQ
+  int64_t key_begin, key_end, parts;
 };
 
-Unit make_unit(const AttentionParams& p, int64_t b, int64_t head_kv) {
-  Unit u{b, head_kv, sequence_of(p, b), 0, 0, 0};
-  const int64_t chunks = std::clamp<int64_t>(u.seq.len_k / kMinChunkKeys, 1, kMaxChunks);
-  const int64_t tiles = (u.seq.len_k + kKeyTile - 1) / kKeyTile;
-  u.chunk_keys = std::max<int64_t>(1, (tiles + chunks - 1) / chunks) * kKeyTile;
-  u.num_chunks = (u.seq.len_k + u.chunk_keys - 1) / u.chunk_keys;
-  return u;
-}
+template <class T>
+struct BackwardScratch {
+  GradScratch<T> tile;
+  Buffer<T> dk, dv, dq, sum;
+};
 
 template <class T>
 class Backward {
@@ -57,111 +65,149 @@ class Backward {
         width_q_(round_to_lanes<T>(p.head_dim)),
         width_v_(round_to_lanes<T>(p.head_dim_v)) {}
 
-  // Units go in waves whose partial dQ fit in kPartialBytes; at least one unit a wave.
+  // Units go in waves whose partial dQ fit in the limit; at least one unit a wave.
   void run() {
-    Vector<Unit> wave;
+    const int64_t limit = std::min<int64_t>(kMostPartialBytes, p_.num_threads * kPartialBytes);
     int64_t bytes = 0;
     for (int64_t b = 0; b < p_.batch; ++b)
       for (int64_t h = 0; h < p_.num_heads_kv; ++h) {
-        const Unit u = make_unit(p_, b, h);
-        const int64_t more = u.num_chunks * u.seq.len_q * width_q_ * static_cast<int64_t>(sizeof(T));
-        if (!wave.empty() && bytes + more > kPartialBytes) {
-          run_wave(wave);
-          wave.clear();
-          bytes = 0;
+        Unit u = make_unit(b, h);
+        const int64_t head_bytes = u.num_chunks * u.seq.len_q * width_q_ * static_cast<int64_t>(sizeof(T));
+        u.local = u.num_chunks == 1 && group_ * head_bytes <= kLocalBytes;
+        const int64_t heads =
+            u.local ? group_ : std::clamp<int64_t>(limit / std::max<int64_t>(1, head_bytes), 1, group_);
+        for (int64_t g = 0; g < group_; g += heads) {
+          u.head_begin = h * group_ + g;
+          u.head_end = std::min((h + 1) * group_, u.head_begin + heads);
+          u.first = g == 0;
+          u.last = g + heads >= group_;
+          const int64_t more = u.local ? 0 : u.heads() * head_bytes;
+          // Parts of a group add to the same dK and dV, one after the other: each has a wave of its own.
+          const bool alone = heads < group_;
+          if (alone || bytes + more > limit) {
+            run_wave();
+            bytes = 0;
+          }
+          units_.push_back(u);
+          bytes += alone ? limit + 1 : more;
         }
-        wave.push_back(u);
-        bytes += more;
       }
-    if (!wave.empty()) run_wave(wave);
+    run_wave();
   }
 
  private:
-  void run_wave(Vector<Unit>& units) {
-    int64_t keys = 0;
-    for (Unit& u : units) {
-      u.accumulator = keys;
-      keys += u.seq.len_k;
-    }
-    dk_.ensure(keys * width_q_);
-    dv_.ensure(keys * width_v_);
-    for (int64_t g = 0; g < group_; ++g) {
-      const Vector<Chunk> chunks = plan(units, g);
-      parallel_tasks(p_.num_threads, static_cast<int64_t>(chunks.size()),
-                     [&](int, int64_t n) { run_chunk(chunks[n], g); });
-      finish_queries(units, chunks, g);
-    }
+  Unit make_unit(int64_t b, int64_t head_kv) const {
+    Unit u{};
+    u.batch = b;
+    u.head_kv = head_kv;
+    u.seq = sequence_of(p_, b);
+    const int64_t chunks = std::clamp<int64_t>(u.seq.len_k / kMinChunkKeys, 1, kMaxChunks);
+    const int64_t tiles = (u.seq.len_k + kKeyTile - 1) / kKeyTile;
+    u.chunk_keys = std::max<int64_t>(1, (tiles + chunks - 1) / chunks) * kKeyTile;
+    u.num_chunks = (u.seq.len_k + u.chunk_keys - 1) / u.chunk_keys;
+    return u;
   }
 
-  Vector<Chunk> plan(const Vector<Unit>& units, int64_t g) {
-    Vector<Chunk> chunks;
-    int64_t rows = 0;
-    for (const Unit& u : units) {
-      const ScoreRules<T> rules(p_, u.batch, u.head_kv * group_ + g, u.seq);
+  void run_wave() {
+    plan();
+    parallel_tasks(p_.num_threads, static_cast<int64_t>(chunks_.size()),
+                   [&](int, int64_t n) { run_chunk(chunks_[n]); });
+    finish_queries();
+    units_.clear();
+  }
+
+  void plan() {
+    chunks_.clear();
+    parts_.clear();
+    int64_t rows = 0, keys = 0;
+    for (const Unit& u : units_) {
+      if (!u.whole()) keys = u.seq.len_k;
       for (int64_t n = 0; n < u.num_chunks; ++n) {
-        Chunk c{
-            &u,  u.head_kv * group_ + g, n * u.chunk_keys, std::min(u.seq.len_k, (n + 1) * u.chunk_keys), {},
-            rows};
-        c.rows = rules.visiting_rows(c.key_begin, c.key_end);
-        if (c.rows.empty()) c.rows = {0, 0};
-        // Whole tiles: run_key_tile adds to every row of a tile that any of its rows reaches.
-        c.rows.begin = c.rows.begin / kMaskTile * kMaskTile;
-        c.rows.end = std::min(u.seq.len_q, (c.rows.end + kMaskTile - 1) / kMaskTile * kMaskTile);
-        rows += c.rows.end - c.rows.begin;
-        chunks.push_back(c);
+        const int64_t begin = n * u.chunk_keys, end = std::min(u.seq.len_k, begin + u.chunk_keys);
+        chunks_.push_back({&u, begin, end, static_cast<int64_t>(parts_.size())});
+        int64_t local_rows = 0;
+        for (int64_t h = u.head_begin; h < u.head_end; ++h) {
+          KeyRange range = ScoreRules<T>(p_, u.batch, h, u.seq).visiting_rows(begin, end);
+          if (range.empty()) range = {0, 0};
+          // Whole tiles: run_query_tile adds to every row of a tile that any of its rows reaches.
+          range.begin = range.begin / kMaskTile * kMaskTile;
+          range.end = std::min(u.seq.len_q, (range.end + kMaskTile - 1) / kMaskTile * kMaskTile);
+          int64_t& first = u.local ? local_rows : rows;
+          parts_.push_back({range, first});
+          first += range.end - range.begin;
+        }
       }
     }
     partial_dq_.ensure(rows * width_q_);
-    return chunks;
+    dk_.ensure(keys * width_q_);
+    dv_.ensure(keys * width_v_);
   }
 
-  void run_chunk(const Chunk& c, int64_t g) {
-    static thread_local GradScratch<T> scratch;
+  void run_chunk(const Chunk& c) {
+    static thread_local BackwardScratch<T> scratch;
     const Unit& u = *c.unit;
-    T* dk = dk_.data() + (u.accumulator + c.key_begin) * width_q_;
-    T* dv = dv_.data() + (u.accumulator + c.key_begin) * width_v_;
-    T* dq = partial_dq_.data() + c.partial * width_q_;
-    const int64_t keys = c.key_end - c.key_begin;
-    if (g == 0) {
-      std::fill(dk, dk + keys * width_q_, T{0});
-      std::fill(dv, dv + keys * width_v_, T{0});
-    }
-    std::fill(dq, dq + (c.rows.end - c.rows.begin) * width_q_, T{0});
-    GradTile<T> tile(p_, rows_, u.batch, c.head, scratch);
+    const Part* parts = parts_.data() + c.parts;
+    int64_t rows = 0;
+    for (int64_t n = 0; n < u.heads(); ++n) rows += parts[n].rows.end - parts[n].rows.begin;
+    T* dq = u.local ? scratch.dq.ensure(rows * width_q_) : partial_dq_.data() + parts[0].first * width_q_;
+    std::fill(dq, dq + rows * width_q_, T{0});
+    Vector<GradTile<T>> heads;
+    heads.reserve(u.heads());
+    for (int64_t h = u.head_begin; h < u.head_end; ++h)
+      heads.emplace_back(p_, rows_, u.batch, h, scratch.tile);
     for (int64_t j0 = c.key_begin; j0 < c.key_end; j0 += kKeyTile)
-      run_key_tile(tile, c, j0, std::min(c.key_end, j0 + kKeyTile), dq, dk + (j0 - c.key_begin) * width_q_,
-                   dv + (j0 - c.key_begin) * width_v_);
-    if (g == group_ - 1) finish_keys(u, c);
+      run_key_tile(heads, c, j0, std::min(c.key_end, j0 + kKeyTile), dq, scratch);
+    if (!u.local) return;
+    T* sum = scratch.sum.ensure(width_q_);
+    for (int64_t n = 0; n < u.heads(); ++n)
+      for (int64_t i = 0; i < u.seq.len_q; ++i) finish_query(u, parts + n, u.head_begin + n, i, dq, sum);
   }
 
-  void run_key_tile(GradTile<T>& tile, const Chunk& c, int64_t j0, int64_t j1, T* dq, T* dk, T* dv) {
-    bool loaded = false;
-    Block<T> keys{};
-    tile.rules().for_each_query_tile(j0, j1, [&](int64_t query_tile, const int32_t* tile_bits) {
-      const int64_t i0 = query_tile * kMaskTile, i1 = std::min(c.unit->seq.len_q, i0 + kMaskTile);
-      const KeyRange hull = tile.rules().rows_keys(i0, i1);
-      if (std::max(hull.begin, j0) >= std::min(hull.end, j1)) return;
-      if (!loaded) {
-        tile.load_keys(j0, j1);
-        keys = tile.key_block();
-        loaded = true;
+  // The whole of what a tile of keys takes part in.
+  void run_key_tile(Vector<GradTile<T>>& heads, const Chunk& c, int64_t j0, int64_t j1, T* dq,
+                    BackwardScratch<T>& scratch) {
+    const Unit& u = *c.unit;
+    T* dk = u.whole() ? scratch.dk.ensure(kKeyTile * width_q_) : dk_.data() + j0 * width_q_;
+    T* dv = u.whole() ? scratch.dv.ensure(kKeyTile * width_v_) : dv_.data() + j0 * width_v_;
+    if (u.first) {
+      std::fill(dk, dk + (j1 - j0) * width_q_, T{0});
+      std::fill(dv, dv + (j1 - j0) * width_v_, T{0});
+    }
+    const Part* parts = parts_.data() + c.parts;
+    bool packed = false;
+    for (int64_t n = 0; n < u.heads(); ++n) {
+      GradTile<T>& tile = heads[n];
+      tile.set_keys(j0, j1);
+      T* head_dq = dq + (parts[n].first - parts[0].first - parts[n].rows.begin) * width_q_;
+      tile.rules().for_each_query_tile(j0, j1, [&](int64_t query_tile, const int32_t* tile_bits) {
+        const int64_t i0 = query_tile * kMaskTile, i1 = std::min(u.seq.len_q, i0 + kMaskTile);
+        const KeyRange hull = tile.rules().rows_keys(i0, i1);
+        if (std::max(hull.begin, j0) >= std::min(hull.end, j1)) return;
+        if (!packed) tile.pack_keys();
+        packed = true;
+        run_query_tile(tile, tile_bits, i0, i1, head_dq);
+        add_key_gradients(tile, i0, i1, j0, j1, dk, dv);
+      });
+    }
+    if (u.last) finish_keys(u, j0, j1, dk, dv);
+  }
+
+  // P and dS of one tile, and dQ += dS K.
+  void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq) {
+    const Block<T>& keys = tile.key_block();
+    tile.load_queries(i0, i1);
+    for (int64_t i = i0; i < i1; i += kGradGroup) {
+      const int64_t rows = std::min(kGradGroup, i1 - i);
+      const KeyRange columns = tile.columns(i, rows);
+      if (columns.empty()) {
+        tile.clear(i, rows);
+        continue;
       }
-      tile.load_queries(i0, i1);
-      for (int64_t i = i0; i < i1; i += kGradGroup) {
-        const int64_t rows = std::min(kGradGroup, i1 - i);
-        const KeyRange columns = tile.columns(i, rows);
-        if (columns.empty()) {
-          tile.clear(i, rows);
-          continue;
-        }
-        tile.compute(tile_bits, i, rows, columns, false);
-        gemm<T, false>(rows, width_q_, columns.end - columns.begin,
-                       tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
-                       keys.data + columns.begin * keys.stride, keys.stride,
-                       dq + (i - c.rows.begin) * width_q_, width_q_, true);
-      }
-      add_key_gradients(tile, i0, i1, j0, j1, dk, dv);
-    });
+      tile.compute(tile_bits, i, rows, columns, false);
+      gemm<T, false>(rows, width_q_, columns.end - columns.begin,
+                     tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
+                     keys.data + columns.begin * keys.stride, keys.stride, dq + i * width_q_, width_q_, true);
+    }
   }
 
   // dV += P^T dO and dK += dS^T Q, each group of keys over the rows that its band reaches.
@@ -183,16 +229,11 @@ class Backward {
     }
   }
 
-  void finish_keys(const Unit& u, const Chunk& c) {
-    Vector<T> dk_exact(width_q_), dv_exact(width_v_);
-    for (int64_t j = c.key_begin; j < c.key_end; ++j) {
-      const T* dk = dk_.data() + (u.accumulator + j) * width_q_;
-      const T* dv = dv_.data() + (u.accumulator + j) * width_v_;
-      if (!all_finite(dk, width_q_) || !all_finite(dv, width_v_)) {
-        exact_dkv(p_, rows_, u.batch, u.head_kv, j, dk_exact.data(), dv_exact.data());
-        dk = dk_exact.data();
-        dv = dv_exact.data();
-      }
+  // Rows [j0, j1) of dK and dV, whose sums are dk and dv.
+  void finish_keys(const Unit& u, int64_t j0, int64_t j1, T* dk, T* dv) {
+    for (int64_t j = j0; j < j1; ++j, dk += width_q_, dv += width_v_) {
+      if (!all_finite(dk, width_q_) || !all_finite(dv, width_v_))
+        exact_dkv(p_, rows_, u.batch, u.head_kv, j, dk, dv);
       store_row<T>(dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
                    row_address(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
       store_row<T>(dv, T{1}, p_.dtype, p_.head_dim_v,
@@ -200,45 +241,51 @@ class Backward {
     }
   }
 
-  void finish_queries(const Vector<Unit>& units, const Vector<Chunk>& chunks, int64_t g) {
+  // Adds up the partial dQ of the wave, each row's in ascending order of keys.
+  void finish_queries() {
     struct RowBlock {
       const Unit* unit;
-      const Chunk* chunks;
-      int64_t begin, end;
+      int64_t chunk, head, begin, end;
     };
     Vector<RowBlock> blocks;
-    const Chunk* first = chunks.data();
-    for (const Unit& u : units) {
-      for (int64_t i = 0; i < u.seq.len_q; i += kMaskTile)
-        blocks.push_back({&u, first, i, std::min(u.seq.len_q, i + kMaskTile)});
-      first += u.num_chunks;
+    int64_t chunk = 0;
+    for (const Unit& u : units_) {
+      if (!u.local)
+        for (int64_t h = u.head_begin; h < u.head_end; ++h)
+          for (int64_t i = 0; i < u.seq.len_q; i += kMaskTile)
+            blocks.push_back({&u, chunk, h, i, std::min(u.seq.len_q, i + kMaskTile)});
+      chunk += u.num_chunks;
     }
     parallel_tasks(p_.num_threads, static_cast<int64_t>(blocks.size()), [&](int, int64_t n) {
       const RowBlock& block = blocks[n];
+      const Part* parts = parts_.data() + chunks_[block.chunk].parts + block.head - block.unit->head_begin;
       Vector<T> sum(width_q_);
       for (int64_t i = block.begin; i < block.end; ++i)
-        finish_query(*block.unit, block.chunks, block.unit->head_kv * group_ + g, i, sum);
+        finish_query(*block.unit, parts, block.head, i, partial_dq_.data(), sum.data());
     });
   }
 
-  void finish_query(const Unit& u, const Chunk* chunks, int64_t h, int64_t i, Vector<T>& sum) {
-    std::fill(sum.begin(), sum.end(), T{0});
-    for (int64_t n = 0; n < u.num_chunks; ++n) {
-      const Chunk& c = chunks[n];
-      if (i < c.rows.begin || i >= c.rows.end) continue;
-      const T* part = partial_dq_.data() + (c.partial + i - c.rows.begin) * width_q_;
+  // Row i of dQ of head h. parts: of its first chunk; those of the next lie one unit's heads further.
+  void finish_query(const Unit& u, const Part* parts, int64_t h, int64_t i, const T* partial, T* sum) {
+    std::fill(sum, sum + width_q_, T{0});
+    for (int64_t n = 0; n < u.num_chunks; ++n, parts += u.heads()) {
+      if (i < parts->rows.begin || i >= parts->rows.end) continue;
+      const T* part = partial + (parts->first + i - parts->rows.begin) * width_q_;
       for (int64_t d = 0; d < width_q_; ++d) sum[d] += part[d];
     }
-    void* dq = row_address(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i));
-    const T scale = static_cast<T>(p_.scale);
-    if (!all_finite(sum.data(), width_q_)) exact_dq(p_, rows_, u.batch, h, i, sum.data());
-    store_row<T>(sum.data(), scale, p_.dtype, p_.head_dim, dq);
+    if (!all_finite(sum, width_q_)) exact_dq(p_, rows_, u.batch, h, i, sum);
+    store_row<T>(sum, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
+                 row_address(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i)));
   }
 
   const AttentionBackwardParams& p_;
   const RowGradients<T>& rows_;
   const int64_t group_, width_q_, width_v_;
-  Buffer<T> dk_, dv_, partial_dq_;
+  Vector<Unit> units_;    // of the wave
+  Vector<Chunk> chunks_;  // in the order of units, a unit's chunks by ascending keys
+  Vector<Part> parts_;
+  Buffer<T> dk_, dv_;  // of a unit that is not whole, which has a wave of its own
+  Buffer<T> partial_dq_;
 };
 
 // d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse)

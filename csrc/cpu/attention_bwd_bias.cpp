@@ -102,7 +102,10 @@ class BiasPass {
       if (i0 < range_rows.begin || i0 >= range_rows.end) return;
       const KeyRange hull = tile.rules().rows_keys(i0, i1);
       if (std::max(hull.begin, j0) >= std::min(hull.end, j1)) return;
-      if (!loaded) tile.load_keys(j0, j1);
+      if (!loaded) {
+        tile.set_keys(j0, j1);
+        tile.pack_keys();
+      }
       loaded = true;
       tile.load_queries(i0, i1);
       for (int64_t i = i0; i < i1; i += kGradGroup) {

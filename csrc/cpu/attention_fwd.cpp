@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kSegment = 256;  // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
 constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
 constexpr int64_t kTaskRows =
-    256;  // rows that share a packed segment: packing costs about 2% of the products
+    256;                          // rows that share a packed segment: packing costs about 2% of the products
 constexpr int64_t kReused = 128;  // rows and keys of a task from which on scattered rows are worth a copy
 constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
 constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split

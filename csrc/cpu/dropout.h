@@ -38,8 +38,8 @@ struct PhiloxLanes {
   }
 };
 
-// words[j] for the keys [64 * block, 64 * block + 64) of row i. All chains advance together: a round of one waits for
-// the multiplication of its last.
+// words[j] for the keys [64 * block, 64 * block + 64) of row i. All chains advance together: a round of one
+// waits for the multiplication of its last.
 inline void dropout_words(uint64_t seed, uint32_t bh, uint32_t i, uint32_t block, uint32_t* words) {
   constexpr int kHalf = kLanes<uint64_t>;
   constexpr int kChains = 16 / kHalf;  // an even counter and the odd one above it share 64 bits in the end

@@ -17,7 +17,8 @@ void exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int
   ExactSum sum(p.head_dim);
   for (int64_t j0 = keys.begin / kKeyTile * kKeyTile; j0 < keys.end && !sum.lost(); j0 += kKeyTile)
     tile.rules().for_each_run(i, i + 1, j0, j0 + kKeyTile, [&](const Run& run) {
-      tile.load_keys(j0, std::min(tile.sequence().len_k, j0 + kKeyTile));
+      tile.set_keys(j0, std::min(tile.sequence().len_k, j0 + kKeyTile));
+      tile.pack_keys();
       tile.load_queries(i, i + 1);
       tile.compute(run.tile_bits, i, 1, tile.columns(i, 1), false);
       const Block<T> block = tile.key_block();
@@ -38,7 +39,8 @@ void exact_dkv(const AttentionBackwardParams& p, const RowGradients<T>& rows, in
   ExactSum sum_k(p.head_dim), sum_v(p.head_dim_v);
   for (int64_t h = head_kv * group; h < (head_kv + 1) * group; ++h) {
     GradTile<T> tile(p, rows, b, h, scratch);
-    tile.load_keys(j, j + 1);
+    tile.set_keys(j, j + 1);
+    tile.pack_keys();
     tile.rules().for_each_query_tile(j, j + 1, [&](int64_t query_tile, const int32_t* tile_bits) {
       const int64_t i0 = query_tile * kMaskTile, i1 = std::min(tile.sequence().len_q, i0 + kMaskTile);
       const KeyRange column = tile.columns(i0, i1 - i0);

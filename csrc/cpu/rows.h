@@ -38,8 +38,8 @@ class Rows {
   bool paged_ = false;
 };
 
-// The stride of copied rows of n elements: an odd number of cache lines, which spreads a column of rows over all
-// sets of a cache. Rows a power of two of lines apart share a few sets and push one another out.
+// The stride of copied rows of n elements: an odd number of cache lines, which spreads a column of rows over
+// all sets of a cache. Rows a power of two of lines apart share a few sets and push one another out.
 template <class T>
 constexpr int64_t copy_stride(int64_t n) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
@@ -52,8 +52,8 @@ bool readable_in_place(const Rows& rows, DType dtype, int64_t dim) {
   return in_accumulator_type(dtype) && dim % kLanes<T> == 0 && rows.strided();
 }
 
-// Whether rows lie next to one another. Those of several heads side by side have a stride that leaves them few sets
-// of the caches and a page each: read often enough, a copy is better.
+// Whether rows lie next to one another. Those of several heads side by side have a stride that leaves them
+// few sets of the caches and a page each: read often enough, a copy is better.
 inline bool adjacent(const Rows& rows, int64_t dim) { return rows.strided() && rows.stride() == dim; }
 
 // A block of rows in the accumulator's type, padded to whole vectors, where they lie or copied.

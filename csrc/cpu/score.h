@@ -143,8 +143,9 @@ class ScoreRules {
     if (run.tile_bits != nullptr) apply_bits(run, i, j0, n, s);
   }
 
-  // Asks for what apply will read of rows [i, i + rows) and keys [j0, j0 + n). A product's worth of time ahead it is
-  // there when needed: a mask of 1024 x 1024 is larger than an L2, and its rows too short for the hardware to guess.
+  // Asks for what apply will read of rows [i, i + rows) and keys [j0, j0 + n). A product's worth of time
+  // ahead it is there when needed: a mask of 1024 x 1024 is larger than an L2, and its rows too short for the
+  // hardware to guess.
   FASTATTN_INLINE void prefetch(int64_t i, int64_t rows, int64_t j0, int64_t n) const {
     if (p_.mask.data != nullptr) prefetch_rows(p_.mask, 1, i, rows, j0, n);
     if (p_.bias.data != nullptr) prefetch_rows(p_.bias, element_size(p_.bias_dtype), i, rows, j0, n);
@@ -185,7 +186,8 @@ class ScoreRules {
   }
 
   // Inline, since GCC drops calls of functions that do nothing but prefetch.
-  FASTATTN_INLINE void prefetch_rows(const Tensor& t, int64_t size, int64_t i, int64_t rows, int64_t j0, int64_t n) const {
+  FASTATTN_INLINE void prefetch_rows(const Tensor& t, int64_t size, int64_t i, int64_t rows, int64_t j0,
+                                     int64_t n) const {
     constexpr int64_t kLine = 64;
     if (t.col != 1) return;
     const char* row = static_cast<const char*>(t.data) + (t.offset(b_, h_, i) + j0) * size;

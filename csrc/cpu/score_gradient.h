@@ -55,19 +55,25 @@ class GradTile {
   const Block<T>& query_block() const { return query_block_; }
   const Block<T>& dout_block() const { return dout_block_; }
 
-  void load_keys(int64_t j0, int64_t j1) {
+  // Turns to the keys [j0, j1) of one tile.
+  void set_keys(int64_t j0, int64_t j1) {
     j0_ = j0;
     j1_ = j1;
-    pack_panels<T>([&](int64_t c) { return keys_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim,
+  }
+
+  // Packs that tile, for all heads that share its keys and the scratch.
+  void pack_keys() {
+    pack_panels<T>([&](int64_t c) { return keys_(j0_ + c); }, p_.dtype, j1_ - j0_, p_.head_dim,
                    static_cast<T>(p_.scale), key_panels_);
-    pack_panels<T>([&](int64_t c) { return values_(j0 + c); }, p_.dtype, j1 - j0, p_.head_dim_v, T{1},
+    pack_panels<T>([&](int64_t c) { return values_(j0_ + c); }, p_.dtype, j1_ - j0_, p_.head_dim_v, T{1},
                    value_panels_);
+    if (!keys_in_place()) block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
   }
 
   // The tile's rows of K, to multiply dS with.
   Block<T> key_block() const {
-    if (readable_in_place<T>(keys_, p_.dtype, p_.head_dim)) return block_in_place<T>(keys_, j0_);
-    return block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
+    if (keys_in_place()) return block_in_place<T>(keys_, j0_);
+    return {key_copy_, copy_stride<T>(p_.head_dim)};
   }
 
   void load_queries(int64_t i0, int64_t i1) {
@@ -138,6 +144,8 @@ class GradTile {
   }
 
  private:
+  bool keys_in_place() const { return readable_in_place<T>(keys_, p_.dtype, p_.head_dim); }
+
   static void clear_outside(T* row, const KeyRange& range) {
     std::fill(row, row + range.begin, T{0});
     std::fill(row + range.end, row + kKeyTile, T{0});

@@ -172,8 +172,8 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
   const Vec<T> scale = (Vec<T>)((Vec<Int<T>>)shifted << kMantissa);
   Vec<T> p;
   if constexpr (kDouble) {
-    // Taylor's series of exp in x - n ln 2, whose ln 2 is in two parts, the first short enough for n * hi to be
-    // exact.
+    // Taylor's series of exp in x - n ln 2, whose ln 2 is in two parts, the first short enough for n * hi to
+    // be exact.
     constexpr double kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
     const Vec<T> r = (clamped - n * kLn2Hi) - n * kLn2Lo;
     p = splat<T>(2.0 / 6227020800.0);
@@ -196,8 +196,8 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
     // less than what rounding costs wherever exp(x) is not negligible beside exp(0). Minimax, 2e-9.
     const Vec<T> r = clamped * kLog2e - n;
     p = splat<T>(static_cast<T>(3.0706724e-4));
-    constexpr float kCoefficient[] = {2.679775e-3f, 1.92368738e-2f, 1.110066473e-1f, 4.804529548e-1f,
-                                      1.3862943649f, 2.0f};
+    constexpr float kCoefficient[] = {2.679775e-3f,    1.92368738e-2f, 1.110066473e-1f,
+                                      4.804529548e-1f, 1.3862943649f,  2.0f};
     for (float c : kCoefficient) p = p * r + static_cast<T>(c);
   }
   return p * scale;
