@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn.backends import cpu
 from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
@@ -146,6 +147,32 @@ class _Attention(torch.autograd.Function):
             return ctx.kernels.backward(q, k, v, out, lse, dout, dlse, operands, ctx.params, needs)
 
         return without_double_backward(gradients, dout, dlse, *saved) + unused
+
+
+class Plain(torch.autograd.Function):
+    """out of a dense call on the CPU that has no option, which `fastattn.plain` has recognised.
+
+    What _Attention does, with nothing to look up: of a call on a few tokens that would be most of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, views: cpu.Views, scale: float) -> Tensor:
+        lse = cpu.lse_like(q)
+        out = cpu.small(q, views, scale, lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # whose memory need not be that of the forward pass: hooks may have moved it
+        if not torch.is_grad_enabled():
+            return *cpu.small_backward(dout, *saved, ctx.scale), None, None
+
+        def gradients(*tensors: Any) -> Gradients:
+            return cpu.small_backward(*tensors, ctx.scale)
+
+        return *without_double_backward(gradients, dout, *saved), None, None
 
 
 def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:

@@ -213,10 +213,10 @@ void pack_panel(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, 
       for (int64_t c = 0; c < filled; ++c) rows[c] = static_cast<const Source*>(row_of(c0 + c));
       int64_t d = 0;
 #if defined(FASTATTN_HAVE_SHUFFLE)
-      for (; d + kN <= dim && filled == kN; d += kN) {
+      for (; d + kN <= dim; d += kN) {
         Vec<T> square[kN];
 #pragma GCC unroll 16
-        for (int c = 0; c < kN; ++c) square[c] = load_as<T>(rows[c] + d) * factor;
+        for (int c = 0; c < kN; ++c) square[c] = c < filled ? load_as<T>(rows[c] + d) * factor : Vec<T>{};
         transpose_square<T>(square);
 #pragma GCC unroll 16
         for (int c = 0; c < kN; ++c) store(dst + (d + c) * kPanel<T> + c0, square[c]);

@@ -60,23 +60,43 @@ void split_lse(const AttentionParams& p, int64_t b, int64_t h, int64_t i0, int64
   });
 }
 
-// delta[i] = dO_i·O_i, added up in the order in which the products of panels add up dP = dO·V: in a row that
-// puts all its weight on one key, O is that key's V, and dP - delta is exactly 0.
+// delta[i] = dO_i·O_i, added up in the order in which the products of panels add up dP = dO·V, one chain
+// along head_dim_v: in a row that puts all its weight on one key, O is that key's V, and dP - delta is
+// exactly 0.
 template <class T>
 void row_products(const AttentionParams& p, const Rows& outs, const Rows& douts, int64_t rows, T* delta) {
+  constexpr int64_t kN = kLanes<T>;
   const int64_t dim = p.head_dim_v;
-  Vector<T> out(kPanel<T> * dim), dout(kPanel<T> * dim);
-  for (int64_t i = 0; i < rows; i += kPanel<T>) {
-    const int64_t n = std::min(kPanel<T>, rows - i);
-    pack_panel<T>([&](int64_t r) { return outs(i + r); }, p.dtype, n, dim, T{1}, out.data());
-    pack_panel<T>([&](int64_t r) { return douts(i + r); }, p.dtype, n, dim, T{1}, dout.data());
-    for (int64_t r = 0; r < n; r += kLanes<T>) {
+  with_source<T>(p.dtype, [&](auto* type) {
+    using Source = decltype(type);
+    for (int64_t i = 0; i < rows; i += kN) {
+      const int64_t n = std::min(kN, rows - i);
+      int64_t done = 0;
       Vec<T> sum{};
-      for (int64_t d = 0; d < dim; ++d)
-        sum += load(dout.data() + d * kPanel<T> + r) * load(out.data() + d * kPanel<T> + r);
-      std::memcpy(delta + i + r, &sum, std::min<int64_t>(kLanes<T>, n - r) * sizeof(T));
+#if defined(FASTATTN_HAVE_SHUFFLE)
+      const int64_t whole = dim / kN * kN;
+      for (; done < whole; done += kN) {
+        Vec<T> out[kN], dout[kN];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kN; ++r) {
+          const int64_t row = i + std::min(r, n - 1);
+          out[r] = load_as<T>(static_cast<Source>(outs(row)) + done);
+          dout[r] = load_as<T>(static_cast<Source>(douts(row)) + done);
+        }
+        transpose_square<T>(out);
+        transpose_square<T>(dout);
+#pragma GCC unroll 16
+        for (int64_t d = 0; d < kN; ++d) sum += dout[d] * out[d];
+      }
+#endif
+      for (int64_t r = 0; r < n; ++r) {
+        const Source out = static_cast<Source>(outs(i + r)), dout = static_cast<Source>(douts(i + r));
+        T x = sum[r];
+        for (int64_t d = done; d < dim; ++d) x += to_accumulator<T>(dout[d]) * to_accumulator<T>(out[d]);
+        delta[i + r] = x;
+      }
     }
-  }
+  });
 }
 
 template <class T>

@@ -67,8 +67,8 @@ def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
     return q.new_empty((q.shape[0], 1 if average else q.shape[1], q.shape[2], k.shape[2]), dtype=dtype)
 
 
-def small(q: Tensor, views: Views, scale: float) -> Tensor:
-    """out of a dense call without options or gradient, of which `views` says everything but the scale."""
+def small(q: Tensor, views: Views, scale: float, lse: Tensor | None = None) -> Tensor:
+    """out of a dense call without options, of which `views` says everything but the scale; fills lse."""
     code, view_q, view_k, view_v = views
     _, shape, strides = view_q
     if view_v[1][3] == shape[3] and q.is_contiguous():
@@ -77,8 +77,24 @@ def small(q: Tensor, views: Views, scale: float) -> Tensor:
     else:
         out = output_like(q, view_v[1][3])
         view_out = (out.data_ptr(), out.shape, out.stride())
-    _C.attention_fwd(code, view_q, view_k, view_v, view_out, None, scale, torch.get_num_threads(), None)
+    view_lse = None if lse is None else view(lse)
+    _C.attention_fwd(code, view_q, view_k, view_v, view_out, view_lse, scale, torch.get_num_threads(), None)
     return out
+
+
+def small_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a call of `small`."""
+    if dout.dtype is not q.dtype:
+        dout = dout.to(q.dtype)
+    q, k, v, dout = dense_last(q), dense_last(k), dense_last(v), dense_last(dout)
+    grads = [torch.empty_like(t) if t.is_contiguous() else output_like(t, t.shape[3]) for t in (q, k, v)]
+    code, threads = DTYPE_CODES[q.dtype], torch.get_num_threads()
+    views = [rows_view(t) for t in (q, k, v, out)]
+    views_out = [rows_view(t) for t in grads]
+    _C.attention_bwd(code, *views, view(lse), rows_view(dout), None, *views_out, scale, threads, None)
+    return grads[0], grads[1], grads[2]
 
 
 def forward(
@@ -271,9 +287,7 @@ class _Layout:
 
     def _view(self, tensor: Tensor, seqlen: int) -> View:
         if not self.packed:
-            strides = tensor.stride()
-            # A last dimension of one element may carry any stride; kernels want to read 1.
-            return tensor.data_ptr(), tensor.shape, strides if strides[3] == 1 else (*strides[:3], 1)
+            return rows_view(tensor)
         _, heads, dim = tensor.shape
         step, head, _ = tensor.stride()
         return tensor.data_ptr(), (self.batch, heads, seqlen, dim), (0, head, step, 1)
@@ -346,6 +360,12 @@ class _Layout:
         if dsinks is not None:
             views["dsinks"] = view(dsinks)
         return views
+
+
+def rows_view(tensor: Tensor) -> View:
+    """A [B, H, L, D] tensor whose last dimension is dense; one of a single element may carry any stride."""
+    strides = tensor.stride()
+    return tensor.data_ptr(), tensor.shape, strides if strides[3] == 1 else (*strides[:3], 1)
 
 
 def view(tensor: Tensor) -> View:
