@@ -106,7 +106,11 @@ void read_band(py::handle value, Band& band) {
 
 // One option of a call, forward or backward; false where there is none of that name.
 bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
-  if (key == "softcap") {
+  if (key == "score") {
+    p.score = static_cast<Score>(value.cast<int>());
+  } else if (key == "score_weights") {
+    p.score_weights = view_of(value).data;
+  } else if (key == "softcap") {
     p.softcap = value.cast<double>();
   } else if (key == "sinks") {
     p.sinks = view_of(value).data;
@@ -156,14 +160,15 @@ bool read_forward_option(const std::string& key, py::handle value, AttentionPara
 }
 
 bool read_backward_option(const std::string& key, py::handle value, AttentionBackwardParams& p) {
-  const View v = key == "dbias" || key == "ddiag" || key == "dsinks" ? view_of(value) : View{};
   if (key == "dbias") {
-    p.dbias = v.tensor();
+    p.dbias = view_of(value).tensor();
   } else if (key == "ddiag") {
-    p.ddiag = v.rows();
-    p.num_diagonals = v.dim(2);
+    p.ddiag = view_of(value).rows();
+    p.num_diagonals = view_of(value).dim(2);
   } else if (key == "dsinks") {
-    p.dsinks = v.data;
+    p.dsinks = view_of(value).data;
+  } else if (key == "dscore_weights") {
+    p.dscore_weights = view_of(value).data;
   } else {
     return false;
   }

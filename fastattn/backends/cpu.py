@@ -47,8 +47,6 @@ def supports(spec: AttentionSpec) -> str | None:
     reasons = []
     if _missing is not None:
         reasons.append(_missing)
-    if spec.score != "dot":
-        reasons.append(f"it has no {spec.score} score")
     if spec.device != "cpu":
         reasons.append(f"it runs on cpu tensors, not {spec.device}")
     if spec.paged and spec.needs_grad:
