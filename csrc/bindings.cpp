@@ -236,6 +236,21 @@ void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   cpu_kernels().attention_bwd(p);
 }
 
+void hard_fwd(int dtype, py::handle q, py::handle k, py::handle index, py::handle seed, double scale,
+              int num_threads, const std::optional<py::dict>& options) {
+  HardParams p;
+  read_call(p, dtype, view_of(q), view_of(k), view_of(k), view_of(q), View{}, scale, num_threads);
+  p.index = view_of(index).rows();
+  p.seed = view_of(seed).as<const int64_t>();
+  if (options)
+    for (const auto& [key, value] : *options) {
+      const std::string name = key.cast<std::string>();
+      if (!read_option(name, value, p)) unknown_option(name);
+    }
+  const py::gil_scoped_release release;
+  cpu_kernels().hard_fwd(p);
+}
+
 py::dict info() {
   py::dict d;
   const CpuKernels& kernels = cpu_kernels();
@@ -252,6 +267,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastattn.";
   m.def("attention_fwd", attention_fwd);
   m.def("attention_bwd", attention_bwd);
+  m.def("hard_fwd", hard_fwd);
   m.def("info", info);
   m.def("set_isa", set_cpu_isa);
   m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {

@@ -131,6 +131,12 @@ struct AttentionBackwardParams : AttentionParams {
   void* dscore_weights = nullptr;  // [D] accumulator type, overwritten; may be nullptr
 };
 
+// Of v, out and lse nothing is read.
+struct HardParams : AttentionParams {
+  Tensor index;                   // [B, Hq, Lq] int64: the chosen key, -1 in a row that sees none
+  const int64_t* seed = nullptr;  // one element: draw from the softmax; nullptr: take the largest score
+};
+
 // One batch entry: where its rows lie and how long it is.
 struct Sequence {
   int64_t q_begin = 0, k_begin = 0;  // row offsets into packed tensors
