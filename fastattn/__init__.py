@@ -10,9 +10,12 @@ from fastattn import (
     ops,  # noqa: F401  (likewise)
 )
 from fastattn._version import __version__
+from fastattn.additive import additive_attention
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation
 from fastattn.functional import attention, decode_attention, explain, varlen_attention
+from fastattn.hard import hard_attention
+from fastattn.kernel_regression import kernel_attention
 from fastattn.multi_head import multi_head_attention
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.spec import AttentionSpec
@@ -22,11 +25,14 @@ __all__ = [
     "AttentionSpec",
     "Explanation",
     "__version__",
+    "additive_attention",
     "attention",
     "attention_weights",
     "biases",
     "decode_attention",
     "explain",
+    "hard_attention",
+    "kernel_attention",
     "masks",
     "merge",
     "models",

@@ -21,19 +21,21 @@ _OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
 _PARAMS = (
     "float scale, float? softcap, float dropout_p, "
     "SymInt? lo_top, SymInt? hi_top, SymInt? lo_bottom, SymInt? hi_bottom, "
-    "SymInt diag_lo, bool diag_bottom_right, SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "SymInt diag_lo, bool diag_bottom_right, SymInt max_seqlen_q, SymInt max_seqlen_k, str score"
 )
 _FORWARD = f"(str backend, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_PARAMS}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "(str backend, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"{_OPERANDS}, {_PARAMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPERANDS}, {_PARAMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_HARD = f"(str backend, Tensor q, Tensor k, {_OPERANDS}, {_PARAMS}) -> Tensor"
 _COUNT = len(Operands._fields)
 
 # Kernels read memory by its strides, so a compiler may not choose others than eager mode has.
 _library = torch.library.Library("fastattn", "DEF")
 _library.define(f"attention_forward{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"attention_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
+_library.define(f"hard_index{_HARD}", tags=(torch.Tag.needs_exact_strides,))
 
 _KERNELS: dict[str, Any] = {cpu.name: cpu}
 
@@ -43,6 +45,11 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a lowered call through the op."""
     return torch.ops.fastattn.attention_forward(backend, q, k, v, *operands, *_flat(params))
+
+
+def hard_index(backend: str, q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tensor:
+    """The key that each row of a lowered call attends to, through the op."""
+    return torch.ops.fastattn.hard_index(backend, q, k, *operands, *_flat(params))
 
 
 class Kernels:
@@ -76,14 +83,16 @@ def _flat(params: Params) -> tuple[Any, ...]:
         params.diag_bottom_right,
         params.max_seqlen_q,
         params.max_seqlen_k,
+        params.score,
     )
 
 
 def _params(flat: Sequence[Any]) -> Params:
-    scale, softcap, dropout_p, *rest = flat
+    scale, softcap, dropout_p, *rest, score = flat
     band = (rest[0], rest[1], rest[2], rest[3])
     is_bounded = any(bound is not None for bound in band)
-    return Params(scale, softcap, dropout_p, band if is_bounded else None, *rest[4:])
+    bounds = band if is_bounded else None
+    return Params(scale, softcap, dropout_p, bounds, rest[4], rest[5], rest[6], rest[7], score=score)
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -99,6 +108,14 @@ def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     )
     # A schema's outputs cannot be absent, nor can they alias one another.
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _hard_index(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    return _KERNELS[backend].hard_index(q, k, Operands(*rest[:_COUNT]), _params(rest[_COUNT:]))
+
+
+def _hard_index_fake(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.int64)
 
 
 def _forward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -143,6 +160,8 @@ def _no_gradient(ctx: Any, *grads: Tensor | None) -> Any:
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("hard_index", _hard_index, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::hard_index", _hard_index_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_library)
 torch.library.register_autograd(

@@ -2,6 +2,8 @@
 //
 //   S = Q K^T   dP = dO V^T   dS = P * (dP - delta)   dV += P^T dO   dK += dS^T Q   dQ += dS K
 //
+// For the scores of pair_scores.h the last two are sums over pairs (pair_gradients), as is dscore_weights.
+//
 // Keys go in tiles of 64, whose dK and dV stay in L1 and L2 while the query tiles that see them pass by.
 // Tiles form up to 8 chunks by the number of keys alone; each chunk has its own partial dQ, and the partials
 // are added in ascending order, so that the bits do not depend on how many threads took part.
@@ -63,7 +65,8 @@ class Backward {
         rows_(rows),
         group_(p.num_heads / p.num_heads_kv),
         width_q_(round_to_lanes<T>(p.head_dim)),
-        width_v_(round_to_lanes<T>(p.head_dim_v)) {}
+        width_v_(round_to_lanes<T>(p.head_dim_v)),
+        dw_(p.head_dim) {}
 
   // Units go in waves whose partial dQ fit in the limit; at least one unit a wave.
   void run() {
@@ -93,6 +96,7 @@ class Backward {
         }
       }
     run_wave();
+    if (p_.dscore_weights != nullptr) finish_score_weights();
   }
 
  private:
@@ -113,6 +117,7 @@ class Backward {
     parallel_tasks(p_.num_threads, static_cast<int64_t>(chunks_.size()),
                    [&](int, int64_t n) { run_chunk(chunks_[n]); });
     finish_queries();
+    if (p_.dscore_weights != nullptr) add_score_weights();
     units_.clear();
   }
 
@@ -139,6 +144,7 @@ class Backward {
       }
     }
     partial_dq_.ensure(rows * width_q_);
+    if (p_.score != Score::kDot) partial_dw_.ensure(static_cast<int64_t>(parts_.size()) * width_q_);
     dk_.ensure(keys * width_q_);
     dv_.ensure(keys * width_v_);
   }
@@ -151,6 +157,8 @@ class Backward {
     for (int64_t n = 0; n < u.heads(); ++n) rows += parts[n].rows.end - parts[n].rows.begin;
     T* dq = u.local ? scratch.dq.ensure(rows * width_q_) : partial_dq_.data() + parts[0].first * width_q_;
     std::fill(dq, dq + rows * width_q_, T{0});
+    if (p_.score != Score::kDot)
+      std::fill_n(partial_dw_.data() + c.parts * width_q_, u.heads() * width_q_, T{0});
     Vector<GradTile<T>> heads;
     heads.reserve(u.heads());
     for (int64_t h = u.head_begin; h < u.head_end; ++h)
@@ -185,15 +193,16 @@ class Backward {
         if (std::max(hull.begin, j0) >= std::min(hull.end, j1)) return;
         if (!packed) tile.pack_keys();
         packed = true;
-        run_query_tile(tile, tile_bits, i0, i1, head_dq);
+        run_query_tile(tile, tile_bits, i0, i1, head_dq, dk, partial_dw_.data() + (c.parts + n) * width_q_);
         add_key_gradients(tile, i0, i1, j0, j1, dk, dv);
       });
     }
     if (u.last) finish_keys(u, j0, j1, dk, dv);
   }
 
-  // P and dS of one tile, and dQ += dS K.
-  void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq) {
+  // P and dS of one tile, and dQ += dS K; where the scores are sums over pairs, all that comes of dS.
+  void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq, T* dk,
+                      T* dw) {
     const Block<T>& keys = tile.key_block();
     tile.load_queries(i0, i1);
     for (int64_t i = i0; i < i1; i += kGradGroup) {
@@ -204,6 +213,15 @@ class Backward {
         continue;
       }
       tile.compute(tile_bits, i, rows, columns, false);
+      if (p_.score != Score::kDot) {
+        const Block<T>& queries = tile.query_block();
+        pair_gradients<T>(
+            p_.score,
+            {tile.gradients() + (i - i0) * kKeyTile, queries.data + (i - i0) * queries.stride, keys.data,
+             queries.stride, keys.stride, dq + i * width_q_, dk, dw, width_q_, kKeyTile},
+            rows, columns.begin, columns.end);
+        continue;
+      }
       gemm<T, false>(rows, width_q_, columns.end - columns.begin,
                      tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
                      keys.data + columns.begin * keys.stride, keys.stride, dq + i * width_q_, width_q_, true);
@@ -223,6 +241,7 @@ class Backward {
       const int64_t depth = rows.end - rows.begin, first = rows.begin * kKeyTile + c;
       gemm<T, true>(keys, width_v_, depth, tile.probabilities() + first, kKeyTile,
                     douts.data + rows.begin * douts.stride, douts.stride, dv + c * width_v_, width_v_, true);
+      if (p_.score != Score::kDot) continue;
       gemm<T, true>(keys, width_q_, depth, tile.gradients() + first, kKeyTile,
                     queries.data + rows.begin * queries.stride, queries.stride, dk + c * width_q_, width_q_,
                     true);
@@ -234,6 +253,7 @@ class Backward {
     for (int64_t j = j0; j < j1; ++j, dk += width_q_, dv += width_v_) {
       if (!all_finite(dk, width_q_) || !all_finite(dv, width_v_))
         exact_dkv(p_, rows_, u.batch, u.head_kv, j, dk, dv);
+      finish_pairs(p_, dk);
       store_row<T>(dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
                    row_address(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
       store_row<T>(dv, T{1}, p_.dtype, p_.head_dim_v,
@@ -274,8 +294,42 @@ class Backward {
       for (int64_t d = 0; d < width_q_; ++d) sum[d] += part[d];
     }
     if (!all_finite(sum, width_q_)) exact_dq(p_, rows_, u.batch, h, i, sum);
+    finish_pairs(p_, sum);
     store_row<T>(sum, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
                  row_address(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i)));
+  }
+
+  void finish_score_weights() {
+    T* dw = static_cast<T*>(p_.dscore_weights);
+    dw_.store(dw);
+    if (std::all_of(dw, dw + p_.head_dim, [](T x) { return std::isfinite(x); })) return;
+    ExactSum sum(p_.head_dim);
+    for (int64_t b = 0; b < p_.batch; ++b)
+      for (int64_t h = 0; h < p_.num_heads; ++h)
+        for (int64_t i = 0; i < sequence_of(p_, b).len_q; ++i) exact_dq<T>(p_, rows_, b, h, i, nullptr, &sum);
+    sum.store(dw);
+  }
+
+  // Adds the wave's parts in an order that no wave changes: by unit, head and chunk.
+  void add_score_weights() {
+    const Chunk* chunk = chunks_.data();
+    for (const Unit& u : units_) {
+      for (int64_t n = 0; n < u.heads(); ++n)
+        for (int64_t c = 0; c < u.num_chunks; ++c)
+          dw_.add(T{1}, partial_dw_.data() + (chunk[c].parts + n) * width_q_);
+      chunk += u.num_chunks;
+    }
+  }
+
+  void finish_score_weights() {
+    T* dw = static_cast<T*>(p_.dscore_weights);
+    dw_.store(dw);
+    if (std::all_of(dw, dw + p_.head_dim, [](T x) { return std::isfinite(x); })) return;
+    ExactSum sum(p_.head_dim);
+    for (int64_t b = 0; b < p_.batch; ++b)
+      for (int64_t h = 0; h < p_.num_heads; ++h)
+        for (int64_t i = 0; i < sequence_of(p_, b).len_q; ++i) exact_dq<T>(p_, rows_, b, h, i, nullptr, &sum);
+    sum.store(dw);
   }
 
   const AttentionBackwardParams& p_;
@@ -286,6 +340,8 @@ class Backward {
   Vector<Part> parts_;
   Buffer<T> dk_, dv_;  // of a unit that is not whole, which has a wave of its own
   Buffer<T> partial_dq_;
+  Buffer<T> partial_dw_;  // of each Part, in their order
+  ExactSum dw_;           // of all waves so far
 };
 
 // d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse)

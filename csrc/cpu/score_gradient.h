@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "dropout.h"
+#include "pair_scores.h"
 #include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
@@ -55,6 +56,11 @@ class GradTile {
   const Block<T>& query_block() const { return query_block_; }
   const Block<T>& dout_block() const { return dout_block_; }
 
+  // Whether the pair at `index` of probabilities() lies out of a kernel's support.
+  bool hides(int64_t index) const {
+    return rules_.has_support() && probabilities_[index] == T{0} && gradients_[index] == T{0};
+  }
+
   // Turns to the keys [j0, j1) of one tile.
   void set_keys(int64_t j0, int64_t j1) {
     j0_ = j0;
@@ -102,8 +108,8 @@ class GradTile {
     rules_.prefetch(i, rows, j0_ + range.begin, keys);
     T* p0 = probabilities_ + r0 * kKeyTile;
     T* ds0 = gradients_ + r0 * kKeyTile;
-    gemm_panels<T>(rows, range.begin, range.end, p_.head_dim, query_block_.data + r0 * query_block_.stride,
-                   query_block_.stride, key_panels_, p0, kKeyTile);
+    score_products<T>(p_, rows, range.begin, range.end, query_block_.data + r0 * query_block_.stride,
+                      query_block_.stride, key_panels_, p0, kKeyTile);
     gemm_panels<T>(rows, range.begin, range.end, p_.head_dim_v, dout_block_.data + r0 * dout_block_.stride,
                    dout_block_.stride, value_panels_, ds0, kKeyTile);
     T slope[kKeyTile], kept[kKeyTile];
@@ -118,7 +124,8 @@ class GradTile {
       }
       const T lse = lse_[i + r], residual = residual_[i + r], delta = delta_[i + r];
       for (int64_t c = 0; c < n; c += kLanes<T>) {
-        Vec<T> e = vexp<T>((load(prob + c) - lse) - residual);
+        const Vec<T> score = load(prob + c);
+        Vec<T> e = vexp<T>((score - lse) - residual);
         Vec<T> d = load(ds + c);
         if (dropout_.active()) {
           const Vec<T> k = load(kept + c);
@@ -128,6 +135,8 @@ class GradTile {
           d = e * (d - delta);
         }
         if (sloped) d *= load(slope + c);
+        // dP of a hidden pair may be anything.
+        if (rules_.has_support()) d = score == -kInfinity<T> ? Vec<T>{} : d;
         store(prob + c, e);
         store(ds + c, d);
       }
