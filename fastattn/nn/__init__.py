@@ -5,12 +5,17 @@ from fastattn.nn.embedding import TokenEmbedding
 from fastattn.nn.feed_forward import PositionwiseFeedForward
 from fastattn.nn.multihead import MultiheadAttention
 from fastattn.nn.positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding, document_positions
+from fastattn.nn.relative import ALiBiBias, RelativePositionBias
+from fastattn.nn.rotary import RotaryEmbedding
 
 __all__ = [
+    "ALiBiBias",
     "KVCache",
     "LearnedPositionalEncoding",
     "MultiheadAttention",
     "PositionwiseFeedForward",
+    "RelativePositionBias",
+    "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "TokenEmbedding",
     "document_positions",
