@@ -1,5 +1,6 @@
 """Layers: drop-in modules on fastattn's functions, without kernel logic of their own."""
 
+from fastattn.nn.attention import Attention
 from fastattn.nn.cache import KVCache
 from fastattn.nn.embedding import TokenEmbedding
 from fastattn.nn.feed_forward import PositionwiseFeedForward
@@ -10,6 +11,7 @@ from fastattn.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "ALiBiBias",
+    "Attention",
     "KVCache",
     "LearnedPositionalEncoding",
     "MultiheadAttention",
