@@ -2,8 +2,10 @@
 
 from fastattn.nn.attention import Attention
 from fastattn.nn.cache import KVCache
+from fastattn.nn.convert import convert_heads
 from fastattn.nn.embedding import TokenEmbedding
 from fastattn.nn.feed_forward import PositionwiseFeedForward
+from fastattn.nn.hierarchical import AttentionPooling, HierarchicalAttention, pad_documents
 from fastattn.nn.multihead import MultiheadAttention
 from fastattn.nn.positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding, document_positions
 from fastattn.nn.relative import ALiBiBias, RelativePositionBias
@@ -14,6 +16,8 @@ from fastattn.nn.sentence import SentenceEncoder
 __all__ = [
     "ALiBiBias",
     "Attention",
+    "AttentionPooling",
+    "HierarchicalAttention",
     "KVCache",
     "LearnedPositionalEncoding",
     "MultiHeadSelfAttention",
@@ -25,5 +29,7 @@ __all__ = [
     "SingleHeadAttention",
     "SinusoidalPositionalEncoding",
     "TokenEmbedding",
+    "convert_heads",
     "document_positions",
+    "pad_documents",
 ]
