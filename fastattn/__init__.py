@@ -10,6 +10,7 @@ from fastattn import (
     ops,  # noqa: F401  (likewise)
 )
 from fastattn._version import __version__
+from fastattn.additive import additive_attention
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation
 from fastattn.functional import attention, decode_attention, explain, varlen_attention
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionSpec",
     "Explanation",
     "__version__",
+    "additive_attention",
     "attention",
     "attention_weights",
     "biases",

@@ -108,7 +108,7 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool
 
 
 class _Attention(torch.autograd.Function):
-    """out and lse with gradients to q, k, v, bias, diag and sinks."""
+    """out and lse with gradients to q, k, v, bias, diag, sinks and score_weights."""
 
     @staticmethod
     def forward(
@@ -119,11 +119,12 @@ class _Attention(torch.autograd.Function):
         bias: Tensor | None,
         diag: Tensor | None,
         sinks: Tensor | None,
+        score_weights: Tensor | None,
         fixed: tuple[Tensor | None, ...],
         kernels: Any,
         params: Params,
     ) -> tuple[Tensor, Tensor]:
-        operands = Operands(bias, diag, sinks, *fixed) if fixed else NO_OPERANDS
+        operands = Operands(bias, diag, sinks, score_weights, *fixed) if fixed else NO_OPERANDS
         out, lse = kernels.forward(q, k, v, operands, params, True)
         ctx.save_for_backward(q, k, v, out, lse, *(operands if fixed else ()))
         ctx.kernels, ctx.params = kernels, params

@@ -44,6 +44,8 @@ class Call:
     max_seqlen_k: int = 0
     lengths: Tensor | None = None
     block_table: Tensor | None = None
+    score: str = "dot"  # one of fastattn.spec.SCORES
+    score_weights: Tensor | None = None  # [D], of the additive score
     names: Mapping[str, str] | None = None  # what the user knows arguments by, where not by the fields' names
     checked: bool = False  # whether the contents of the index tensors are known to be right
 

@@ -358,6 +358,8 @@ def run(call: Call) -> Any:
     if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
         call.scale = call.scale_value()
         call.q, call.k = F.pad(call.q, (0, 1)), F.pad(call.k, (0, 1))
+        if call.score_weights is not None:
+            call.score_weights = F.pad(call.score_weights, (0, 1))
     if head_dim_v == 0:
         call.v = F.pad(call.v, (0, 1))
     drops_all = call.dropout_p == 1

@@ -18,6 +18,7 @@ from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 _COUNT = len(Operands._fields)
 _SEED = Operands._fields.index("seed")
 _SINKS = Operands._fields.index("sinks")
+_WEIGHTS = Operands._fields.index("score_weights")
 _DIAG = Operands._fields.index("diag")
 _LISTS = [Operands._fields.index(name) for name in ("row_tiles", "row_bits", "col_tiles", "col_bits", "bits")]
 
@@ -116,10 +117,10 @@ def _vmap(
     foldable = (
         foldable and params.dropout_p == 0 and operands.cu_seqlens_q is None and operands.block_table is None
     )
-    foldable = foldable and all(operand_dims[index] is None for index in (_SINKS, _DIAG, *_LISTS))
+    foldable = foldable and all(operand_dims[index] is None for index in (_SINKS, _WEIGHTS, _DIAG, *_LISTS))
     if foldable and size > 0:
         batch = _batch_of(tensors[0], in_dims[0])
-        unbatched = {heads + index for index in (_SINKS, _SEED, *_LISTS)}
+        unbatched = {heads + index for index in (_SINKS, _WEIGHTS, _SEED, *_LISTS)}
         folded = [
             tensor if index in unbatched else _fold(tensor, dim, size, batch, always=index < heads)
             for index, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=True))

@@ -16,7 +16,7 @@ from fastattn.spec import accumulate_dtype
 
 
 class Operands(NamedTuple):
-    """Every tensor of a kernel call beside q, k and v; None = absent. Gradients reach the first three.
+    """Every tensor of a kernel call beside q, k and v; None = absent. Gradients reach the first four.
 
     B is the batch size, or the number of sequences S of a varlen call, whose lengths are maxima.
     """
@@ -24,6 +24,7 @@ class Operands(NamedTuple):
     bias: Tensor | None = None  # q's dtype or float32, 4-D, broadcasts to [B, Hq, Lq, Lk]
     diag: Tensor | None = None  # accumulate dtype, [1|B, Hq, n]; entry of r = j - i - offset at r - diag_lo
     sinks: Tensor | None = None  # accumulate dtype, [Hq]
+    score_weights: Tensor | None = None  # accumulate dtype, [D]; w of the additive score
     seed: Tensor | None = None  # int64, one element
     mask: Tensor | None = None  # bool, 4-D, broadcasts to [B, Hq, Lq, Lk]
     key_starts: Tensor | None = None  # int32 [1|B, 1|Lq]
@@ -41,8 +42,8 @@ class Operands(NamedTuple):
     block_table: Tensor | None = None  # int32 [B, max_pages]
 
 
-DIFFERENTIABLE = 3  # leading fields of Operands that gradients reach
-BLOCK_FIELDS = Operands._fields[7:14]
+DIFFERENTIABLE = 4  # leading fields of Operands that gradients reach
+BLOCK_FIELDS = Operands._fields[8:15]
 NO_OPERANDS = Operands()
 
 Bounds = tuple[int | None, int | None, int | None, int | None]
@@ -65,6 +66,7 @@ class Params(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     checked: bool = False
+    score: str = "dot"
 
 
 def lower(call: Call) -> tuple[Operands, Params]:
@@ -74,12 +76,14 @@ def lower(call: Call) -> tuple[Operands, Params]:
     if call.dropout_p > 0:
         tensors["seed"] = call.dropout_seed
     band = None if call.mask is None else lower_mask(call, call.mask, tensors)
-    if call.op == "attention" and call.bias is None and call.sinks is None:
+    if call.op == "attention" and call.bias is None and call.sinks is None and call.score == "dot":
         operands = Operands(**tensors) if tensors else NO_OPERANDS
         return operands, Params(scale, call.softcap, call.dropout_p, band)
     diag_lo, bottom_right = _lower_bias(call, tensors)
     if call.sinks is not None:
         tensors["sinks"] = call.sinks.to(accumulate_dtype(call.q.dtype)).contiguous()
+    if call.score_weights is not None:
+        tensors["score_weights"] = call.score_weights.to(accumulate_dtype(call.q.dtype)).contiguous()
     if call.lengths is not None:
         tensors["seqlens_k"] = call.lengths.to(torch.int32).contiguous()
     for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table") if call.op != "attention" else ():
@@ -95,6 +99,7 @@ def lower(call: Call) -> tuple[Operands, Params]:
         call.max_seqlen_q,
         call.max_seqlen_k,
         call.checked,
+        call.score,
     )
     return Operands(**tensors) if tensors else NO_OPERANDS, params
 

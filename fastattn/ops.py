@@ -21,12 +21,12 @@ _OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
 _PARAMS = (
     "float scale, float? softcap, float dropout_p, "
     "SymInt? lo_top, SymInt? hi_top, SymInt? lo_bottom, SymInt? hi_bottom, "
-    "SymInt diag_lo, bool diag_bottom_right, SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "SymInt diag_lo, bool diag_bottom_right, SymInt max_seqlen_q, SymInt max_seqlen_k, str score"
 )
 _FORWARD = f"(str backend, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_PARAMS}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "(str backend, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"{_OPERANDS}, {_PARAMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPERANDS}, {_PARAMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _COUNT = len(Operands._fields)
 
@@ -76,14 +76,16 @@ def _flat(params: Params) -> tuple[Any, ...]:
         params.diag_bottom_right,
         params.max_seqlen_q,
         params.max_seqlen_k,
+        params.score,
     )
 
 
 def _params(flat: Sequence[Any]) -> Params:
-    scale, softcap, dropout_p, *rest = flat
+    scale, softcap, dropout_p, *rest, score = flat
     band = (rest[0], rest[1], rest[2], rest[3])
     is_bounded = any(bound is not None for bound in band)
-    return Params(scale, softcap, dropout_p, band if is_bounded else None, *rest[4:])
+    bounds = band if is_bounded else None
+    return Params(scale, softcap, dropout_p, bounds, rest[4], rest[5], rest[6], rest[7], score=score)
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

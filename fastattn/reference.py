@@ -92,7 +92,7 @@ def _bias(bias: Any, shape: MaskShape, q: Tensor) -> Tensor | None:
 
 def _probabilities(
     q: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None,
-    sinks: Tensor | None,
+    sinks: Tensor | None, score: str = "dot", score_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Normalised weights p [B, Hq, Lq, Lk], lse [B, Hq, Lq] and which pairs are visible."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -101,7 +101,10 @@ def _probabilities(
         visible = visible & (bias != -math.inf)
     visible = visible.expand(shape)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    if torch.compiler.is_compiling():  # which takes no function with a forward-mode derivative
+    if score != "dot":
+        s = _pair_scores(q, k, visible, score, score_weights)
+        visible = visible & (s != -math.inf)
+    elif torch.compiler.is_compiling():  # which takes no function with a forward-mode derivative
         s = scale * torch.where(visible, q @ k.mT, 0.0)
     else:
         s = scale * _Scores.apply(q, k, visible)
@@ -121,16 +124,37 @@ def _probabilities(
     return p, lse.to(torch.promote_types(q.dtype, torch.float32)), visible
 
 
+def _pair_scores(q: Tensor, k: Tensor, visible: Tensor, score: str, w: Tensor | None) -> Tensor:
+    """w . tanh(q_i + k_j), or log of a kernel of r = |q_i - k_j|; 0 where a pair is not visible.
+
+    -inf beyond a kernel's support.
+    """
+    if w is not None:
+        return torch.where(visible[..., None], q[..., None, :] + k[..., None, :, :], 0.0).tanh() @ w.to(
+            q.dtype
+        )
+    squared = torch.where(visible[..., None], q[..., None, :] - k[..., None, :, :], 0.0).square().sum(-1)
+    if score == "gaussian":
+        return -squared / 2
+    if score == "boxcar":
+        return torch.where(squared <= 1, 0 * squared, -math.inf)
+    inside = torch.where(squared < 1, squared, 0.0)
+    if score == "triangular":  # the slope of r at 0 is taken to be 0
+        inside = torch.where(inside > 0, torch.where(inside > 0, inside, 1.0).sqrt(), 0.0)
+    return torch.where(squared < 1, torch.log1p(-inside), torch.where(squared >= 1, -math.inf, squared))
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, keep: Tensor | None, *,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    dropout_p: float = 0.0, reverse_keys: bool = False,
+    score: str = "dot", score_weights: Tensor | None = None, dropout_p: float = 0.0,
+    reverse_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if reverse_keys:
         k, v = k.flip(-2), v.flip(-2)
         visible = visible.flip(-1)
         bias, keep = (None if x is None else x.flip(-1) for x in (bias, keep))
-    p, lse, visible = _probabilities(q, k, visible, bias, scale, softcap, sinks)
+    p, lse, visible = _probabilities(q, k, visible, bias, scale, softcap, sinks, score, score_weights)
     if keep is not None:
         p = p * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)  # a dropped NaN stays: it is visible
     out = _Mix.apply(p.to(v.dtype), v.repeat_interleave(q.shape[1] // v.shape[1], 1), visible)
@@ -157,7 +181,8 @@ def attention(
         bias: a tensor broadcastable to [B, Hq, Lq, Lk], -inf masks; or a fastattn.biases object.
         dropout_seed: int64 tensor of one element, drawn where absent and needed.
         options: scale (1 / sqrt(D) by default); softcap; sinks [Hq], one more logit in each row's
-            denominator; reverse_keys, which adds the keys up in the opposite order: the same answer
+            denominator; score, one of fastattn.spec.SCORES, in place of scale q . k, and score_weights [D],
+            w of the additive one; reverse_keys, which adds the keys up in the opposite order: the same answer
             but for rounding, which is how tests measure the rounding of float64.
     Returns:
         out [B, Hq, Lq, Dv], and lse [B, Hq, Lq] if asked (float32; float64 for float64). A row with

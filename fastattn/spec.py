@@ -11,6 +11,10 @@ from fastattn.call import Call
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# What a score is made of: scale * q·k; w·tanh(q + k); the logarithm of a kernel of |q - k|.
+DISTANCE_SCORES = ("gaussian", "boxcar", "epanechnikov", "triangular")
+SCORES = ("dot", "additive", *DISTANCE_SCORES)
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums, lse, sinks and bias diagonals are kept: float64 for float64, else float32."""
@@ -51,6 +55,7 @@ class AttentionSpec:
     dropout_p: float = 0.0
     return_lse: bool = False
     paged: bool = False
+    score: str = "dot"
     needs_grad: bool = False
 
     def __repr__(self) -> str:
@@ -77,7 +82,7 @@ def needs_grad(call: Call) -> bool:
         return False
     if call.q.requires_grad or call.k.requires_grad or call.v.requires_grad:
         return True
-    if call.sinks is not None and call.sinks.requires_grad:
+    if any(t is not None and t.requires_grad for t in (call.sinks, call.score_weights)):
         return True
     if call.bias is None:
         return False
@@ -113,6 +118,7 @@ def spec_of(call: Call) -> AttentionSpec:
         dropout_p=call.dropout_p,
         return_lse=call.return_lse,
         paged=call.block_table is not None,
+        score=call.score,
         needs_grad=needs_grad(call),
     )
 

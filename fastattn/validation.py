@@ -52,6 +52,8 @@ def validate_options(call: Call) -> None:
         _check_bias(call)
     if call.sinks is not None:
         check_sinks(call.sinks, call.num_heads(), call.q)
+    if call.score == "additive":
+        _check_score_weights(call.name("score_weights"), call.score_weights, call.q)
     if call.dropout_seed is not None:
         _check_seed(call.dropout_seed, call.q.device)
 
@@ -153,6 +155,16 @@ def check_sinks(value: Any, heads: int, q: Tensor) -> None:
         raise TypeError(f"sinks must be one of {_DTYPES}, got {dtype_name(sinks.dtype)}")
     if sinks.shape != (heads,):
         raise ValueError(f"sinks must have shape [{heads}], one per query head, got {_shape(sinks)}")
+
+
+def _check_score_weights(name: str, value: Any, q: Tensor) -> None:
+    weights = check_tensor(name, value, q.device)
+    if weights.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be one of {_DTYPES}, got {dtype_name(weights.dtype)}")
+    if weights.shape != (q.shape[-1],):
+        raise ValueError(
+            f"{name} must have shape [{q.shape[-1]}], one weight per feature of q, got {_shape(weights)}"
+        )
 
 
 def _scores_shape(call: Call) -> list[int]:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastattn import dispatch, reference
 from fastattn.autocast import without_autocast
+from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.functional import autocast, run
-from fastattn.lowering import to_4d
+from fastattn.lowering import lower, to_4d
 from fastattn.masks import Mask, as_mask
 from fastattn.masks.space import Pairs
 from fastattn.spec import accumulate_dtype, dtype_name
@@ -120,6 +121,37 @@ def _rows(call: Call, rows: Tensor | None) -> Tensor:
     return reference._probabilities(q, call.k, visible, bias, call.scale_value(), call.softcap, call.sinks)[
         0
     ].to(q.dtype)
+
+
+def whole_matrix(call: Call) -> Tensor:
+    """The weights of a call before dropout, [B, Hq, Lq, Lk], float32 (float64 for float64), without gradient.
+
+    From the kernels' own pass where they run: no second way of computing them.
+
+    Args:
+        call: as `functional.run` takes it; its v is not read.
+    """
+    with torch.no_grad():
+        call = replace(call, v=call.k[..., :1], dropout_p=0.0, dropout_seed=None)
+        autocast(call)
+        validate(call)
+        if call.q.numel() and call.k.numel() and dispatch.choose(call) is cpu:
+            weights = cpu.weights_like(call.q, call.k, average=False)
+            cpu.forward(call.q, call.k, call.v, *lower(call), need_lse=False, weights=weights)
+            return weights
+        dtype, shape = accumulate_dtype(call.q.dtype), call.mask_shape()
+        q = call.q.to(dtype)
+        return reference._probabilities(
+            q,
+            call.k.to(dtype),
+            reference._visible(call.mask, shape, q.device),
+            reference._bias(call.bias, shape, q),
+            call.scale_value(),
+            call.softcap,
+            call.sinks,
+            call.score,
+            call.score_weights,
+        )[0]
 
 
 def _index(name: str, value: Any, size: int, device: torch.device) -> Tensor | None:

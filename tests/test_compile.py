@@ -16,7 +16,7 @@ from fastattn import autograd
 from fastattn.backends import cpu
 from fastattn.biases import ALiBi, RelativePosition
 from fastattn.call import Call
-from fastattn.lowering import lower
+from fastattn.lowering import DIFFERENTIABLE, lower
 from fastattn.masks import blocks, causal, dense, documents, global_tokens, padding, predicate, prefix, window
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="the native core is not built")
@@ -289,7 +289,7 @@ def test_opcheck_of_the_backward_op(options):
     rest = [t.detach() if isinstance(t, torch.Tensor) else t for t in rest]
     out, lse = torch.ops.fastattn.attention_forward(backend, *rest)
     grads = [randn(*out.shape), randn(*lse.shape)]
-    needs = [True] * 3 + [rest[3 + n] is not None for n in range(3)]
+    needs = [True] * 3 + [rest[3 + n] is not None for n in range(DIFFERENTIABLE)]
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward, (backend, *rest[:3], out, lse, *grads, *rest[3:], needs)
     )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.lowering import BLOCK_FIELDS, NO_OPERANDS, Operands, Params
-from fastattn.spec import AttentionSpec
+from fastattn.lowering import BLOCK_FIELDS, DIFFERENTIABLE, NO_OPERANDS, Operands, Params
+from fastattn.spec import SCORES, AttentionSpec
 from fastattn.strides import dense_last, output_like, resolved
 from fastattn.validation import check_cache_values, check_cu_seqlens_values
 
@@ -47,6 +47,8 @@ def supports(spec: AttentionSpec) -> str | None:
     reasons = []
     if _missing is not None:
         reasons.append(_missing)
+    if spec.score != "dot":
+        reasons.append(f"it has no {spec.score} score")
     if spec.device != "cpu":
         reasons.append(f"it runs on cpu tensors, not {spec.device}")
     if spec.paged and spec.needs_grad:
@@ -144,13 +146,13 @@ def backward(
     needs: Sequence[bool],
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients (dq, dk, dv, dbias, ddiag, dsinks) of a lowered call; of the last three those that are
-    needed.
+    """Gradients (dq, dk, dv, dbias, ddiag, dsinks, dscore_weights) of a lowered call; of the last four those
+    that are needed.
 
     Args:
         q, k, v, out, lse: inputs and results of `forward`.
         dout, dlse: gradients of out and lse; dlse may be None.
-        needs: six flags, of which the last three are read: q, k and v always get theirs.
+        needs: seven flags, of which the last four are read: q, k and v always get theirs.
         into: where to write dq, dk and dv: in the shapes of q, k and v, with a dense last dimension.
     Raises:
         ValueError: as `forward`.
@@ -228,9 +230,9 @@ def _empty_lse(lse: Tensor | None, operands: Operands) -> Tensor | None:
 
 
 def _extra_gradients(operands: Operands, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Zeros for dbias, ddiag and dsinks, in the accumulate dtype, where asked."""
+    """Zeros for the gradients of the differentiable operands, in the accumulate dtype, where asked."""
     grads: list[Tensor | None] = []
-    for tensor, need in zip((operands.bias, operands.diag, operands.sinks), needs[3:], strict=True):
+    for tensor, need in zip(operands[:DIFFERENTIABLE], needs[3:], strict=True):
         if tensor is None or not need:
             grads.append(None)
         else:
@@ -241,12 +243,12 @@ def _extra_gradients(operands: Operands, needs: Sequence[bool]) -> list[Tensor |
 
 def _finish(extra: list[Tensor | None], operands: Operands, dlse: Tensor | None) -> list[Tensor | None]:
     """Gradients in their tensors' dtypes; where no kernel ran, dlse is what reaches the sinks."""
-    dbias, ddiag, dsinks = extra
+    dbias, ddiag, dsinks, dscore_weights = extra
     if dbias is not None and operands.bias is not None:
         dbias = dbias.to(operands.bias.dtype)
     if dsinks is not None and dlse is not None:
         dsinks = dlse.sum(1) if dlse.dim() == 2 else dlse.sum((0, 2))
-    return [dbias, ddiag, dsinks]
+    return [dbias, ddiag, dsinks, dscore_weights]
 
 
 class _Layout:
@@ -295,6 +297,8 @@ class _Layout:
     def options(self, operands: Operands, params: Params) -> dict[str, Any] | None:
         """The options dict of fastattn._C, or None where there is nothing to say."""
         options: dict[str, Any] = {}
+        if params.score != "dot":
+            options["score"] = SCORES.index(params.score)
         if params.softcap is not None:
             options["softcap"] = params.softcap
         if params.band is not None:
@@ -328,6 +332,8 @@ class _Layout:
             options["diag"] = (view(diag), params.diag_lo, params.diag_bottom_right)
         if operands.sinks is not None:
             options["sinks"] = view(operands.sinks)
+        if operands.score_weights is not None:
+            options["score_weights"] = view(operands.score_weights)
         if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
             options["cu_seqlens"] = (view(operands.cu_seqlens_q), view(operands.cu_seqlens_k))
         if operands.seqlens_k is not None:
@@ -336,8 +342,8 @@ class _Layout:
             options["block_table"] = view(operands.block_table)
 
     def gradient_views(self, extra: list[Tensor | None]) -> dict[str, Any]:
-        """Where the kernels write dbias, ddiag and dsinks."""
-        dbias, ddiag, dsinks = extra
+        """Where the kernels write the gradients of the differentiable operands."""
+        dbias, ddiag, dsinks, dscore_weights = extra
         views: dict[str, Any] = {}
         if dbias is not None:
             views["dbias"] = self.scores(dbias)
@@ -345,6 +351,8 @@ class _Layout:
             views["ddiag"] = view(ddiag.expand(self.batch, self.heads, ddiag.shape[2]))
         if dsinks is not None:
             views["dsinks"] = view(dsinks)
+        if dscore_weights is not None:
+            views["dscore_weights"] = view(dscore_weights)
         return views
 
 

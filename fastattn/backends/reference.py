@@ -37,6 +37,8 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         "sinks": call.sinks,
         "dropout_p": call.dropout_p,
         "dropout_seed": call.dropout_seed,
+        "score": call.score,
+        "score_weights": call.score_weights,
         "return_lse": True,
     }
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:

@@ -27,6 +27,8 @@ def supports(spec: AttentionSpec) -> str | None:
     reasons = []
     if spec.op != "attention":
         reasons.append(f"PyTorch has no {spec.op} call")
+    if spec.score != "dot":
+        reasons.append(f"PyTorch has no {spec.score} score")
     if spec.softcap is not None:
         reasons.append("PyTorch has no softcap")
     if spec.sinks:

@@ -1,5 +1,6 @@
 """Layers: drop-in modules on fastattn's functions, without kernel logic of their own."""
 
+from fastattn.nn.additive import AdditiveAttention
 from fastattn.nn.attention import Attention
 from fastattn.nn.cache import KVCache
 from fastattn.nn.convert import convert_heads
@@ -15,6 +16,7 @@ from fastattn.nn.sentence import SentenceEncoder
 
 __all__ = [
     "ALiBiBias",
+    "AdditiveAttention",
     "Attention",
     "AttentionPooling",
     "HierarchicalAttention",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn import leading
 from fastattn.biases import Bias
 from fastattn.call import Call
-from fastattn.functional import run
 from fastattn.masks import Mask, MaskShape
-from fastattn.nn.scores import SCORES, ProductScore
-from fastattn.nn.weighted import Weighted, check_ranks, merge_visible
+from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
+from fastattn.nn.scores import SCORES, AdditiveScore, ProductScore
 from fastattn.validation import check_number
 from fastattn.weights import attention_weights
 
@@ -23,12 +23,12 @@ _LAYOUT = "[B, L, D] or [B, H, L, D]"
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 
-class Attention(Weighted):
+class Attention(AttentionLayer):
     """out_i = sum_j softmax_j(score(q_i, k_j)) v_j: the three steps of attention, with any score.
 
     Each step can be looked at: `scores(queries, keys)`, `weights(queries, keys)`, and the call itself; and
-    after a call `attention_scores` and `attention_weights`. Scores that are products run on the fused
-    kernels, which never make the matrix of scores.
+    after a call `attention_scores` and `attention_weights`. All named scores run on fused
+    kernels, which never make the matrix of scores; other modules' scores are a bias there.
 
     >>> layer = Attention("cosine", temperature=0.1)
     >>> queries, keys, values = torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4)
@@ -47,6 +47,8 @@ class Attention(Weighted):
     Source: Bahdanau et al. 2015 (arXiv 1409.0473), equations 5 and 6; scores: Luong et al. 2015 (arXiv
     1508.04025), section 3.1.
     """
+
+    _seen: tuple[Tensor, Tensor] | None = None  # the last call's queries and keys
 
     def __init__(self, score: str | Score = "scaled_dot", dropout: float = 0.0, **options: Any) -> None:
         super().__init__()
@@ -70,14 +72,14 @@ class Attention(Weighted):
         queries: Tensor,
         keys: Tensor | None = None,
         values: Tensor | None = None,
-        valid_lens: Tensor | Sequence[int] | None = None,
+        valid_lens: ValidLens | None = None,
         mask: Mask | Tensor | None = None,
         bias: Bias | Tensor | None = None,
     ) -> Tensor:
         """The values' weighted sums.
 
         Args:
-            queries: [B, Lq, Dq], or [B, H, Lq, Dq] with heads (also grouped where the score is a product).
+            queries: [B, Lq, Dq], or [B, H, Lq, Dq] with heads.
             keys: [B, Lk, Dk] and so on; None: the queries, which is self-attention.
             values: [B, Lk, Dv] and so on; None: the keys.
             valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
@@ -91,12 +93,11 @@ class Attention(Weighted):
         keys = queries if keys is None else keys
         values = keys if values is None else values
         check_ranks((3, 4), _LAYOUT, queries=queries, keys=keys, values=values)
-        self._last = (queries, keys, valid_lens, mask, bias)
-        values = values if values.dim() == 4 else values.unsqueeze(1)
-        q, k, options = self._operands(*self._last)
-        dropout_p = float(self.dropout) if self.training else 0.0
-        out = run(Call("attention", q, k, values, dropout_p=dropout_p, names=_NAMES, **options))
-        return out if queries.dim() == 4 else out.squeeze(1)
+        call = self._call(queries, keys, valid_lens, mask, bias)
+        call.v = values
+        call.dropout_p = float(self.dropout) if self.training else 0.0
+        self._seen = (queries.detach(), keys.detach())
+        return leading.run(self._remember(call))
 
     def scores(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
         """The first step alone, [B, Lq, Lk] or [B, H, Lq, Lk], without bias or mask."""
@@ -113,47 +114,62 @@ class Attention(Weighted):
         self,
         queries: Tensor,
         keys: Tensor | None = None,
-        valid_lens: Tensor | Sequence[int] | None = None,
+        valid_lens: ValidLens | None = None,
         mask: Mask | Tensor | None = None,
         bias: Bias | Tensor | None = None,
     ) -> Tensor:
         """The first two steps, [B, Lq, Lk] or [B, H, Lq, Lk]: rows sum to 1, or to 0 where no key is visible.
 
-        Args: as for the call. Differentiable.
+        Args: as for the call.
+        Returns:
+            Weights that are differentiable, as for a loss on them, in float32 (float64 for float64).
+            `attention_weights`, without gradient, come from the kernels instead.
         """
         keys = queries if keys is None else keys
         check_ranks((3, 4), _LAYOUT, queries=queries, keys=keys)
-        q, k, options = self._operands(queries, keys, valid_lens, mask, bias)
-        weights = attention_weights(q, k, **options).to(queries.dtype)
-        return weights if queries.dim() == 4 else weights.squeeze(1)
+        call = self._call(queries, keys, valid_lens, mask, bias, fused=isinstance(self.score, ProductScore))
+        call.v = call.k[..., :1]
+        lead = leading.fold(call)
+        found = attention_weights(call.q, call.k, mask=call.mask, bias=call.bias, scale=call.scale)
+        return leading.unfold(found, lead)
 
     @property
-    def attention_scores(self) -> Tensor:
-        """The scores of the last call, without bias or mask.
+    def attention_scores(self) -> Tensor | None:
+        """The scores of the last call, without bias, mask and gradient; None before any call."""
+        if self._seen is None:
+            return None
+        with torch.no_grad():
+            return self.scores(*self._seen)
 
-        Raises:
-            RuntimeError: there was no call yet.
+    def _call(
+        self, queries: Tensor, keys: Tensor, valid_lens: Any, mask: Any, bias: Any, fused: bool = True
+    ) -> Call:
+        """The call, without values, that has this layer's scores.
+
+        Args:
+            fused: whether the kernels may compute the scores; otherwise they are made here, as a bias.
         """
-        if self._last is None:
-            raise RuntimeError("attention_scores are those of the last call, and this layer was not called")
-        return self.scores(*self._last[:2])
-
-    def _operands(
-        self, queries: Tensor, keys: Tensor, valid_lens: Any, mask: Any, bias: Any
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """q, k and options of `fastattn.attention` whose scores are this layer's."""
-        scale = 1.0
-        if isinstance(self.score, ProductScore):
-            q, k, scale = self.score.operands(queries, keys)
+        call = Call("attention", queries, keys, keys, scale=1.0, names=_NAMES)
+        call.mask = visible_keys(mask, valid_lens, queries)
+        call.bias = (
+            bias.unsqueeze(1) if isinstance(bias, Tensor) and bias.dim() == queries.dim() == 3 else bias
+        )
+        if fused and isinstance(self.score, ProductScore):
+            call.q, call.k, call.scale = self.score.operands(queries, keys)
+        elif fused and isinstance(self.score, AdditiveScore) and bias is None:
+            call.q, call.k, call.score_weights = self.score.operands(queries, keys)
+            call.score = "additive"
         else:
-            # No features, so no products: the scores are all bias, and the same kernels do the rest.
-            q, k = queries[..., :0], keys[..., :0]
+            # Products of nothing: the scores are all bias, and the same kernels do the rest.
+            nothing = queries.new_zeros(())
+            call.q, call.k = (nothing.expand(*x.shape[:-1], 1) for x in (queries, keys))
             scores = self.scores(queries, keys)
-            scores = scores.to(q.dtype) if scores.dtype != torch.float32 else scores
-            bias = _sum(scores if scores.dim() == 4 else scores.unsqueeze(1), bias)
-        if q.dim() == 3:
-            q, k = q.unsqueeze(1), k.unsqueeze(1)
-        return q, k, {"mask": merge_visible(mask, valid_lens), "bias": bias, "scale": scale}
+            scores = scores if scores.dtype == torch.float32 else scores.to(queries.dtype)
+            call.bias = _sum(scores.unsqueeze(1) if queries.dim() == 3 else scores, call.bias)
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_seen"}
 
 
 def _sum(scores: Tensor, bias: Bias | Tensor | None) -> Tensor:

@@ -40,8 +40,9 @@ def convert_heads(module: Module, num_kv_heads: int) -> Module:
     check_int("num_kv_heads", num_kv_heads, 1)
     found = [part for part in module.modules() if isinstance(part, MultiheadAttention)]
     if not found:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(
-            f"module must be or hold a fastattn.nn.MultiheadAttention, got {type(module).__name__}: "
+            f"module must be or hold a fastattn.nn.MultiheadAttention, got {kind}: "
             "fastattn.integrations.torch.replace_modules makes one of each torch.nn.MultiheadAttention"
         )
     for part in found:
@@ -50,9 +51,9 @@ def convert_heads(module: Module, num_kv_heads: int) -> Module:
                 f"num_kv_heads must divide the {part.num_kv_heads} heads that there are, got {num_kv_heads}"
             )
     converted = copy.deepcopy(module)
-    for part in converted.modules():
-        if isinstance(part, MultiheadAttention):
-            _pool(part, num_kv_heads)
+    for copied in converted.modules():
+        if isinstance(copied, MultiheadAttention):
+            _pool(copied, num_kv_heads)
     return converted
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import _has_values, run
-from fastattn.nn.weighted import Weighted, check_ranks, merge_visible
-from fastattn.weights import attention_weights
+from fastattn.functional import _has_values
+from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
 
 
-class AttentionPooling(Weighted):
+class AttentionPooling(AttentionLayer):
     """y = Σ_t α_t x_t, α = softmax_t(u · tanh(W x_t + b)): a sequence as one vector, by a learned query u.
 
     >>> pool = AttentionPooling(8)
@@ -49,9 +49,7 @@ class AttentionPooling(Weighted):
         self.project.reset_parameters()
         nn.init.uniform_(self.query, -(self.query.numel() ** -0.5), self.query.numel() ** -0.5)
 
-    def forward(
-        self, x: Tensor, valid_lens: Tensor | Sequence[int] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, valid_lens: ValidLens | None = None, mask: Tensor | None = None) -> Tensor:
         """One vector for each sequence.
 
         Args:
@@ -62,31 +60,26 @@ class AttentionPooling(Weighted):
             [B, input_size]; 0 where nothing counts.
         """
         check_ranks((3,), f"[B, L, {self.input_size}]", x=x)
-        self._last = (x, valid_lens, mask)
-        q, k, visible = self._operands(*self._last)
-        call = Call("attention", q, k, x.unsqueeze(1), mask=visible, scale=1.0, names=_NAMES)
-        return run(call)[:, 0, 0]
-
-    def weights(
-        self, x: Tensor, valid_lens: Tensor | Sequence[int] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """α alone, [B, L]."""
-        q, k, visible = self._operands(x, valid_lens, mask)
-        return attention_weights(q, k, mask=visible, scale=1.0).to(x.dtype)[:, 0, 0]
-
-    def _operands(self, x: Tensor, valid_lens: Any, mask: Tensor | None) -> tuple[Tensor, Tensor, Any]:
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:2]):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be bool {list(x.shape[:2])}, got {got}")
-        k = torch.tanh(self.project(x)).unsqueeze(1)
-        q = self.query.to(k.dtype).expand(x.shape[0], 1, 1, -1)
-        return q, k, merge_visible(None if mask is None else mask[:, None], valid_lens)
+        k = torch.tanh(self.project(x))
+        q = self.query.to(k.dtype).expand(x.shape[0], 1, -1)
+        visible = visible_keys(None if mask is None else mask[:, None], valid_lens, x)
+        call = Call("attention", q, k, x, mask=visible, scale=1.0, names=_NAMES)
+        return leading.run(self._remember(call)).squeeze(1)
+
+    @property
+    def attention_weights(self) -> Tensor | None:
+        """α of the last call, [B, L]; see `AttentionLayer`."""
+        weights = super().attention_weights
+        return None if weights is None else weights.squeeze(1)
 
 
 _NAMES = {"q": "query", "k": "x", "v": "x", "mask": "mask"}
 
 
-class HierarchicalAttention(Weighted):
+class HierarchicalAttention(nn.Module):
     """Sentences are attention pooled from words, the document from sentences, each read by a GRU first.
 
     s_i = Σ_t α_it h_it and d = Σ_i α_i h_i, with h_it, h_i the states of bidirectional GRUs over the words of
@@ -134,8 +127,8 @@ class HierarchicalAttention(Weighted):
             x: [B, S, W, input_size], vectors of words, padded on the right; see `pad_documents`.
             valid_lens: int [B, S], words of each sentence (0 where there is none), or [B], sentences of each
                 document, with all W words. None: nothing is padding.
-            mask: bool [B, S, W], True = the word may be attended to. A sentence in which none may is a sentence
-                of nothing, and not attended to either.
+            mask: bool [B, S, W], True = the word may be attended to. A sentence in which none may is not
+                attended to either.
         Returns:
             [B, 2 hidden_size]; 0 for a document without words.
         Raises:
@@ -156,20 +149,15 @@ class HierarchicalAttention(Weighted):
             exists = exists & (mask & (torch.arange(x.shape[2], device=x.device) < lens[..., None])).any(-1)
         last = (torch.arange(1, lens.shape[1] + 1, device=x.device) * exists).amax(1)
         states = _read(self.sentence_encoder, sentences, last)
-        self._last = (lens.shape,)
         return self.sentence_pooling(states, None, exists)
 
-    def weights(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Those of the two poolings' last calls."""
-        return self.word_pooling.attention_weights.unflatten(
-            0, shape
-        ), self.sentence_pooling.attention_weights
-
     @property
-    def attention_weights(self) -> tuple[Tensor, Tensor]:
-        """(weights of words [B, S, W], weights of sentences [B, S]) of the last call."""
-        found: tuple[Tensor, Tensor] = super().attention_weights
-        return found
+    def attention_weights(self) -> tuple[Tensor, Tensor] | None:
+        """(weights of words [B, S, W], weights of sentences [B, S]) of the last call, None before any."""
+        words, sentences = self.word_pooling.attention_weights, self.sentence_pooling.attention_weights
+        if words is None or sentences is None:
+            return None
+        return words.unflatten(0, sentences.shape), sentences
 
 
 def pad_documents(documents: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from fastattn.checks import check_int
 from fastattn.functional import _has_values, run
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
-from fastattn.nn.weighted import Weighted, check_ranks, merge_visible
+from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
 from fastattn.validation import check_tensor
 from fastattn.weights import attention_weights
 
 _NAMES = {"q": "x", "k": "x", "v": "x"}
 
 
-class SingleHeadAttention(Weighted):
+class SingleHeadAttention(AttentionLayer):
     """softmax((x W_q) (x W_k)ᵀ / sqrt(d_k)) (x W_v), with d_v = d_model ≠ d_k and no biases.
 
     Blocked pairs get no weight, so a row that is blocked wholly is 0, output and weights. The usual
@@ -56,7 +55,7 @@ class SingleHeadAttention(Weighted):
         self,
         x: Tensor,
         mask: Tensor | Mask | None = None,
-        valid_lens: Tensor | Sequence[int] | None = None,
+        valid_lens: ValidLens | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(output [B, L, d_model], weights [B, L, L]).
 
@@ -68,27 +67,15 @@ class SingleHeadAttention(Weighted):
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
         _check_x(x, self.d_model)
-        self._last = (x, mask, valid_lens)
-        v = self.W_v(x).unsqueeze(1)
-        call = Call("attention", *self._queries_and_keys(x), v, mask=_visible(mask, valid_lens), names=_NAMES)
-        return run(call).squeeze(1), self.weights(*self._last)
-
-    def weights(
-        self,
-        x: Tensor,
-        mask: Tensor | Mask | None = None,
-        valid_lens: Tensor | Sequence[int] | None = None,
-    ) -> Tensor:
-        """The weights alone, [B, L, L]; a row that is blocked wholly is 0."""
-        _check_x(x, self.d_model)
-        q, k = self._queries_and_keys(x)
-        return attention_weights(q, k, mask=_visible(mask, valid_lens)).to(q.dtype).squeeze(1)
-
-    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.W_q(x).unsqueeze(1), self.W_k(x).unsqueeze(1)
+        q, k, v = (w(x).unsqueeze(1) for w in (self.W_q, self.W_k, self.W_v))
+        visible = _visible(mask, valid_lens, x)
+        output = run(Call("attention", q, k, v, mask=visible, names=_NAMES)).squeeze(1)
+        weights = attention_weights(q, k, mask=visible).to(q.dtype).squeeze(1)
+        self._last = weights.detach()
+        return output, weights
 
 
-class MultiHeadSelfAttention(Weighted):
+class MultiHeadSelfAttention(AttentionLayer):
     """concat_h(softmax(q_h k_hᵀ / sqrt(d_k)) v_h) W_o with q, k, v = x W_q, x W_k, x W_v, d_k = d_model / H.
 
     Output and weights come from one pass. `nn.MultiheadAttention` is the general layer: other keys than
@@ -130,7 +117,7 @@ class MultiHeadSelfAttention(Weighted):
         self,
         x: Tensor,
         mask: Tensor | Mask | None = None,
-        valid_lens: Tensor | Sequence[int] | None = None,
+        valid_lens: ValidLens | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(output [B, L, d_model], weights [B, H, L, L]).
 
@@ -143,7 +130,6 @@ class MultiHeadSelfAttention(Weighted):
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
         _check_x(x, self.d_model)
-        self._last = (x, mask, valid_lens)
         projections = (self.W_q, self.W_k, self.W_v)
         output, weights = multi_head_attention(
             x,
@@ -152,22 +138,12 @@ class MultiHeadSelfAttention(Weighted):
             out_proj_weight=self.W_o.weight,
             out_proj_bias=self.W_o.bias,
             num_heads=self.num_heads,
-            mask=_visible(mask, valid_lens),
+            mask=_visible(mask, valid_lens, x),
             need_weights=True,
             average_weights=False,
         )
+        self._last = weights.detach()
         return output, weights
-
-    def weights(
-        self,
-        x: Tensor,
-        mask: Tensor | Mask | None = None,
-        valid_lens: Tensor | Sequence[int] | None = None,
-    ) -> Tensor:
-        """The weights alone, [B, H, L, L]; a row that is blocked wholly is 0."""
-        _check_x(x, self.d_model)
-        q, k = (w(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for w in (self.W_q, self.W_k))
-        return attention_weights(q, k, mask=_visible(mask, valid_lens)).to(q.dtype)
 
 
 def _check_x(x: Any, d_model: int) -> None:
@@ -176,13 +152,14 @@ def _check_x(x: Any, d_model: int) -> None:
         raise ValueError(f"x must be [B, L, {d_model}], got shape {list(x.shape)}")
 
 
-def _visible(mask: Any, valid_lens: Any) -> Mask | Tensor | None:
+def _visible(mask: Any, valid_lens: ValidLens | None, x: Tensor) -> Mask | Tensor | None:
     """What is visible, where a tensor says what is blocked."""
     if mask is None or isinstance(mask, Mask):
-        return merge_visible(mask, valid_lens)
+        return visible_keys(mask, valid_lens, x)
     check_tensor("mask", mask)
     if mask.dtype != torch.bool and mask.numel() and _has_values(mask):
         wrong = mask[(mask != 0) & (mask != 1)]
         if wrong.numel():
             raise ValueError(f"mask must hold 1 (blocked) and 0 (visible), got {wrong[0].item():g}")
-    return merge_visible(mask == 0, valid_lens)
+    visible = mask == 0
+    return visible_keys(visible.unsqueeze(1) if mask.dim() == 3 else visible, valid_lens, x)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.nn.attention import Attention
-from fastattn.nn.weighted import Weighted
 
 
-class SentenceEncoder(Weighted):
+class SentenceEncoder(nn.Module):
     """mean_i y_i with y = self-attention of the words' vectors: a sentence of any length as one vector.
 
     >>> vectors = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
@@ -57,8 +56,7 @@ class SentenceEncoder(Weighted):
     @property
     def attention_weights(self) -> Tensor:
         """The weights of the last call, [B, L, L]."""
-        weights: Tensor = self.attention.attention_weights  # type: ignore[assignment]
-        return weights
+        return self.attention.attention_weights  # type: ignore[return-value]
 
     def encode(
         self, words: Sequence[str], word_vectors: Mapping[str, Any], *, show: bool = True
@@ -89,7 +87,7 @@ class SentenceEncoder(Weighted):
                 )
         x = torch.stack(vectors)[None]
         vector = self(x if x.is_floating_point() else x.float())[0]
-        weights = self.attention_weights[0]
+        weights = self.attention_weights[0].to(vector.dtype)
         if show:
             print(weight_table(words, weights))
         return vector, weights
