@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.functional import _has_values
 from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
+from fastattn.nn.recurrent import read_padded
 
 
 class AttentionPooling(AttentionLayer):
@@ -141,14 +141,14 @@ class HierarchicalAttention(nn.Module):
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:3]):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be bool {list(x.shape[:3])}, got {got}")
-        words = _read(self.word_encoder, x.flatten(0, 1), lens.flatten())
+        words = read_padded(self.word_encoder, x.flatten(0, 1), lens.flatten())
         seen = None if mask is None else mask.flatten(0, 1)
         sentences = self.word_pooling(words, lens.flatten(), seen).unflatten(0, lens.shape)
         exists = lens > 0
         if mask is not None:
             exists = exists & (mask & (torch.arange(x.shape[2], device=x.device) < lens[..., None])).any(-1)
         last = (torch.arange(1, lens.shape[1] + 1, device=x.device) * exists).amax(1)
-        states = _read(self.sentence_encoder, sentences, last)
+        states = read_padded(self.sentence_encoder, sentences, last)
         return self.sentence_pooling(states, None, exists)
 
     @property
@@ -205,14 +205,3 @@ def _word_lens(valid_lens: Tensor | None, x: Tensor) -> Tensor:
     if lens.dim() == 1:
         return (torch.arange(sentences, device=x.device) < lens[:, None]) * words
     return lens.long()
-
-
-def _read(encoder: nn.GRU, x: Tensor, lens: Tensor) -> Tensor:
-    """States [N, L, 2 hidden] of a bidirectional GRU that sees no padding; 0 there."""
-    out = x.new_zeros(*x.shape[:2], 2 * encoder.hidden_size)
-    filled = lens.nonzero().squeeze(1)  # torch packs no sequence of length 0
-    if not filled.numel():
-        return out
-    packed = pack_padded_sequence(x[filled], lens[filled].cpu(), batch_first=True, enforce_sorted=False)
-    states, _ = pad_packed_sequence(encoder(packed)[0], batch_first=True, total_length=x.shape[1])
-    return out.to(states.dtype).index_copy(0, filled, states)
