@@ -132,6 +132,9 @@ def main(folder: str = ".") -> None:
     print(f"convolution by its kernel: k^{exponent(kernels, by_kernel):.2f}")
     panels[0].set(title="d = 64", xlabel="n, tokens", ylabel="ms")
     panels[1].set(title="n = 256, 16 sequences", xlabel="d, features")
+    for panel, sizes in zip(panels, (LENGTHS, WIDTHS), strict=True):
+        panel.minorticks_off()
+        panel.set_xticks(sizes, sizes)
     panels[0].legend()
     drawn = Path(folder) / "paths_and_costs.png"
     figure.savefig(drawn, dpi=70)
