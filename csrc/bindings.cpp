@@ -106,7 +106,11 @@ void read_band(py::handle value, Band& band) {
 
 // One option of a call, forward or backward; false where there is none of that name.
 bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
-  if (key == "softcap") {
+  if (key == "score") {
+    p.score = static_cast<Score>(value.cast<int>());
+  } else if (key == "score_weights") {
+    p.score_weights = view_of(value).data;
+  } else if (key == "softcap") {
     p.softcap = value.cast<double>();
   } else if (key == "sinks") {
     p.sinks = view_of(value).data;
@@ -156,14 +160,15 @@ bool read_forward_option(const std::string& key, py::handle value, AttentionPara
 }
 
 bool read_backward_option(const std::string& key, py::handle value, AttentionBackwardParams& p) {
-  const View v = key == "dbias" || key == "ddiag" || key == "dsinks" ? view_of(value) : View{};
   if (key == "dbias") {
-    p.dbias = v.tensor();
+    p.dbias = view_of(value).tensor();
   } else if (key == "ddiag") {
-    p.ddiag = v.rows();
-    p.num_diagonals = v.dim(2);
+    p.ddiag = view_of(value).rows();
+    p.num_diagonals = view_of(value).dim(2);
   } else if (key == "dsinks") {
-    p.dsinks = v.data;
+    p.dsinks = view_of(value).data;
+  } else if (key == "dscore_weights") {
+    p.dscore_weights = view_of(value).data;
   } else {
     return false;
   }
@@ -231,6 +236,21 @@ void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   cpu_kernels().attention_bwd(p);
 }
 
+void hard_fwd(int dtype, py::handle q, py::handle k, py::handle index, py::handle seed, double scale,
+              int num_threads, const std::optional<py::dict>& options) {
+  HardParams p;
+  read_call(p, dtype, view_of(q), view_of(k), view_of(k), view_of(q), View{}, scale, num_threads);
+  p.index = view_of(index).rows();
+  p.seed = view_of(seed).as<const int64_t>();
+  if (options)
+    for (const auto& [key, value] : *options) {
+      const std::string name = key.cast<std::string>();
+      if (!read_option(name, value, p)) unknown_option(name);
+    }
+  const py::gil_scoped_release release;
+  cpu_kernels().hard_fwd(p);
+}
+
 py::dict info() {
   py::dict d;
   const CpuKernels& kernels = cpu_kernels();
@@ -247,6 +267,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastattn.";
   m.def("attention_fwd", attention_fwd);
   m.def("attention_bwd", attention_bwd);
+  m.def("hard_fwd", hard_fwd);
   m.def("info", info);
   m.def("set_isa", set_cpu_isa);
   m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {

@@ -12,6 +12,19 @@ namespace fastattn {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+// What a score is made of, as numbered by fastattn.spec.SCORES. The distance scores are logarithms of kernels
+// of r = |q - k|, and -inf beyond their support.
+enum class Score : int {
+  kDot = 0,           // scale * q·k
+  kAdditive = 1,      // sum_d w_d tanh(q_d + k_d)
+  kGaussian = 2,      // -r^2 / 2
+  kBoxcar = 3,        // log of 1 for r <= 1
+  kEpanechnikov = 4,  // log(1 - r^2) for r < 1
+  kTriangular = 5,    // log(1 - r) for r < 1
+};
+
+FASTATTN_INLINE bool is_distance(Score score) { return score >= Score::kGaussian; }
+
 FASTATTN_INLINE int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
@@ -63,8 +76,10 @@ struct AttentionParams {
   // Maxima where lengths vary; with a block_table seqlen_k is the page size, and seqlens_k has the lengths.
   int64_t seqlen_q = 0, seqlen_k = 0;
   int64_t head_dim = 0, head_dim_v = 0;
-  double scale = 1.0;
-  double softcap = 0.0;  // 0: none
+  Score score = Score::kDot;
+  const void* score_weights = nullptr;  // [D] accumulator type, w of the additive score; else nullptr
+  double scale = 1.0;                   // 1 for scores other than kDot
+  double softcap = 0.0;                 // 0: none
 
   Tensor q;    // [B, Hq, Lq, D]
   Tensor k;    // [B, Hkv, Lk, D], or [pages, Hkv, page_size, D] with a block_table
@@ -112,7 +127,14 @@ struct AttentionBackwardParams : AttentionParams {
   Tensor dbias;  // strides of bias, accumulator type, zero-filled by the caller; may be nullptr
   Tensor ddiag;  // strides of diag, accumulator type, zero-filled by the caller; may be nullptr
   int64_t num_diagonals = 0;
-  void* dsinks = nullptr;  // [Hq] accumulator type, overwritten; may be nullptr
+  void* dsinks = nullptr;          // [Hq] accumulator type, overwritten; may be nullptr
+  void* dscore_weights = nullptr;  // [D] accumulator type, overwritten; may be nullptr
+};
+
+// Of v, out and lse nothing is read.
+struct HardParams : AttentionParams {
+  Tensor index;                   // [B, Hq, Lq] int64: the chosen key, -1 in a row that sees none
+  const int64_t* seed = nullptr;  // one element: draw from the softmax; nullptr: take the largest score
 };
 
 // One batch entry: where its rows lie and how long it is.

@@ -14,6 +14,8 @@ from fastattn.additive import additive_attention
 from fastattn.combine import merge
 from fastattn.dispatch import Explanation
 from fastattn.functional import attention, decode_attention, explain, varlen_attention
+from fastattn.hard import hard_attention
+from fastattn.kernel_regression import kernel_attention
 from fastattn.multi_head import multi_head_attention
 from fastattn.sdpa import scaled_dot_product_attention
 from fastattn.spec import AttentionSpec
@@ -29,6 +31,8 @@ __all__ = [
     "biases",
     "decode_attention",
     "explain",
+    "hard_attention",
+    "kernel_attention",
     "masks",
     "merge",
     "models",

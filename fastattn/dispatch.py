@@ -124,13 +124,7 @@ def choose(call: Call) -> Any:
         NotImplementedError: a backend was forced that cannot run the call; the message has every reason.
     """
     forced = forced_backend(call.backend)
-    if (
-        forced is None
-        and call.q.device.type == "cpu"
-        and cpu.available()
-        and call.block_table is None
-        and call.score == "dot"
-    ):
+    if forced is None and call.q.device.type == "cpu" and cpu.available() and call.block_table is None:
         return cpu  # it supports all of these: no spec is needed to know
     choice = explain(call)
     if choice.backend is None:

@@ -28,12 +28,14 @@ _BACKWARD = (
     "(str backend, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
     f"{_OPERANDS}, {_PARAMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_HARD = f"(str backend, Tensor q, Tensor k, {_OPERANDS}, {_PARAMS}) -> Tensor"
 _COUNT = len(Operands._fields)
 
 # Kernels read memory by its strides, so a compiler may not choose others than eager mode has.
 _library = torch.library.Library("fastattn", "DEF")
 _library.define(f"attention_forward{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"attention_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
+_library.define(f"hard_index{_HARD}", tags=(torch.Tag.needs_exact_strides,))
 
 _KERNELS: dict[str, Any] = {cpu.name: cpu}
 
@@ -43,6 +45,11 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a lowered call through the op."""
     return torch.ops.fastattn.attention_forward(backend, q, k, v, *operands, *_flat(params))
+
+
+def hard_index(backend: str, q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tensor:
+    """The key that each row of a lowered call attends to, through the op."""
+    return torch.ops.fastattn.hard_index(backend, q, k, *operands, *_flat(params))
 
 
 class Kernels:
@@ -103,6 +110,14 @@ def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
+def _hard_index(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    return _KERNELS[backend].hard_index(q, k, Operands(*rest[:_COUNT]), _params(rest[_COUNT:]))
+
+
+def _hard_index_fake(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.int64)
+
+
 def _forward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return output_like(q, v.shape[-1]), cpu.lse_like(q)
 
@@ -145,6 +160,8 @@ def _no_gradient(ctx: Any, *grads: Tensor | None) -> Any:
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("hard_index", _hard_index, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::hard_index", _hard_index_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_library)
 torch.library.register_autograd(

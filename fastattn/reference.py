@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import Mask, MaskShape
-from fastattn.philox import dropout_mask
+from fastattn.philox import dropout_mask, dropout_words
 
 
 class _Scores(torch.autograd.Function):
@@ -204,6 +204,29 @@ def attention_weights(
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     visible, dense_bias = _visible(mask, shape, q.device), _bias(bias, shape, q)
     return _probabilities(q, k, visible, dense_bias, scale, softcap, sinks)[0]
+
+
+def hard_index(q: Tensor, k: Tensor, *, mask: Any = None, scale: float, seed: Tensor | None = None) -> Tensor:
+    """argmax_j of scale q_i . k_j, or with a seed of that plus Gumbel noise, over visible j.
+
+    Args:
+        q [B, Hq, Lq, D], k [B, Hkv, Lk, D]; mask: as in `attention`.
+        seed: int64 tensor of one element; the noise of a pair is -log(-log(1 - r)), r = (word + 1/2) / 2**32
+            of the word that dropout would read.
+    Returns:
+        int64 [B, Hq, Lq], the first of equals; -1 where no key is visible.
+    """
+    shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    visible = _visible(mask, shape, q.device).expand(*q.shape[:3], k.shape[2])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    s = scale * (q.to(dtype) @ k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
+    if seed is not None:
+        words = dropout_words(seed, shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k)
+        s = s.double() - torch.log(-torch.log1p(-(words.double() + 0.5) / 2**32))
+    found = torch.where(visible, s, -math.inf).argmax(-1)
+    first = visible.to(torch.uint8).argmax(-1)  # where every visible score is -inf
+    found = torch.where(visible.gather(-1, found[..., None])[..., 0], found, first)
+    return torch.where(visible.any(-1), found, -1)
 
 
 def varlen_attention(

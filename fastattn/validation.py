@@ -55,7 +55,7 @@ def validate_options(call: Call) -> None:
     if call.score == "additive":
         _check_score_weights(call.name("score_weights"), call.score_weights, call.q)
     if call.dropout_seed is not None:
-        _check_seed(call.dropout_seed, call.q.device)
+        check_seed("dropout_seed", call.dropout_seed, call.q.device)
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None, owner: str = "q") -> Tensor:
@@ -141,12 +141,12 @@ def _check_numbers(call: Call) -> None:
         raise ValueError(f"dropout_p must be between 0 and 1, got {call.dropout_p}")
 
 
-def _check_seed(value: Any, device: torch.device) -> None:
-    seed = check_tensor("dropout_seed", value, device)
+def check_seed(name: str, value: Any, device: torch.device) -> None:
+    seed = check_tensor(name, value, device)
     if seed.dtype != torch.int64:
-        raise TypeError(f"dropout_seed must be an int64 tensor of one element, got {dtype_name(seed.dtype)}")
+        raise TypeError(f"{name} must be an int64 tensor of one element, got {dtype_name(seed.dtype)}")
     if seed.numel() != 1:
-        raise ValueError(f"dropout_seed must have one element, got shape {_shape(seed)}")
+        raise ValueError(f"{name} must have one element, got shape {_shape(seed)}")
 
 
 def check_sinks(value: Any, heads: int, q: Tensor) -> None:

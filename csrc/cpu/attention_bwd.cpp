@@ -2,6 +2,8 @@
 //
 //   S = Q K^T   dP = dO V^T   dS = P * (dP - delta)   dV += P^T dO   dK += dS^T Q   dQ += dS K
 //
+// For the scores of pair_scores.h the last two are sums over pairs (pair_gradients), as is dscore_weights.
+//
 // Keys go in tiles of 64, whose dK and dV stay in L2 while the query tiles that see them pass by. Tiles form
 // up to 8 chunks by the number of keys alone; each chunk has its own partial dQ, and the partials are added
 // in ascending order, so that the bits do not depend on how many threads took part.
@@ -55,7 +57,8 @@ class Backward {
         rows_(rows),
         group_(p.num_heads / p.num_heads_kv),
         width_q_(round_to_lanes<T>(p.head_dim)),
-        width_v_(round_to_lanes<T>(p.head_dim_v)) {}
+        width_v_(round_to_lanes<T>(p.head_dim_v)),
+        dw_(p.head_dim) {}
 
   // Units go in waves whose partial dQ fit in kPartialBytes; at least one unit a wave.
   void run() {
@@ -74,6 +77,7 @@ class Backward {
         bytes += more;
       }
     if (!wave.empty()) run_wave(wave);
+    if (p_.dscore_weights != nullptr) finish_score_weights();
   }
 
  private:
@@ -87,9 +91,13 @@ class Backward {
     dv_.ensure(keys * width_v_);
     for (int64_t g = 0; g < group_; ++g) {
       const Vector<Chunk> chunks = plan(units, g);
-      parallel_tasks(p_.num_threads, static_cast<int64_t>(chunks.size()),
-                     [&](int, int64_t n) { run_chunk(chunks[n], g); });
+      const int64_t num_chunks = static_cast<int64_t>(chunks.size());
+      if (p_.score != Score::kDot) partial_dw_.ensure(num_chunks * width_q_);
+      parallel_tasks(p_.num_threads, num_chunks,
+                     [&](int, int64_t n) { run_chunk(chunks[n], g, partial_dw_.data() + n * width_q_); });
       finish_queries(units, chunks, g);
+      for (int64_t n = 0; n < num_chunks && p_.dscore_weights != nullptr; ++n)
+        dw_.add(T{1}, partial_dw_.data() + n * width_q_);
     }
   }
 
@@ -115,7 +123,7 @@ class Backward {
     return chunks;
   }
 
-  void run_chunk(const Chunk& c, int64_t g) {
+  void run_chunk(const Chunk& c, int64_t g, T* dw) {
     static thread_local GradScratch<T> scratch;
     const Unit& u = *c.unit;
     T* dk = dk_.data() + (u.accumulator + c.key_begin) * width_q_;
@@ -127,14 +135,15 @@ class Backward {
       std::fill(dv, dv + keys * width_v_, T{0});
     }
     std::fill(dq, dq + (c.rows.end - c.rows.begin) * width_q_, T{0});
+    if (p_.score != Score::kDot) std::fill(dw, dw + width_q_, T{0});
     GradTile<T> tile(p_, rows_, u.batch, c.head, scratch);
     for (int64_t j0 = c.key_begin; j0 < c.key_end; j0 += kKeyTile)
       run_key_tile(tile, c, j0, std::min(c.key_end, j0 + kKeyTile), dq, dk + (j0 - c.key_begin) * width_q_,
-                   dv + (j0 - c.key_begin) * width_v_);
+                   dv + (j0 - c.key_begin) * width_v_, dw);
     if (g == group_ - 1) finish_keys(u, c);
   }
 
-  void run_key_tile(GradTile<T>& tile, const Chunk& c, int64_t j0, int64_t j1, T* dq, T* dk, T* dv) {
+  void run_key_tile(GradTile<T>& tile, const Chunk& c, int64_t j0, int64_t j1, T* dq, T* dk, T* dv, T* dw) {
     bool loaded = false;
     Block<T> keys{};
     tile.rules().for_each_query_tile(j0, j1, [&](int64_t query_tile, const int32_t* tile_bits) {
@@ -155,6 +164,15 @@ class Backward {
           continue;
         }
         tile.compute(tile_bits, i, rows, columns, false);
+        if (p_.score != Score::kDot) {
+          const Block<T>& queries = tile.query_block();
+          pair_gradients<T>(
+              p_.score,
+              {tile.gradients() + (i - i0) * kKeyTile, queries.data + (i - i0) * queries.stride, keys.data,
+               queries.stride, keys.stride, dq + (i - c.rows.begin) * width_q_, dk, dw, width_q_, kKeyTile},
+              rows, columns.begin, columns.end);
+          continue;
+        }
         gemm<T, false>(rows, width_q_, columns.end - columns.begin,
                        tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
                        keys.data + columns.begin * keys.stride, keys.stride,
@@ -177,6 +195,7 @@ class Backward {
       const int64_t depth = rows.end - rows.begin, first = rows.begin * kKeyTile + c;
       gemm<T, true>(keys, width_v_, depth, tile.probabilities() + first, kKeyTile,
                     douts.data + rows.begin * douts.stride, douts.stride, dv + c * width_v_, width_v_, true);
+      if (p_.score != Score::kDot) continue;
       gemm<T, true>(keys, width_q_, depth, tile.gradients() + first, kKeyTile,
                     queries.data + rows.begin * queries.stride, queries.stride, dk + c * width_q_, width_q_,
                     true);
@@ -186,13 +205,14 @@ class Backward {
   void finish_keys(const Unit& u, const Chunk& c) {
     Vector<T> dk_exact(width_q_), dv_exact(width_v_);
     for (int64_t j = c.key_begin; j < c.key_end; ++j) {
-      const T* dk = dk_.data() + (u.accumulator + j) * width_q_;
+      T* dk = dk_.data() + (u.accumulator + j) * width_q_;
       const T* dv = dv_.data() + (u.accumulator + j) * width_v_;
       if (!all_finite(dk, width_q_) || !all_finite(dv, width_v_)) {
         exact_dkv(p_, rows_, u.batch, u.head_kv, j, dk_exact.data(), dv_exact.data());
         dk = dk_exact.data();
         dv = dv_exact.data();
       }
+      finish_pairs(p_, dk);
       store_row<T>(dk, static_cast<T>(p_.scale), p_.dtype, p_.head_dim,
                    row_address(p_.dk, p_.dtype, p_.dk.offset(u.batch, u.head_kv, u.seq.k_begin + j)));
       store_row<T>(dv, T{1}, p_.dtype, p_.head_dim_v,
@@ -232,13 +252,26 @@ class Backward {
     void* dq = row_address(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i));
     const T scale = static_cast<T>(p_.scale);
     if (!all_finite(sum.data(), width_q_)) exact_dq(p_, rows_, u.batch, h, i, sum.data());
+    finish_pairs(p_, sum.data());
     store_row<T>(sum.data(), scale, p_.dtype, p_.head_dim, dq);
+  }
+
+  void finish_score_weights() {
+    T* dw = static_cast<T*>(p_.dscore_weights);
+    dw_.store(dw);
+    if (std::all_of(dw, dw + p_.head_dim, [](T x) { return std::isfinite(x); })) return;
+    ExactSum sum(p_.head_dim);
+    for (int64_t b = 0; b < p_.batch; ++b)
+      for (int64_t h = 0; h < p_.num_heads; ++h)
+        for (int64_t i = 0; i < sequence_of(p_, b).len_q; ++i) exact_dq<T>(p_, rows_, b, h, i, nullptr, &sum);
+    sum.store(dw);
   }
 
   const AttentionBackwardParams& p_;
   const RowGradients<T>& rows_;
   const int64_t group_, width_q_, width_v_;
-  Buffer<T> dk_, dv_, partial_dq_;
+  Buffer<T> dk_, dv_, partial_dq_, partial_dw_;
+  ExactSum dw_;  // of all chunks so far, in their order
 };
 
 // d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse)

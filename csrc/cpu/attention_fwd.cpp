@@ -13,6 +13,7 @@
 #include "exact.h"
 #include "few_rows.h"
 #include "isa.h"
+#include "pair_scores.h"
 #include "rows.h"
 #include "score.h"
 #include "softmax.h"
@@ -121,7 +122,8 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
   void* out = row_address(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
   T* lse = p.lse.data == nullptr ? nullptr : static_cast<T*>(p.lse.data) + p.lse.offset(b, h, s.q_begin + i);
   T factor = T{1}, row_lse = -kInfinity<T>;
-  if (state.max == -kInfinity<T> && !ScoreRules<T>(p, b, h, s).sees_any(i)) {
+  const ScoreRules<T> rules(p, b, h, s);
+  if (state.max == -kInfinity<T> && (rules.has_support() || !rules.sees_any(i))) {
     std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
     if (weights != nullptr) std::fill_n(weights, s.len_k, T{0});
   } else if (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim))) {
@@ -150,8 +152,9 @@ class TaskRunner {
         weights_(p, task.batch, task.rows, scratch.weights),
         width_(round_to_lanes<T>(p.head_dim_v)),
         few_rows_(seq_.len_q <= kDotRows),
+        pack_keys_(!few_rows_ || p.score != Score::kDot),
         copy_values_(!few_rows_ && (!readable_in_place<T>(p.dtype, p.head_dim_v) || !values_.strided())) {
-    if (!few_rows_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
+    if (pack_keys_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
     scores_ = scratch.scores.ensure(kGroup * kSegment);
     if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * width_);
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
@@ -239,14 +242,14 @@ class TaskRunner {
     const int64_t begin = first / kLanes<T> * kLanes<T>, end = round_to_lanes<T>(last);
     const int64_t padded = end - begin, keys = std::min(end, seq_.len_k - s0) - begin;
     const Block<T> queries = query_block(tile, i);
-    if (few_rows_) {
+    if (!pack_keys_) {
       for (int64_t r = 0; r < rows; ++r)
         dot_rows<T>(
             queries.data + r * queries.stride, [&](int64_t c) { return keys_(s0 + begin + c); }, p_.dtype,
             keys, p_.head_dim, static_cast<T>(p_.scale), scores_ + r * kSegment + begin);
     } else {
       pack(s0, begin, end);
-      gemm_panels<T>(rows, begin, end, p_.head_dim, queries.data, queries.stride, panels_, scores_, kSegment);
+      score_products<T>(p_, rows, begin, end, queries.data, queries.stride, panels_, scores_, kSegment);
     }
     T* sums = sums_ + (tile.first + i - tile.row_begin) * width_;
     for (int64_t r = 0; r < rows; ++r) {
@@ -282,7 +285,7 @@ class TaskRunner {
   const Dropout dropout_;
   const WeightRows<T> weights_;
   const int64_t width_;
-  const bool few_rows_, copy_values_;
+  const bool few_rows_, pack_keys_, copy_values_;
   T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
   uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment

@@ -66,7 +66,7 @@ ExactWeights<T> exact_weights(const AttentionParams& p, int64_t b, int64_t h, in
     bool visible[kStrip];
     rules.mark_visible(run, i, run.begin, run.end - run.begin, visible);
     for (int64_t j = run.begin; j < run.end; ++j) {
-      if (!visible[j - run.begin]) continue;
+      if (!visible[j - run.begin] || rules.hides(s[j - run.begin])) continue;
       sees_any = true;
       row.seen[j - row.keys.begin] = 1;
       row.weights[j - row.keys.begin] = s[j - run.begin];

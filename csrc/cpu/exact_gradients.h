@@ -7,15 +7,18 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Writes row i of head h's dQ / scale to dq [head_dim].
+// Writes row i of head h's dQ / scale to dq [head_dim] and adds its part of dscore_weights to dw, where not
+// nullptr.
 template <class T>
 void exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h, int64_t i,
-              T* dq) {
+              T* dq, ExactSum* dw = nullptr) {
   static thread_local GradScratch<T> scratch;
+  Vector<T> by_q(p.head_dim), by_k(p.head_dim), by_w(p.head_dim);
   GradTile<T> tile(p, rows, b, h, scratch);
   const KeyRange keys = tile.rules().row_keys(i);
   ExactSum sum(p.head_dim);
-  for (int64_t j0 = keys.begin / kKeyTile * kKeyTile; j0 < keys.end && !sum.lost(); j0 += kKeyTile)
+  for (int64_t j0 = keys.begin / kKeyTile * kKeyTile; j0 < keys.end; j0 += kKeyTile) {
+    if (dw == nullptr && sum.lost()) break;
     tile.rules().for_each_run(i, i + 1, j0, j0 + kKeyTile, [&](const Run& run) {
       tile.load_keys(j0, std::min(tile.sequence().len_k, j0 + kKeyTile));
       tile.load_queries(i, i + 1);
@@ -23,10 +26,20 @@ void exact_dq(const AttentionBackwardParams& p, const RowGradients<T>& rows, int
       const Block<T> block = tile.key_block();
       bool visible[kKeyTile];
       tile.rules().mark_visible(run, i, run.begin, run.end - run.begin, visible);
-      for (int64_t j = run.begin; j < run.end; ++j)
-        if (visible[j - run.begin]) sum.add(tile.gradients()[j - j0], block.data + (j - j0) * block.stride);
+      for (int64_t j = run.begin; j < run.end; ++j) {
+        if (!visible[j - run.begin] || tile.hides(j - j0)) continue;
+        const T* key = block.data + (j - j0) * block.stride;
+        if (p.score == Score::kDot) {
+          sum.add(tile.gradients()[j - j0], key);
+          continue;
+        }
+        pair_slopes(p, tile.query_block().data, key, by_q.data(), by_k.data(), by_w.data());
+        sum.add(tile.gradients()[j - j0], by_q.data());
+        if (dw != nullptr) dw->add(tile.gradients()[j - j0], by_w.data());
+      }
     });
-  sum.store(dq);
+  }
+  if (dq != nullptr) sum.store(dq);
 }
 
 // Writes row j of a key-value head's dK / scale and dV to dk [head_dim] and dv [head_dim_v].
@@ -36,9 +49,11 @@ void exact_dkv(const AttentionBackwardParams& p, const RowGradients<T>& rows, in
   static thread_local GradScratch<T> scratch;
   const int64_t group = p.num_heads / p.num_heads_kv;
   ExactSum sum_k(p.head_dim), sum_v(p.head_dim_v);
+  Vector<T> by_q(p.head_dim), by_k(p.head_dim), by_w(p.head_dim);
   for (int64_t h = head_kv * group; h < (head_kv + 1) * group; ++h) {
     GradTile<T> tile(p, rows, b, h, scratch);
     tile.load_keys(j, j + 1);
+    const Block<T> key = tile.key_block();
     tile.rules().for_each_query_tile(j, j + 1, [&](int64_t query_tile, const int32_t* tile_bits) {
       const int64_t i0 = query_tile * kMaskTile, i1 = std::min(tile.sequence().len_q, i0 + kMaskTile);
       const KeyRange column = tile.columns(i0, i1 - i0);
@@ -49,8 +64,13 @@ void exact_dkv(const AttentionBackwardParams& p, const RowGradients<T>& rows, in
       for (int64_t i = i0; i < i1; ++i) {
         bool visible;
         tile.rules().mark_visible({j, j + 1, tile_bits}, i, j, 1, &visible);
-        if (!visible) continue;
-        sum_k.add(tile.gradients()[(i - i0) * kKeyTile], queries.data + (i - i0) * queries.stride);
+        if (!visible || tile.hides((i - i0) * kKeyTile)) continue;
+        const T* query = queries.data + (i - i0) * queries.stride;
+        if (p.score != Score::kDot) {
+          pair_slopes(p, query, key.data, by_q.data(), by_k.data(), by_w.data());
+          query = by_k.data();
+        }
+        sum_k.add(tile.gradients()[(i - i0) * kKeyTile], query);
         sum_v.add(tile.probabilities()[(i - i0) * kKeyTile], douts.data + (i - i0) * douts.stride);
       }
     });

@@ -11,6 +11,7 @@ namespace fastattn::FASTATTN_ISA {
 
 void attention_fwd(const AttentionParams& p);
 void attention_bwd(const AttentionBackwardParams& p);
+void hard_fwd(const HardParams& p);
 double fma_peak(DType dtype, int num_threads, double seconds);
 
 extern const CpuKernels kKernels;

@@ -1,4 +1,5 @@
-// From scale * q·k to the score that softmax reads, for one (batch, head): softcap, then bias, then mask.
+// From scale * q·k (or what pair_scores.h puts in its place) to the score that softmax reads, for one (batch,
+// head): softcap, or the logarithm of a kernel of the distance, then bias, then mask.
 // A new kind of mask or bias is added here, and in no kernel.
 #pragma once
 
@@ -121,13 +122,19 @@ class ScoreRules {
     return {std::max(rows.begin, hull.begin), std::min(rows.end, hull.end)};
   }
 
-  // Whether a score's derivative by scale * q·k is other than 1.
-  bool has_slope() const { return p_.softcap > 0; }
+  // Whether a score's derivative by what apply() is given is other than 1.
+  bool has_slope() const { return p_.softcap > 0 || is_distance(p_.score); }
 
-  // s[0, n) holds scale * q·k of row i with keys [j0, j0 + n), all inside run; on return the scores, and
-  // -inf where masked and in the padding [n, padded). slope, where not nullptr, gets the derivatives.
+  // Whether a pair may be out of a kernel's support, where its score is -inf: it counts as hidden.
+  bool has_support() const { return is_distance(p_.score); }
+  bool hides(T score) const { return has_support() && score == -kInfinity<T>; }
+
+  // s[0, n) holds scale * q·k (the additive score, r^2) of row i with keys [j0, j0 + n), all inside run; on
+  // return the scores, and -inf where masked and in the padding [n, padded). slope, where not nullptr, gets
+  // the derivatives, by -r^2/2 where a distance is given.
   void apply(const Run& run, int64_t i, int64_t j0, int64_t n, int64_t padded, T* s, T* slope) const {
     if (p_.softcap > 0) apply_softcap(padded, s, slope);
+    if (is_distance(p_.score)) apply_kernel(padded, s, slope);
     if (p_.bias.data != nullptr) add_bias(i, j0, n, s);
     if (p_.diag.data != nullptr) add_diagonal(i, j0, n, s);
     apply_mask(run, i, j0, n, padded, s);
@@ -183,6 +190,32 @@ class ScoreRules {
       const Vec<T> t = vtanh(load(s + n) * inverse);
       store(s + n, t * cap);
       if (slope != nullptr) store(slope + n, 1 - t * t);
+    }
+  }
+
+  // s holds r^2.
+  void apply_kernel(int64_t padded, T* s, T* slope) const {
+    const Score kernel = p_.score;
+    for (int64_t n = 0; n < padded; n += kLanes<T>) {
+      const Vec<T> squared = load(s + n);
+      Vec<T> score, by_half_square{};
+      if (kernel == Score::kGaussian) {
+        score = squared * T(-0.5);
+        by_half_square = splat(T{1});
+      } else if (kernel == Score::kBoxcar) {
+        score = squared <= T{1} ? Vec<T>{} : splat(-kInfinity<T>);
+      } else if (kernel == Score::kEpanechnikov) {
+        const Vec<T> value = T{1} - squared;
+        score = vlog<T>(value);
+        by_half_square = value > T{0} ? T{2} / value : by_half_square;
+      } else {
+        const Vec<T> r = vsqrt<T>(squared), value = T{1} - r;
+        score = vlog<T>(value);
+        // The slope of r at 0 is taken to be 0.
+        by_half_square = value > T{0} ? (r > T{0} ? T{1} / (r * value) : by_half_square) : by_half_square;
+      }
+      store(s + n, squared == squared ? score : squared);
+      if (slope != nullptr) store(slope + n, by_half_square);
     }
   }
 

@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "dropout.h"
+#include "pair_scores.h"
 #include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
@@ -55,6 +56,9 @@ class GradTile {
   const Block<T>& query_block() const { return query_block_; }
   const Block<T>& dout_block() const { return dout_block_; }
 
+  // Whether the pair at `index` of probabilities() lies out of a kernel's support.
+  bool hides(int64_t index) const { return rules_.has_support() && probabilities_[index] == T{0}; }
+
   void load_keys(int64_t j0, int64_t j1) {
     j0_ = j0;
     j1_ = j1;
@@ -95,8 +99,8 @@ class GradTile {
                   keys = std::min(range.end, j1_ - j0_) - range.begin;
     T* p0 = probabilities_ + r0 * kKeyTile;
     T* ds0 = gradients_ + r0 * kKeyTile;
-    gemm_panels<T>(rows, range.begin, range.end, p_.head_dim, query_block_.data + r0 * query_block_.stride,
-                   query_block_.stride, key_panels_, p0, kKeyTile);
+    score_products<T>(p_, rows, range.begin, range.end, query_block_.data + r0 * query_block_.stride,
+                      query_block_.stride, key_panels_, p0, kKeyTile);
     gemm_panels<T>(rows, range.begin, range.end, p_.head_dim_v, dout_block_.data + r0 * dout_block_.stride,
                    dout_block_.stride, value_panels_, ds0, kKeyTile);
     T slope[kKeyTile], kept[kKeyTile];
@@ -121,6 +125,7 @@ class GradTile {
           d = e * (d - delta);
         }
         if (sloped) d *= load(slope + c);
+        if (rules_.has_support()) d = e == T{0} ? Vec<T>{} : d;  // dP of a hidden pair may be anything
         store(prob + c, e);
         store(ds + c, d);
       }

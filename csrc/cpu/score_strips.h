@@ -2,6 +2,7 @@
 #pragma once
 
 #include "buffer.h"
+#include "pair_scores.h"
 #include "rows.h"
 #include "score.h"
 
@@ -28,8 +29,7 @@ void for_each_strip(const AttentionParams& p, const ScoreRules<T>& rules, int64_
       const int64_t n = run.end - run.begin, padded = round_to_lanes<T>(n);
       pack_panels<T>([&](int64_t c) { return keys(run.begin + c); }, p.dtype, n, p.head_dim,
                      static_cast<T>(p.scale), panels.data());
-      gemm_panels<T>(rows, 0, padded, p.head_dim, block.data, block.stride, panels.data(), scores.data(),
-                     kStrip);
+      score_products<T>(p, rows, 0, padded, block.data, block.stride, panels.data(), scores.data(), kStrip);
       for (int64_t r = 0; r < rows; ++r) {
         T* s = scores.data() + r * kStrip;
         rules.apply(run, i0 + r, run.begin, n, padded, s, nullptr);

@@ -47,8 +47,6 @@ def supports(spec: AttentionSpec) -> str | None:
     reasons = []
     if _missing is not None:
         reasons.append(_missing)
-    if spec.score != "dot":
-        reasons.append(f"it has no {spec.score} score")
     if spec.device != "cpu":
         reasons.append(f"it runs on cpu tensors, not {spec.device}")
     if spec.paged and spec.needs_grad:
@@ -191,6 +189,26 @@ def backward(
         options or None,
     )
     return dq, dk, dv, *_finish(extra, operands, None)
+
+
+def hard_index(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tensor:
+    """The key that each row of a lowered call attends to, int64 [B, Hq, Lq], -1 where it sees none.
+
+    Args:
+        q, k, operands, params: as in `forward`, of a dense call. operands.seed: draw from the softmax with
+            it; None: take the largest score.
+    """
+    seed = None if operands.seed is None else view(resolved(operands.seed))
+    operands = _prepare(q, k, operands._replace(seed=None), params)
+    q, k = dense_last(q), dense_last(k)
+    seq = _Layout(q, k, operands, params)
+    index = torch.empty(q.shape[:3], dtype=torch.int64)
+    options = seq.options(operands, params)
+    threads = torch.get_num_threads()
+    _C.hard_fwd(
+        DTYPE_CODES[q.dtype], seq.query(q), seq.key(k), view(index), seed, params.scale, threads, options
+    )
+    return index
 
 
 def _prepare(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Operands:

@@ -6,7 +6,10 @@ from fastattn.nn.cache import KVCache
 from fastattn.nn.convert import convert_heads
 from fastattn.nn.embedding import TokenEmbedding
 from fastattn.nn.feed_forward import PositionwiseFeedForward
+from fastattn.nn.hard import HardAttention
 from fastattn.nn.hierarchical import AttentionPooling, HierarchicalAttention, pad_documents
+from fastattn.nn.kernel_regression import KernelRegression
+from fastattn.nn.local import LocalAttention
 from fastattn.nn.multihead import MultiheadAttention
 from fastattn.nn.positions import LearnedPositionalEncoding, SinusoidalPositionalEncoding, document_positions
 from fastattn.nn.relative import ALiBiBias, RelativePositionBias
@@ -19,9 +22,12 @@ __all__ = [
     "AdditiveAttention",
     "Attention",
     "AttentionPooling",
+    "HardAttention",
     "HierarchicalAttention",
     "KVCache",
+    "KernelRegression",
     "LearnedPositionalEncoding",
+    "LocalAttention",
     "MultiHeadSelfAttention",
     "MultiheadAttention",
     "PositionwiseFeedForward",

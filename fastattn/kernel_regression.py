@@ -1,0 +1,132 @@
+"""kernel_attention: Nadaraya-Watson regression, on the fused kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import leading
+from fastattn.call import Call
+from fastattn.masks import Mask
+from fastattn.spec import DISTANCE_SCORES, FLOAT_DTYPES, dtype_name
+from fastattn.validation import check_number, check_tensor
+
+KERNELS = (*DISTANCE_SCORES, "constant")
+
+
+def kernel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel: str = "gaussian",
+    width: float | Tensor = 1.0,
+    mask: Mask | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """out_i = sum_j K(u_ij) v_j / sum_j K(u_ij) over visible j, with u_ij = |q_i - k_j| / width.
+
+    K(u) is exp(-u^2 / 2) (gaussian), 1 for u <= 1 (boxcar), 1 - u^2 for u < 1 (epanechnikov), 1 - u for u < 1
+    (triangular), else 0, or 1 everywhere (constant). Memory is that of the arguments: a hundred thousand keys
+    are no trouble. Coordinates are first shifted by the middle of the keys' range, which changes no distance,
+    so that data far from 0 lose nothing when they are divided by the width.
+
+    >>> x = torch.linspace(0, 5, 50)[:, None]
+    >>> y = kernel_attention(x, x, torch.sin(x), width=0.1)
+    >>> bool((y - torch.sin(x)).abs().max() < 0.1)
+    True
+
+    Args:
+        q: [..., Lq, D], the points at which to estimate; float32, bfloat16, float16 or float64.
+        k: [..., Lk, D], the training points, q's dtype.
+        v: [..., Lk, Dv], their values, q's dtype. The leading dimensions of q, k and v broadcast.
+        kernel: one of "gaussian", "boxcar", "epanechnikov", "triangular", "constant".
+        width: positive; a number, or a tensor of one element or of shape [D], one width per feature, to which
+            gradients flow (0 from a boxcar, which is flat, and none from a constant).
+        mask: a fastattn.masks.Mask (the first leading dimension is its batch, a second its heads), or bool
+            broadcastable to [..., Lq, Lk], True = attend.
+        return_lse: whether to return log(sum_j K(u_ij)) too, of use for densities and for `merge`.
+        backend: as in `attention`.
+    Returns:
+        out [..., Lq, Dv] in q's dtype; with return_lse also lse [..., Lq]. A query that no visible key's
+        kernel reaches has out 0, gradients 0 and lse -inf.
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
+    Source: Nadaraya, "On Estimating Regression", 1964; Watson, "Smooth Regression Analysis", 1964.
+    """
+    call = kernel_call(q, k, v, kernel=kernel, width=width, mask=mask, backend=backend)
+    call.return_lse = return_lse
+    found = leading.run(call)
+    if not return_lse:
+        return found.to(q.dtype)
+    return found[0].to(q.dtype), found[1]
+
+
+def kernel_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel: str,
+    width: float | Tensor,
+    mask: Mask | Tensor | None = None,
+    backend: str | None = None,
+) -> Call:
+    """The arguments of `kernel_attention` as a call on coordinates whose unit is the width; half precision
+    becomes float32.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+        if tensor.dtype not in FLOAT_DTYPES:
+            names = ", ".join(map(dtype_name, FLOAT_DTYPES))
+            raise TypeError(f"{name} must be one of {names}, got {dtype_name(tensor.dtype)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(
+                f"{name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(tensor.dtype)}"
+            )
+    if 0 in (q.dim(), k.dim()) or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"k must have q's features, got shapes {list(k.shape)} and {list(q.shape)}")
+    width = _check_width(width, q)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if kernel == "constant":
+        return Call("attention", q, k, v, mask=mask, scale=0.0, backend=backend)
+    middle = _middle(k)
+    q, k = (q - middle) / width, (k - middle) / width
+    return Call("attention", q, k, v, mask=mask, scale=1.0, backend=backend, score=kernel)
+
+
+def _check_width(width: Any, q: Tensor) -> float | Tensor:
+    if not isinstance(width, Tensor):
+        width = check_number("width", width)
+        if width <= 0:
+            raise ValueError(f"width must be positive, got {width}")
+        return width
+    check_tensor("width", width, q.device)
+    if not width.is_floating_point():
+        raise TypeError(f"width must be floating point, got {dtype_name(width.dtype)}")
+    if width.numel() != 1 and width.shape != (q.shape[-1],):
+        raise ValueError(
+            f"width must have one element or shape [{q.shape[-1]}], one per feature, got {list(width.shape)}"
+        )
+    return width.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
+
+
+def _middle(k: Tensor) -> Tensor:
+    """The middle of the range of each feature over the keys, [..., 1, D].
+
+    Not their mean, whose bits depend on the order of the sum; and no shift is better for the largest rounding
+    error. What is not finite plays no part: it may be masked.
+    """
+    if k.numel() == 0:
+        return k.new_zeros(k.shape[-1])
+    k = k.detach()
+    finite = k.isfinite()
+    low = torch.where(finite, k, torch.inf).amin(-2, keepdim=True)
+    high = torch.where(finite, k, -torch.inf).amax(-2, keepdim=True)
+    return torch.where(low <= high, low / 2 + high / 2, 0.0)

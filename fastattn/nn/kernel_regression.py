@@ -1,0 +1,207 @@
+"""KernelRegression: Nadaraya-Watson regression as a layer, and as an estimator with fit and predict."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import leading
+from fastattn.checks import check_bool, check_int
+from fastattn.combine import merge
+from fastattn.kernel_regression import KERNELS, kernel_attention, kernel_call
+from fastattn.masks import Mask, padding
+from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
+from fastattn.validation import check_number
+
+SMOOTH = ("gaussian", "epanechnikov", "triangular")  # whose loss has a slope along the width
+
+
+class KernelRegression(AttentionLayer):
+    """y(x) = sum_j K(|x - x_j| / width) y_j / sum_j K(|x - x_j| / width) over the training points j.
+
+    `fit` and `predict` make it an estimator of its own; as a layer it takes queries, keys and values. Without
+    `learn_width` nothing is learned: fitting is remembering.
+
+    >>> x = torch.linspace(0, 6, 200)
+    >>> model = KernelRegression(learn_width=True).fit(x, torch.sin(x))
+    >>> bool((model.predict(x) - torch.sin(x)).abs().max() < 0.05)
+    True
+
+    Args:
+        kernel: one of "gaussian", "boxcar", "epanechnikov", "triangular", "constant"; see `kernel_attention`.
+        width: positive number; None: the rule of thumb s N^(-1 / (D + 4)) of the data given to `fit`, s their
+            standard deviation and N their number.
+        learn_width: whether the width is a parameter, its logarithm `log_width` being what is learned.
+        device, dtype: of `log_width`.
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value got.
+    Source: Nadaraya, "On Estimating Regression", 1964; Watson, "Smooth Regression Analysis", 1964.
+    """
+
+    x: Tensor | None
+    y: Tensor | None
+    log_width: Tensor
+
+    def __init__(
+        self,
+        kernel: str = "gaussian",
+        width: float | None = 1.0,
+        learn_width: bool = False,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        if check_bool("learn_width", learn_width) and kernel not in SMOOTH:
+            raise ValueError(f"learn_width needs one of the kernels {', '.join(SMOOTH)}, got {kernel!r}")
+        if width is not None and check_number("width", width) <= 0:
+            raise ValueError(f"width must be positive or None, got {width}")
+        self.kernel, self.learn_width, self.needs_width = kernel, learn_width, width is None
+        log_width = torch.tensor(math.log(1.0 if width is None else width), device=device, dtype=dtype)
+        if learn_width:
+            self.log_width = nn.Parameter(log_width)
+        else:
+            self.register_buffer("log_width", log_width)
+        # Beside the state dict, which has no room for what may be absent: see get_extra_state.
+        self.register_buffer("x", None, persistent=False)
+        self.register_buffer("y", None, persistent=False)
+
+    @property
+    def width(self) -> Tensor:
+        """The width in force, differentiable where it is learned."""
+        return self.log_width.exp()
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid_lens: ValidLens | None = None,
+        mask: Mask | Tensor | None = None,
+    ) -> Tensor:
+        """[B, Lq, Dv]: the average of values, weighted by the keys' closeness to each query.
+
+        Args:
+            queries: [B, Lq, D], or [Lq, D] without a batch; keys and values likewise.
+            keys: [B, Lk, D].
+            values: [B, Lk, Dv].
+            valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
+            mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
+        """
+        visible = visible_keys(mask, valid_lens, queries)
+        call = kernel_call(queries, keys, values, kernel=self.kernel, width=self.width, mask=visible)
+        return leading.run(self._remember(call)).to(queries.dtype)
+
+    def fit(self, x: Any, y: Any, *, steps: int = 50, lr: float = 0.1, rows: int = 2048) -> KernelRegression:
+        """Remember the training points; with learn_width choose the width by the leave-one-out error.
+
+        That is the mean square of y_i - y(x_i) with point i left out, minimised by Adam on log(width).
+
+        Args:
+            x: [N] or [N, D], tensor or anything that becomes one.
+            y: [N] or [N, C], likewise.
+            steps: of Adam; lr: its learning rate.
+            rows: how many points are left out in each step, drawn from torch's default generator.
+        Returns:
+            self.
+        Raises:
+            TypeError, ValueError: naming the argument, the rule and the value got.
+        """
+        check_int("steps", steps, 0)
+        check_int("rows", rows, 1)
+        self.x, y = self._points("x", x), torch.as_tensor(y)
+        y = (y if y.is_floating_point() else y.to(self.x.dtype)).to(self.x)
+        if y.dim() not in (1, 2) or len(y) != len(self.x) or len(y) == 0:
+            raise ValueError(f"y must be [{len(self.x)}] or [{len(self.x)}, C], got shape {list(y.shape)}")
+        self.y = y.detach()
+        if self.needs_width:
+            with torch.no_grad():
+                self.log_width.copy_(self._rule_of_thumb().log())
+        if self.learn_width and len(y) > 1:
+            optimizer = torch.optim.Adam([self.log_width], lr=lr)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                self._loss(rows).backward()
+                optimizer.step()
+        return self
+
+    def predict(self, x: Any) -> Tensor:
+        """y(x), [M] or [M, C] as the training values are.
+
+        A point that no training point's kernel reaches gets the mean of the training values.
+
+        Args:
+            x: [M] or [M, D].
+        Raises:
+            RuntimeError: before `fit`.
+        """
+        if self.x is None or self.y is None:
+            raise RuntimeError("predict needs training points: call fit(x, y) first")
+        points, mean = self._points("x", x), self.y.mean(0)
+        if points.shape[1] != self.x.shape[1]:
+            raise ValueError(f"x must have {self.x.shape[1]} features, got {points.shape[1]}")
+        values = self.y - mean  # so that 0, the answer of an empty support, stands for the mean
+        found = self(points, self.x, values if values.dim() == 2 else values[:, None]).detach()
+        return (found if values.dim() == 2 else found[:, 0]) + mean
+
+    def leave_one_out(self, index: Tensor | None = None) -> Tensor:
+        """y(x_i) from all training points but i, for the points in `index` [M] (all by default): [M, C].
+
+        Keys before and after i are two ranges, whose results are merged: nothing of size N x N is made.
+        Differentiable in the width.
+        """
+        if self.x is None or self.y is None:
+            raise RuntimeError("leave_one_out needs training points: call fit(x, y) first")
+        index = torch.arange(len(self.x), device=self.x.device) if index is None else index
+        values = self.y - self.y.mean(0)
+        values = values if values.dim() == 2 else values[:, None]
+        others = (padding(index[None]), padding([len(self.x)], key_starts=index[None] + 1))
+        points = (self.x[index][None, None], self.x[None, None], values[None, None])
+        outs, lses = zip(
+            *(
+                kernel_attention(*points, kernel=self.kernel, width=self.width, mask=mask, return_lse=True)
+                for mask in others
+            ),
+            strict=True,
+        )
+        return merge(outs, lses)[0][0, 0] + self.y.mean(0)
+
+    def _loss(self, rows: int) -> Tensor:
+        if self.x is None or self.y is None:
+            raise RuntimeError("fit comes first")
+        index = None
+        if rows < len(self.x):
+            index = torch.randperm(len(self.x), device=self.x.device)[:rows].sort().values
+        y = self.y if index is None else self.y[index]
+        return (self.leave_one_out(index) - y.view(len(y), -1)).square().mean()
+
+    def _rule_of_thumb(self) -> Tensor:
+        if self.x is None:
+            raise RuntimeError("fit comes first")
+        count, features = self.x.shape
+        spread = self.x.std(0).square().mean().sqrt() if count > 1 else self.x.new_tensor(0.0)
+        width = spread * count ** (-1 / (features + 4))
+        return torch.where(width > 0, width, torch.ones_like(width))
+
+    def _points(self, name: str, x: Any) -> Tensor:
+        """x as [N, D], floating point, where log_width lies."""
+        x = torch.as_tensor(x, device=self.log_width.device)
+        x = x if x.is_floating_point() else x.to(self.log_width.dtype)
+        if x.dim() not in (1, 2):
+            raise ValueError(f"{name} must be [N] or [N, D], got shape {list(x.shape)}")
+        return (x if x.dim() == 2 else x[:, None]).detach()
+
+    def get_extra_state(self) -> dict[str, Tensor | None]:
+        return {"x": self.x, "y": self.y}
+
+    def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
+        device = self.log_width.device
+        self.x, self.y = (None if t is None else t.to(device) for t in (state["x"], state["y"]))
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel!r}, width={self.width.item():.4g}, learn_width={self.learn_width}"
