@@ -143,18 +143,17 @@ class RecurrentSeq2Seq(AttentionLayer):
         """`decode`, one step after the other, as each one's query is the state before it."""
         queries, read = [], []
         w = self.w_v.weight[0]
-        for embedded in x.split(1, 1):
+        for embedded in x.unbind(1):
             queries.append(self.W_q(state)[:, None])
-            context = additive_attention(queries[-1], memory.keys, memory.states, w, mask=memory.mask)
-            states, _ = self.decoder(torch.cat([embedded, context], -1), state[None])
-            state = states[:, 0]
-            read.append(torch.cat([states, context], -1))
+            context = additive_attention(queries[-1], memory.keys, memory.states, w, mask=memory.mask)[:, 0]
+            state = torch.gru_cell(torch.cat([embedded, context], -1), state, *self.decoder.all_weights[0])
+            read.append(torch.cat([state, context], -1))
         looked = Call(
             "attention", torch.cat(queries, 1), memory.keys, memory.states, scale=1.0, mask=memory.mask
         )
         looked.score, looked.score_weights = "additive", w
         self._remember(looked)
-        return self.output(torch.cat(read, 1)), state
+        return self.output(torch.stack(read, 1)), state
 
     @torch.no_grad()
     def generate(self, src: Tensor, max_len: int, start: int, src_lengths: Tensor | None = None) -> Tensor:

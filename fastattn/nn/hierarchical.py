@@ -163,6 +163,10 @@ class HierarchicalAttention(nn.Module):
 def pad_documents(documents: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     """Ragged documents as one tensor.
 
+    >>> x, word_lens = pad_documents([[torch.tensor([1, 2]), torch.tensor([3])], [torch.tensor([4])]])
+    >>> x.tolist(), word_lens.tolist()
+    ([[[1, 2], [3, 0]], [[4, 0], [0, 0]]], [[2, 1], [1, 0]])
+
     Args:
         documents: of each its sentences, [words, ...]: vectors of words, or their indices.
     Returns:

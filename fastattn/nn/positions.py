@@ -206,6 +206,9 @@ class SinusoidalPositionalEncoding(_PositionalEncoding):
 class LearnedPositionalEncoding(_PositionalEncoding):
     """dropout(x + table[positions]) with a table of parameters, one vector for each position.
 
+    >>> list(LearnedPositionalEncoding(4, max_len=10)(torch.zeros(1, 3, 4)).shape)
+    [1, 3, 4]
+
     Args: as for SinusoidalPositionalEncoding; `max_len` vectors are learned.
     Source: Gehring et al. 2017, "Convolutional Sequence to Sequence Learning", section 3.1.
     """
