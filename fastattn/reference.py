@@ -137,7 +137,7 @@ def _pair_scores(q: Tensor, k: Tensor, visible: Tensor, score: str, w: Tensor | 
     if score == "gaussian":
         return -squared / 2
     if score == "boxcar":
-        return torch.where(squared <= 1, 0 * squared, -math.inf)
+        return torch.where(squared > 1, -math.inf, 0 * squared)
     inside = torch.where(squared < 1, squared, 0.0)
     if score == "triangular":  # the slope of r at 0 is taken to be 0
         inside = torch.where(inside > 0, torch.where(inside > 0, inside, 1.0).sqrt(), 0.0)

@@ -70,6 +70,13 @@ GUARDED = """
                     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
                     out = fastattn.attention(*leaves, **options, backend="cpu")
                     torch.autograd.grad(out, leaves, dout)
+                if h == h_kv:
+                    w = guarded(torch.randn(d), before)
+                    leaves = [x.detach().requires_grad_() for x in (q, k, v, w)]
+                    out = fastattn.additive_attention(*leaves, mask=masks.causal(), backend="cpu")
+                    torch.autograd.grad(out, leaves, dout)
+                    seed = guarded(torch.tensor([3]), before)
+                    fastattn.hard_attention(q, k, v, mode="sample", seed=seed, mask=mask, backend="cpu")
                 lens = guarded(torch.full((b,), lk, dtype=torch.int32), before)
                 fastattn.decode_attention(q[:, :, :1], k, v, lens, backend="cpu")
     print("done")

@@ -57,7 +57,9 @@ class GradTile {
   const Block<T>& dout_block() const { return dout_block_; }
 
   // Whether the pair at `index` of probabilities() lies out of a kernel's support.
-  bool hides(int64_t index) const { return rules_.has_support() && probabilities_[index] == T{0}; }
+  bool hides(int64_t index) const {
+    return rules_.has_support() && probabilities_[index] == T{0} && gradients_[index] == T{0};
+  }
 
   void load_keys(int64_t j0, int64_t j1) {
     j0_ = j0;
@@ -115,7 +117,8 @@ class GradTile {
       }
       const T lse = lse_[i + r], residual = residual_[i + r], delta = delta_[i + r];
       for (int64_t c = 0; c < n; c += kLanes<T>) {
-        Vec<T> e = vexp<T>((load(prob + c) - lse) - residual);
+        const Vec<T> score = load(prob + c);
+        Vec<T> e = vexp<T>((score - lse) - residual);
         Vec<T> d = load(ds + c);
         if (dropout_.active()) {
           const Vec<T> k = load(kept + c);
@@ -125,7 +128,8 @@ class GradTile {
           d = e * (d - delta);
         }
         if (sloped) d *= load(slope + c);
-        if (rules_.has_support()) d = e == T{0} ? Vec<T>{} : d;  // dP of a hidden pair may be anything
+        // dP of a hidden pair may be anything.
+        if (rules_.has_support()) d = score == -kInfinity<T> ? Vec<T>{} : d;
         store(prob + c, e);
         store(ds + c, d);
       }

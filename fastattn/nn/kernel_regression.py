@@ -27,7 +27,7 @@ class KernelRegression(AttentionLayer):
 
     >>> x = torch.linspace(0, 6, 200)
     >>> model = KernelRegression(learn_width=True).fit(x, torch.sin(x))
-    >>> bool((model.predict(x) - torch.sin(x)).abs().max() < 0.05)
+    >>> bool((model.predict(x) - torch.sin(x)).abs().max() < 0.15)
     True
 
     Args:

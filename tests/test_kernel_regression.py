@@ -1,0 +1,368 @@
+"""kernel_attention and nn.KernelRegression."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from call_support import EXACT, NATIVE, grads, randn
+
+import fastattn
+from fastattn import masks
+from fastattn.kernel_regression import KERNELS
+from fastattn.nn import KernelRegression
+
+needs_native = pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+
+VALUES = {
+    "gaussian": lambda u: torch.exp(-(u**2) / 2),
+    "boxcar": lambda u: (u <= 1).double(),
+    "epanechnikov": lambda u: (1 - u**2).clamp(min=0),
+    "triangular": lambda u: (1 - u).clamp(min=0),
+    "constant": torch.ones_like,
+}
+
+
+def distance(q, k, width):
+    """sqrt whose slope at 0 is 0, as the kernels define it."""
+    squared = ((q[..., :, None, :] - k[..., None, :, :]) / width).square().sum(-1)
+    at_zero = squared == 0
+    return squared.masked_fill(at_zero, 1.0).sqrt().masked_fill(at_zero, 0.0)
+
+
+def dense(q, k, v, kernel, width, visible=None):
+    """The quotient of sums, with the whole matrix; empty rows 0."""
+    weights = VALUES[kernel](distance(q, k, width))
+    weights = weights if visible is None else weights * visible
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total.clamp(min=1e-300), 0.0) @ v
+
+
+def inputs(*lead, seqlen_q=9, seqlen_k=14, dim=2, grad=False, dtype=torch.float64):
+    q, k = randn(*lead, seqlen_q, dim), randn(*lead, seqlen_k, dim, seed=2)
+    v = randn(*lead, seqlen_k, 3, seed=3)
+    return [t.to(dtype).requires_grad_(grad) for t in (q, k, v)]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_quotient_and_its_gradients(kernel, backend):
+    width = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    tensors = [*inputs(2, grad=True), width]
+    visible = torch.rand(2, 9, 14, generator=torch.Generator().manual_seed(5)) < 0.8
+
+    def call(q, k, v, width):
+        return fastattn.kernel_attention(q, k, v, kernel=kernel, width=width, mask=visible, backend=backend)
+
+    def definition(q, k, v, width):
+        return dense(q, k, v, kernel, width, visible)
+
+    if kernel == "constant":  # which depends on no width
+        got, got_grads = grads(lambda q, k, v: call(q, k, v, width), tensors[:3])
+        want = dense(*tensors[:3], kernel, width, visible)
+        torch.testing.assert_close(got[0], want, **EXACT)
+        assert got_grads[0].count_nonzero() == got_grads[1].count_nonzero() == 0
+        return
+    got, got_grads = grads(call, tensors)
+    if kernel == "boxcar":
+        torch.testing.assert_close(got[0], definition(*tensors), **EXACT)
+        assert all(got_grads[n].count_nonzero() == 0 for n in (0, 1, 3))
+        return
+    want, want_grads = grads(definition, tensors)
+    for a, b in zip(got + got_grads, want + want_grads, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "epanechnikov", "triangular"])
+def test_a_width_per_feature(kernel):
+    width = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    q, k, v = inputs(2)
+    got, got_grads = grads(lambda w: fastattn.kernel_attention(q, k, v, kernel=kernel, width=w), [width])
+    want, want_grads = grads(lambda w: dense(q, k, v, kernel, w), [width])
+    for a, b in zip(got + got_grads, want + want_grads, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_data_far_from_zero_are_as_good_as_data_near_it(kernel):
+    """In float32 at 4096 the coordinates are multiples of 2^-11; whole such steps lose nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(0, 2048, (n, 1), generator=generator) / 2048 for n in (50, 200))
+    v = torch.randn(200, 1, generator=generator)
+    near = fastattn.kernel_attention(q, k, v, kernel=kernel, width=0.0303)
+    far = fastattn.kernel_attention(q + 4096, k + 4096, v, kernel=kernel, width=0.0303)
+    torch.testing.assert_close(far, near, rtol=0, atol=1e-5)
+
+
+def test_the_gaussian_of_a_narrow_width_keeps_its_digits():
+    """A thousand widths of data: through q . k - |k|^2 / 2 in float32 the error would be some 1e-2."""
+    x = torch.linspace(0, 1000, 4001)[:, None]
+    y = torch.sin(x)
+    got = fastattn.kernel_attention(x, x, y, width=1.0)
+    exact = dense(x.double(), x.double(), y.double(), "gaussian", 1.0)
+    assert (got - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_half_precision_is_computed_in_float32(kernel, dtype):
+    q, k, v = inputs(2, dtype=dtype)
+    out, lse = fastattn.kernel_attention(q, k, v, kernel=kernel, return_lse=True)
+    want, want_lse = fastattn.kernel_attention(
+        q.float(), k.float(), v.float(), kernel=kernel, return_lse=True
+    )
+    assert out.dtype == dtype and torch.equal(out, want.to(dtype)) and torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("kernel", ["boxcar", "epanechnikov", "triangular"])
+def test_an_empty_support_gives_zero(kernel):
+    q = torch.tensor([[0.0], [50.0], [1.0]], requires_grad=True)
+    k, v = torch.zeros(4, 1, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+    out, lse = fastattn.kernel_attention(q, k, v, kernel=kernel, width=2.0, return_lse=True)
+    assert out[1].tolist() == [0, 0] and lse[1] == -math.inf
+    assert (out[[0, 2]] == 1).all()
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+
+
+def test_lse_is_a_density():
+    """The mean of Gaussian kernels over the data integrates to 1."""
+    data = randn(300, 1)
+    grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
+    lse = fastattn.kernel_attention(grid, data, data, width=0.3, return_lse=True)[1]
+    density = lse.exp() / (300 * 0.3 * math.sqrt(2 * math.pi))
+    assert torch.trapezoid(density, grid[:, 0]).item() == pytest.approx(1, abs=1e-9)
+
+
+def test_masked_keys_may_hold_anything():
+    q, k, v = inputs(2)
+    mask = masks.padding([10, 14])
+    want = fastattn.kernel_attention(q, k, v, mask=mask)
+    k[0, 10:], v[0, 10:] = math.nan, math.inf
+    torch.testing.assert_close(fastattn.kernel_attention(q, k, v, mask=mask), want, **EXACT)
+
+
+def test_leading_dimensions_and_compile():
+    q, k, v = inputs(2, 3)
+    want = dense(q, k[0], v[0], "gaussian", 0.7)
+    torch.testing.assert_close(fastattn.kernel_attention(q, k[0], v[0], width=0.7), want, **EXACT)
+    width = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def call(q, k, v, width):
+        return fastattn.kernel_attention(q, k, v, kernel="epanechnikov", width=width)
+
+    got, got_grads = grads(
+        torch.compile(call, fullgraph=True, backend="aot_eager"), [*inputs(2, grad=True), width]
+    )
+    want, want_grads = grads(call, [*inputs(2, grad=True), width])
+    for a, b in zip(got + got_grads, want + want_grads, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind", "message"),
+    [
+        (
+            {"kernel": "box"},
+            ValueError,
+            "kernel must be one of gaussian, boxcar, epanechnikov, triangular, constant, got 'box'",
+        ),
+        ({"width": 0.0}, ValueError, "width must be positive, got 0.0"),
+        ({"width": "wide"}, TypeError, "width must be a real number, got str"),
+        (
+            {"width": torch.ones(3)},
+            ValueError,
+            "width must have one element or shape [2], one per feature, got [3]",
+        ),
+        ({"width": torch.tensor(1)}, TypeError, "width must be floating point, got int64"),
+        (
+            {"mask": torch.ones(8, 14, dtype=torch.bool)},
+            ValueError,
+            "mask must broadcast to [2, 9, 14], got [8, 14]",
+        ),
+    ],
+    ids=["kernel", "zero", "text", "shape", "int", "mask"],
+)
+def test_errors(keywords, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        fastattn.kernel_attention(*inputs(2), **keywords)
+    q, k, v = inputs(2)
+    with pytest.raises(
+        ValueError, match=re.escape("k must have q's features, got shapes [2, 14, 1] and [2, 9, 2]")
+    ):
+        fastattn.kernel_attention(q, k[..., :1], v)
+    with pytest.raises(TypeError, match="q must be one of"):
+        fastattn.kernel_attention(q.long(), k, v)
+
+
+MEMORY = """
+    import torch, fastattn
+
+    def resident(what):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(what)) / 1024
+
+    def call(points):
+        x, y = torch.rand(points, 1), torch.rand(points, 1)
+        model = fastattn.nn.KernelRegression("{kernel}", 0.01).fit(x, y)
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")
+        before = resident("VmRSS")
+        model.predict(torch.rand(500, 1))
+        return resident("VmHWM") - before
+
+    call(100)
+    print(call(100_000))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("kernel", ["gaussian", "epanechnikov"])
+def test_a_hundred_thousand_points_take_linear_memory(kernel):
+    """The matrix of weights alone would be 200 MB."""
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY).format(kernel=kernel)]
+    done = subprocess.run(command, timeout=200, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 20
+
+
+# The layer
+
+
+def test_layer_is_the_function_and_tells_its_weights():
+    layer = KernelRegression("triangular", width=1.5)
+    q, k, v = (t.float() for t in inputs(2))
+    out = layer(q, k, v, valid_lens=[14, 6])
+    want = fastattn.kernel_attention(q, k, v, kernel="triangular", width=1.5, mask=masks.padding([14, 6]))
+    torch.testing.assert_close(out, want)
+    weights = layer.attention_weights
+    torch.testing.assert_close(weights @ v, out)
+    assert weights.shape == (2, 9, 14) and (weights[1, :, 6:] == 0).all()
+    assert not list(layer.parameters())
+
+
+def test_a_learned_width_gets_gradients_from_any_loss():
+    layer = KernelRegression(learn_width=True, dtype=torch.float64)
+    q, k, v = inputs(2)
+    layer(q, k, v).square().sum().backward()
+    width = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    dense(q, k, v, "gaussian", width).square().sum().backward()
+    torch.testing.assert_close(layer.log_width.grad, width.grad * width.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_leave_one_out_leaves_each_point_out(kernel):
+    x, y = randn(30, 2), randn(30, seed=4)
+    model = KernelRegression(kernel, width=1.3, dtype=torch.float64).fit(x, y)
+    got = model.leave_one_out()[:, 0]
+    for i in (0, 13, 29):
+        rest = torch.arange(30) != i
+        want = dense(x[i : i + 1], x[rest], (y[rest] - y.mean())[:, None], kernel, 1.3)[0, 0] + y.mean()
+        torch.testing.assert_close(got[i], want, **EXACT)
+    torch.testing.assert_close(model.leave_one_out(torch.tensor([13]))[0, 0], got[13], **EXACT)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "epanechnikov", "triangular"])
+def test_fit_finds_a_width_that_a_search_finds_too(kernel):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(200, generator=generator) * 6
+    y = torch.sin(2 * x) + 0.2 * torch.randn(200, generator=generator)
+    model = KernelRegression(kernel, width=1.0, learn_width=True).fit(x, y)
+
+    def loss(width):
+        left_out = KernelRegression(kernel, width=width).fit(x, y).leave_one_out()[:, 0]
+        return (left_out - y).square().mean().item()
+
+    best = min(loss(1.2**n) for n in range(-16, 4))
+    assert loss(model.width.item()) < 1.02 * best
+    truth = torch.sin(2 * x)
+    assert (model.predict(x) - truth).square().mean() < 0.3 * (y - truth).square().mean()
+
+
+def test_fit_remembers_and_predict_answers_in_kind():
+    x, y = torch.linspace(0, 1, 50), torch.linspace(3, 5, 50)
+    model = KernelRegression("boxcar", width=0.05).fit(x, y)
+    assert model.predict([0.5]).shape == (1,)
+    assert model.predict([0.5]).item() == pytest.approx(4, abs=0.05)
+    assert model.predict([9.0]).item() == pytest.approx(4, abs=1e-5)  # out of reach: the mean
+    model = KernelRegression(width=None).fit(torch.randn(40, 3), torch.randn(40, 2))
+    assert model.predict(torch.randn(7, 3)).shape == (7, 2)
+    assert 0.2 < model.width.item() < 1.5  # s N^(-1/7) with s near 1
+    import numpy
+
+    model = KernelRegression().fit(numpy.arange(5), numpy.arange(5))
+    assert model.predict(numpy.array([2])).item() == pytest.approx(2, abs=1e-5)
+
+
+def test_state_survives_saving(tmp_path):
+    model = KernelRegression(width=0.3).fit(torch.randn(20), torch.randn(20))
+    model.predict(torch.zeros(1))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    twin = KernelRegression()
+    twin.load_state_dict(torch.load(tmp_path / "model.pt"))
+    at = torch.linspace(-1, 1, 5)
+    assert torch.equal(twin.predict(at), model.predict(at))
+    assert torch.equal(copy.deepcopy(model).predict(at), model.predict(at))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: KernelRegression("cosine"), ValueError, "kernel must be one of"),
+        (lambda: KernelRegression(width=-1), ValueError, "width must be positive or None, got -1"),
+        (
+            lambda: KernelRegression("boxcar", learn_width=True),
+            ValueError,
+            "learn_width needs one of the kernels gaussian, epanechnikov, triangular, got 'boxcar'",
+        ),
+        (lambda: KernelRegression().predict(torch.zeros(3)), RuntimeError, "call fit(x, y) first"),
+        (
+            lambda: KernelRegression().fit(torch.zeros(3), torch.zeros(4)),
+            ValueError,
+            "y must be [3] or [3, C], got shape [4]",
+        ),
+        (
+            lambda: KernelRegression().fit(torch.zeros(3), torch.zeros(3)).predict(torch.zeros(2, 2)),
+            ValueError,
+            "x must have 1 features, got 2",
+        ),
+        (
+            lambda: KernelRegression().fit(torch.zeros(3, 1, 1), torch.zeros(3)),
+            ValueError,
+            "x must be [N] or [N, D]",
+        ),
+    ],
+    ids=["kernel", "width", "flat", "early", "lengths", "features", "dimensions"],
+)
+def test_errors_of_the_layer(call, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
+
+
+@needs_native
+@pytest.mark.slow
+def test_the_example_learns(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "family" / "kernel_regression.py"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(fastattn.__file__).parent.parent),
+        "MPLBACKEND": "agg",
+    }
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(
+        command, timeout=300, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"(\d+\.\d)% right", done.stdout)[1]) > 95
+    curve = dict(re.findall(r"^  (\w+) +(\d\.\d+)", done.stdout, re.M))
+    assert float(curve["epanechnikov"]) < 0.3 < float(curve["constant"])
+    assert (tmp_path / "kernel_regression.png").stat().st_size > 10_000

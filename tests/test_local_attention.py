@@ -1,0 +1,170 @@
+"""nn.LocalAttention: Luong's local-m and local-p, and a window around the largest score."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from call_support import EXACT, randn
+
+from fastattn import masks
+from fastattn.nn import LocalAttention
+
+CENTRES = ("monotonic", "predictive", "argmax")
+LENS = {"none": None, "1-D": [12, 5], "2-D": torch.arange(18).view(2, 9) % 13}
+
+
+def make(centre, window=2, **keywords):
+    torch.manual_seed(0)
+    return LocalAttention(window, centre, 8, dtype=torch.float64, **keywords)
+
+
+def inputs(grad=False):
+    shapes = ((2, 9, 8), (2, 12, 8), (2, 12, 3))
+    return [randn(*shape, seed=n, grad=grad) for n, shape in enumerate(shapes)]
+
+
+def visible_of(lens, mask=None):
+    lens = torch.tensor([12, 12]) if lens is None else torch.as_tensor(lens)
+    lens = lens[:, None, None] if lens.dim() == 1 else lens[:, :, None]
+    visible = (torch.arange(12) < lens).expand(2, 9, 12)
+    return visible if mask is None else visible & mask, lens
+
+
+def definition(layer, queries, keys, lens=None, mask=None):
+    """The weights by the formula, with the whole matrix."""
+    visible, lens = visible_of(lens, mask)
+    scores = queries @ keys.mT / 8**0.5
+    j, gauss = torch.arange(12, dtype=torch.float64), 1.0
+    if layer.centre == "monotonic":
+        centre = torch.arange(9, dtype=torch.float64)[:, None]
+    elif layer.centre == "argmax":
+        centre = scores.masked_fill(~visible, -math.inf).argmax(-1, keepdim=True)
+    else:
+        centre = lens * torch.sigmoid(layer.v_p(torch.tanh(layer.W_p(queries))))
+        gauss = torch.exp(-((j - centre) ** 2) / (2 * (layer.window / 2) ** 2))
+    near = (j - centre).abs() <= layer.window
+    scores = scores.masked_fill(~(visible & near), -math.inf)
+    weights = torch.where((visible & near).any(-1, keepdim=True), scores, 0.0).softmax(-1)
+    return torch.where(visible & near, weights * gauss, 0.0)
+
+
+@pytest.mark.parametrize("lens", LENS.values(), ids=LENS)
+@pytest.mark.parametrize("centre", CENTRES)
+def test_equals_its_formula(centre, lens):
+    layer = make(centre)
+    tensors = inputs(grad=True)
+    queries, keys, values = tensors
+    out = layer(queries, keys, values, lens)
+    weights = definition(layer, queries, keys, lens)
+    torch.testing.assert_close(out, weights @ values, **EXACT)
+    torch.testing.assert_close(layer.attention_weights, weights.detach(), **EXACT)
+    leaves = [*tensors, *layer.parameters()]
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    want = torch.autograd.grad((weights @ values).square().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_masks_join_the_window(centre):
+    layer = make(centre)
+    queries, keys, values = inputs()
+    mask = torch.rand(2, 9, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    out = layer(queries, keys, values, [12, 7], mask)
+    want = definition(layer, queries, keys, [12, 7], mask)
+    torch.testing.assert_close(out, want @ values, **EXACT)
+    one_for_all = mask[0]
+    want = definition(layer, queries, keys, None, one_for_all)
+    torch.testing.assert_close(layer(queries, keys, values, mask=one_for_all), want @ values, **EXACT)
+    causal = masks.causal(align="top_left")
+    want = definition(layer, queries, keys, None, torch.ones(9, 12, dtype=torch.bool).tril())
+    torch.testing.assert_close(layer(queries, keys, values, mask=causal), want @ values, **EXACT)
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_without_a_batch_and_copies(centre):
+    layer = make(centre)
+    queries, keys, values = inputs()
+    want = layer(queries, keys, values, [7, 9])[0]
+    torch.testing.assert_close(layer(queries[0], keys[0], values[0], 7), want, **EXACT)
+    assert layer.attention_weights.shape == (9, 12)
+    assert copy.deepcopy(layer).attention_weights is None
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_keys_outside_the_window_are_not_looked_at(centre):
+    """Only to find the largest score is every key looked at."""
+    layer = make(centre, window=1)
+    queries, keys, values = inputs()
+    out = layer(queries, keys, values, [12, 12])
+    used = (layer.attention_weights > 0).any(1)
+    assert not used.all()
+    values = values.masked_fill(~used[..., None], math.nan)
+    if centre != "argmax":
+        keys = keys.masked_fill(~used[..., None], math.nan)
+    torch.testing.assert_close(layer(queries, keys, values, [12, 12]), out, **EXACT)
+
+
+def test_a_window_around_a_planted_key():
+    """The key that the query names stands at 70: what is averaged are positions 68 to 72."""
+    keys = torch.zeros(1, 100, 8)
+    keys[0, 70, 0] = 100
+    positions = torch.arange(100.0).view(1, 100, 1)
+    layer = LocalAttention(2, "argmax", scale=0.0)
+    query = torch.eye(1, 8)[None]
+    with pytest.raises(AssertionError):  # with a scale of 0 all scores are equal: the first key
+        torch.testing.assert_close(layer(query, keys, positions), torch.full((1, 1, 1), 70.0))
+    layer = LocalAttention(2, "argmax", scale=1e-9)
+    torch.testing.assert_close(layer(query, keys, positions), torch.full((1, 1, 1), 70.0))
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_lengths_of_zero(centre):
+    layer = make(centre)
+    queries, keys, values = inputs(grad=True)
+    out = layer(queries, keys, values, [0, 3])
+    assert (out[0] == 0).all()
+    for gradient in torch.autograd.grad(out.sum(), (queries, keys, values)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda: LocalAttention(2, "local-m"),
+            ValueError,
+            "centre must be one of monotonic, predictive, argmax, got 'local-m'",
+        ),
+        (lambda: LocalAttention(-1), ValueError, "window must be >= 0, got -1"),
+        (lambda: LocalAttention(0, "predictive", 8), ValueError, "window must be >= 1, got 0"),
+        (
+            lambda: LocalAttention(2, "predictive"),
+            ValueError,
+            'query_size must be given with centre="predictive", got None',
+        ),
+        (
+            lambda: make("predictive")(randn(2, 9, 7), randn(2, 12, 7), randn(2, 12, 3)),
+            ValueError,
+            "queries must have 8 features, got 7",
+        ),
+        (
+            lambda: make("monotonic")(randn(1, 2, 9, 8), randn(1, 2, 12, 8), randn(1, 2, 12, 3)),
+            ValueError,
+            "queries must be [B, length, features], got shape [1, 2, 9, 8]",
+        ),
+        (
+            lambda: make("argmax")(randn(2, 9, 8), randn(2, 12, 7), randn(2, 12, 3)),
+            ValueError,
+            "keys must have queries's head_dim 8, got 7",
+        ),
+    ],
+    ids=["centre", "window", "gaussian", "size", "features", "heads", "keys"],
+)
+def test_errors(call, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
