@@ -139,13 +139,13 @@ def whole_matrix(call: Call) -> Tensor:
             weights = cpu.weights_like(call.q, call.k, average=False)
             cpu.forward(call.q, call.k, call.v, *lower(call), need_lse=False, weights=weights)
             return weights
-        dtype = accumulate_dtype(call.q.dtype)
-        visible = reference._visible(call.mask, call.mask_shape(), call.q.device)
+        dtype, shape = accumulate_dtype(call.q.dtype), call.mask_shape()
+        q = call.q.to(dtype)
         return reference._probabilities(
-            call.q.to(dtype),
+            q,
             call.k.to(dtype),
-            visible,
-            None,
+            reference._visible(call.mask, shape, q.device),
+            reference._bias(call.bias, shape, q),
             call.scale_value(),
             call.softcap,
             call.sinks,

@@ -1,4 +1,4 @@
-"""The snippets in the docstrings of the attention family do what they say."""
+"""The snippets in the docstrings of the attention family do what they say, and every layer has one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,24 @@ MODULES = (
     "additive",
     "hard",
     "kernel_regression",
+    "models.seq2seq",
     "nn.additive",
+    "nn.attention",
+    "nn.cache",
+    "nn.convert",
+    "nn.embedding",
+    "nn.feed_forward",
     "nn.hard",
+    "nn.hierarchical",
     "nn.kernel_regression",
     "nn.local",
+    "nn.multihead",
+    "nn.positions",
+    "nn.relative",
+    "nn.rotary",
+    "nn.scores",
+    "nn.self_attention",
+    "nn.sentence",
 )
 
 
@@ -32,3 +46,10 @@ def test_snippets(name):
         runner = doctest.DocTestRunner()
         runner.run(test)
         assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.parametrize("name", fastattn.nn.__all__)
+def test_every_layer_has_a_snippet(name):
+    thing = getattr(fastattn.nn, name)
+    assert ">>>" in thing.__doc__
+    assert thing.__module__.removeprefix("fastattn.") in MODULES, "and it is tested"

@@ -3,6 +3,7 @@
 from fastattn.models.cache import DecoderCache, LayerCache
 from fastattn.models.generation import Generated, beam_search, greedy
 from fastattn.models.layers import DecoderLayer, EncoderLayer
+from fastattn.models.seq2seq import RecurrentSeq2Seq
 from fastattn.models.stacks import Decoder, Encoder
 from fastattn.models.transformer import Transformer
 
@@ -14,6 +15,7 @@ __all__ = [
     "EncoderLayer",
     "Generated",
     "LayerCache",
+    "RecurrentSeq2Seq",
     "Transformer",
     "beam_search",
     "greedy",

@@ -18,6 +18,9 @@ class PositionwiseFeedForward(nn.Module):
 
     Weights are Xavier-uniform, biases zeros.
 
+    >>> list(PositionwiseFeedForward(4, d_ff=16)(torch.zeros(2, 3, 4)).shape)
+    [2, 3, 4]
+
     Args:
         d_model: width of inputs and outputs.
         d_ff: width in between.

@@ -20,16 +20,18 @@ ValidLens = Tensor | Sequence[int] | int
 class AttentionLayer(nn.Module):
     """A layer that can tell the weights of its last call."""
 
-    _last: Call | None = None
+    _last: Call | Tensor | None = (
+        None  # what the weights are made of, or the weights of a layer that returns them
+    )
 
     @property
-    def attention_weights(self) -> Tensor | None:
+    def attention_weights(self) -> Any:
         """The weights of the last call before dropout, [..., Lq, Lk] in float32 (float64 for float64).
 
         None before any call. Computed when asked, by the kernel that computed the output, from the queries
         and keys of that call, which the layer holds until the next; without gradient.
         """
-        return None if self._last is None else leading.weights(replace(self._last))
+        return leading.weights(replace(self._last)) if isinstance(self._last, Call) else self._last
 
     def _remember(self, call: Call) -> Call:
         """Keep what the weights are made of, detached, and return `call` as it is."""
@@ -75,3 +77,16 @@ def visible_keys(
     if isinstance(mask, Tensor):
         mask = dense(mask.unsqueeze(1) if mask.dim() == 3 and queries.dim() == 3 else mask)
     return mask & padding(lens)
+
+
+def check_ranks(ranks: tuple[int, ...], layout: str, **inputs: Any) -> None:
+    """Raise unless all inputs are tensors of one rank, one of `ranks`; `layout` says how they should look."""
+    first = next(iter(inputs))
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() not in ranks:
+            raise ValueError(f"{name} must be {layout}, got shape {list(x.shape)}")
+        if x.dim() != inputs[first].dim():
+            want, got = inputs[first].dim(), list(x.shape)
+            raise ValueError(f"{name} must be {want}-D like {first}, got shape {got}")

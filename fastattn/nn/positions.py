@@ -13,8 +13,8 @@ from fastattn.checks import check_bool, check_int
 from fastattn.functional import _has_values
 
 
-def sinusoids(max_len: int, d_model: int) -> Tensor:
-    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(pos / 10000^(2i/d)), with d = d_model.
+def sinusoids(max_len: int, d_model: int, base: float = 10000.0) -> Tensor:
+    """PE(pos, 2i) = sin(pos / base^(2i/d)), PE(pos, 2i+1) = cos(pos / base^(2i/d)), with d = d_model.
 
     The angles carry about 75 bits, so that a large one is as exact as a small one: rounded to float32, every
     value is the float32 nearest to the formula.
@@ -26,12 +26,13 @@ def sinusoids(max_len: int, d_model: int) -> Tensor:
     Args:
         max_len: number of positions.
         d_model: width; where it is odd, the last sine has no cosine.
+        base: the slowest wave is about base times as long as the fastest.
     Returns:
         float64 [max_len, d_model].
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
     """
     position = torch.arange(max_len, dtype=torch.float64, device="cpu")[:, None]
-    high, low = _frequencies(d_model)
+    high, low = _frequencies(d_model, base)
     angle, rest = position * high, position * low  # the first product is exact
     table = torch.empty(max_len, d_model, dtype=torch.float64, device="cpu")
     table[:, 0::2] = angle.sin() * rest.cos() + angle.cos() * rest.sin()
@@ -39,11 +40,11 @@ def sinusoids(max_len: int, d_model: int) -> Tensor:
     return table
 
 
-def _frequencies(d_model: int) -> tuple[Tensor, Tensor]:
-    """10000^(-2i/d) as a sum of two; the first has 24 bits, so positions below 2^29 multiply it exactly."""
+def _frequencies(d_model: int, base: float) -> tuple[Tensor, Tensor]:
+    """base^(-2i/d) as a sum of two; the first has 24 bits, so positions below 2^29 multiply it exactly."""
     with localcontext() as context:
         context.prec = 40
-        exact = [Decimal(10) ** (Decimal(-8 * i) / d_model) for i in range((d_model + 1) // 2)]
+        exact = [Decimal(base) ** (Decimal(-2 * i) / d_model) for i in range((d_model + 1) // 2)]
         high = torch.tensor([float(x) for x in exact], dtype=torch.float32, device="cpu").double()
         low = [float(x - Decimal(part)) for x, part in zip(exact, high.tolist(), strict=True)]
     return high, torch.tensor(low, dtype=torch.float64, device="cpu")
@@ -67,17 +68,81 @@ def document_positions(ids: Tensor) -> Tensor:
     return index - starts
 
 
+def table_rows(
+    table: Tensor, batch: int, length: int, offset: int = 0, positions: Tensor | None = None
+) -> Tensor:
+    """The rows of a table that belong to the tokens of a batch: [1, L, ...] or, by positions, [1|B, L, ...].
+
+    Args:
+        table: [max_len, ...], one row for each position.
+        batch, length: B and L.
+        offset: the position of the first token.
+        positions: int [L] or [B, L] (B may be 1), instead of offset, offset + 1, ...
+    Raises:
+        TypeError, ValueError: positions that do not fit the batch or the table.
+    """
+    if positions is None:
+        check_int("offset", offset, 0)
+        if offset + length > len(table):
+            raise ValueError(
+                f"positions must be below max_len={len(table)}, got {length} from offset {offset}"
+            )
+        return table[None, offset : offset + length]
+    if offset:
+        raise ValueError(f"offset must be 0 where positions are given, got {offset}")
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    at = positions[None] if positions.dim() == 1 else positions
+    if at.dim() != 2 or at.shape[0] not in (1, batch) or at.shape[1] != length:
+        raise ValueError(
+            f"positions must be [{length}] or [{batch}, {length}], got shape {list(positions.shape)}"
+        )
+    if at.numel() and _has_values(at):
+        low, high = (int(bound) for bound in at.aminmax())
+        if low < 0 or high >= len(table):
+            raise ValueError(
+                f"positions must be from 0 to max_len - 1 = {len(table) - 1}, got {low} to {high}"
+            )
+    return table[at]
+
+
 class _PositionalEncoding(nn.Module):
-    """dropout(x + table[positions]): what both kinds of table share."""
+    """dropout(x + table[positions]): what both kinds of table share.
+
+    Args:
+        d_model: width; may be odd.
+        max_len: number of positions; a longer input raises.
+        dropout: probability, applied to the sum.
+        batch_first: whether inputs are [B, L, d_model] rather than [L, B, d_model].
+        device, dtype: of the table; torch's defaults where None.
+    """
 
     table: Tensor
 
-    def __init__(self, d_model: int, max_len: int, dropout: float, batch_first: bool) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        max_len: int = 5000,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.d_model = check_int("d_model", d_model, 1)
         self.max_len = check_int("max_len", max_len, 1)
         self.batch_first = check_bool("batch_first", batch_first)
         self.dropout = nn.Dropout(dropout)
+        self._register_table(torch.empty(max_len, d_model, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def _register_table(self, table: Tensor) -> None:
+        """Keep the uninitialised table, as `self.table`."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Fill the table."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, max_len={self.max_len}, batch_first={self.batch_first}"
@@ -99,36 +164,9 @@ class _PositionalEncoding(nn.Module):
             layout = "[B, L" if self.batch_first else "[L, B"
             raise ValueError(f"x must be {layout}, {self.d_model}], got shape {list(x.shape)}")
         batch, length = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
-        if positions is None:
-            check_int("offset", offset, 0)
-            if offset + length > self.max_len:
-                raise ValueError(
-                    f"positions must be below max_len={self.max_len}, got {length} from offset {offset}"
-                )
-            rows = self.table[None, offset : offset + length]
-        else:
-            rows = self.table[self._checked(positions, offset, batch, length)]
+        rows = table_rows(self.table, batch, length, offset, positions)
         rows = rows if self.batch_first else rows.transpose(0, 1)
         return self.dropout(x + rows.to(x.dtype))
-
-    def _checked(self, positions: Tensor, offset: int, batch: int, length: int) -> Tensor:
-        """Explicit positions as [B|1, L]."""
-        if offset:
-            raise ValueError(f"offset must be 0 where positions are given, got {offset}")
-        if positions.is_floating_point() or positions.dtype == torch.bool:
-            raise TypeError(f"positions must be integers, got {positions.dtype}")
-        at = positions[None] if positions.dim() == 1 else positions
-        if at.dim() != 2 or at.shape[0] not in (1, batch) or at.shape[1] != length:
-            raise ValueError(
-                f"positions must be [{length}] or [{batch}, {length}], got shape {list(positions.shape)}"
-            )
-        if at.numel() and _has_values(at):
-            low, high = (int(bound) for bound in at.aminmax())
-            if low < 0 or high >= self.max_len:
-                raise ValueError(
-                    f"positions must be from 0 to max_len - 1 = {self.max_len - 1}, got {low} to {high}"
-                )
-        return at
 
 
 class SinusoidalPositionalEncoding(_PositionalEncoding):
@@ -149,19 +187,8 @@ class SinusoidalPositionalEncoding(_PositionalEncoding):
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        max_len: int = 5000,
-        dropout: float = 0.0,
-        batch_first: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(d_model, max_len, dropout, batch_first)
-        table = torch.empty(max_len, d_model, device=device, dtype=dtype)
+    def _register_table(self, table: Tensor) -> None:
         self.register_buffer("table", table, persistent=False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Compute the table again, as is needed after `to_empty`."""
@@ -179,22 +206,15 @@ class SinusoidalPositionalEncoding(_PositionalEncoding):
 class LearnedPositionalEncoding(_PositionalEncoding):
     """dropout(x + table[positions]) with a table of parameters, one vector for each position.
 
+    >>> list(LearnedPositionalEncoding(4, max_len=10)(torch.zeros(1, 3, 4)).shape)
+    [1, 3, 4]
+
     Args: as for SinusoidalPositionalEncoding; `max_len` vectors are learned.
     Source: Gehring et al. 2017, "Convolutional Sequence to Sequence Learning", section 3.1.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        max_len: int = 5000,
-        dropout: float = 0.0,
-        batch_first: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(d_model, max_len, dropout, batch_first)
-        self.table = nn.Parameter(torch.empty(max_len, d_model, device=device, dtype=dtype))
-        self.reset_parameters()
+    def _register_table(self, table: Tensor) -> None:
+        self.table = nn.Parameter(table)
 
     def reset_parameters(self) -> None:
         """Draw the table from N(0, 0.02²)."""

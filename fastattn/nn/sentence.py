@@ -1,0 +1,116 @@
+"""SentenceEncoder: words to one vector, and a table of which word looked at which."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.nn.attention import Attention
+
+
+class SentenceEncoder(nn.Module):
+    """mean_i y_i with y = self-attention of the words' vectors: a sentence of any length as one vector.
+
+    >>> vectors = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])}
+    >>> vector, weights = SentenceEncoder().encode(["a", "b", "a"], vectors)
+          a     b     a
+    a 0.401 0.198 0.401
+    b 0.248 0.503 0.248
+    a 0.401 0.198 0.401
+    >>> vector
+    tensor([0.7003, 0.2997])
+
+    Args:
+        attention: a layer with attention(x, valid_lens=...) -> output or (output, weights), and
+            `attention_weights`, such as `SingleHeadAttention(d_model, d_k)`; None for
+            softmax(x xᵀ / sqrt(d)) x, which has nothing to learn.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1; Lin et al. 2017, "A Structured
+    Self-attentive Sentence Embedding" (arXiv 1703.03130).
+    """
+
+    def __init__(self, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.attention = Attention("scaled_dot") if attention is None else attention
+
+    def forward(self, x: Tensor, valid_lens: Tensor | Sequence[int] | None = None) -> Tensor:
+        """One vector for each sentence.
+
+        Args:
+            x: [B, L, d], vectors of words.
+            valid_lens: int [B], words of each sentence; the rest is padding. None for all.
+        Returns:
+            [B, d]; 0 for a sentence without words.
+        """
+        y = self.attention(x, valid_lens=valid_lens)
+        y = y[0] if isinstance(y, tuple) else y
+        if valid_lens is None:
+            return y.mean(1)
+        lens = torch.as_tensor(valid_lens, device=y.device)[:, None]
+        words = torch.arange(y.shape[1], device=y.device) < lens
+        return torch.where(words[..., None], y, 0).sum(1) / lens.clamp(min=1)
+
+    @property
+    def attention_weights(self) -> Tensor:
+        """The weights of the last call, [B, L, L]."""
+        return self.attention.attention_weights  # type: ignore[return-value]
+
+    def encode(
+        self, words: Sequence[str], word_vectors: Mapping[str, Any], *, show: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """(vector [d], weights [L, L]) of one sentence; prints the weights, labelled by the words.
+
+        Args:
+            words: at least one.
+            word_vectors: the vector of each word, tensors or sequences of one length d.
+            show: whether to print.
+        Raises:
+            KeyError: a word without a vector, which is named.
+            ValueError: no words; vectors of different lengths.
+        """
+        if isinstance(words, str):
+            raise TypeError(f"words must be a sequence of words, got the string {words!r}: split it first")
+        if not words:
+            raise ValueError("words must hold at least one word, got none")
+        unknown = list(dict.fromkeys(word for word in words if word not in word_vectors))
+        if unknown:
+            raise KeyError(f"word_vectors must have every word, got none for {', '.join(map(repr, unknown))}")
+        vectors = [torch.as_tensor(word_vectors[word]) for word in words]
+        for word, vector in zip(words, vectors, strict=True):
+            if vector.dim() != 1 or vector.shape != vectors[0].shape:
+                want, got = vectors[0].numel(), list(vector.shape)
+                raise ValueError(
+                    f"word_vectors must have one length, here {want}, got shape {got} for {word!r}"
+                )
+        x = torch.stack(vectors)[None]
+        vector = self(x if x.is_floating_point() else x.float())[0]
+        weights = self.attention_weights[0].to(vector.dtype)
+        if show:
+            print(weight_table(words, weights))
+        return vector, weights
+
+
+def weight_table(words: Sequence[str], weights: Tensor) -> str:
+    """Weights [L, L] as text: one line for each word, one column for each word that it looks at.
+
+    >>> print(weight_table(["to", "be"], torch.tensor([[0.25, 0.75], [0.5, 0.5]])))
+          to    be
+    to 0.250 0.750
+    be 0.500 0.500
+    """
+    first = max(map(_columns, words))
+    widths = [max(5, _columns(word)) for word in words]
+    header = (" " * (width - _columns(word)) + word for word, width in zip(words, widths, strict=True))
+    lines = [" ".join([" " * first, *header])]
+    for word, row in zip(words, weights.tolist(), strict=True):
+        cells = (f"{value:>{width}.3f}" for value, width in zip(row, widths, strict=True))
+        lines.append(" ".join([word + " " * (first - _columns(word)), *cells]))
+    return "\n".join(lines)
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal draws it: Chinese and its like take two columns a character."""
+    return sum(2 if unicodedata.east_asian_width(character) in "FW" else 1 for character in text)
