@@ -1,0 +1,5 @@
+"""fastattn inside Hugging Face transformers: `register()`, then `attn_implementation="fastattn"`."""
+
+from fastattn.integrations.transformers.registration import register
+
+__all__ = ["register"]

@@ -1,0 +1,59 @@
+"""MaskTensor: a mask that passes for the bool tensor that models expect, without its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastattn.masks import Mask
+from fastattn.masks.space import MaskShape
+
+_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class MaskTensor(Tensor):
+    """A bool tensor [B, 1, Lq, Lk] of which only the mask exists that says what is in it.
+
+    Models hand their mask on from layer to layer, which costs nothing. What reads the tensor itself (adds it,
+    inverts it) gets it built at that moment, N x N and True = visible.
+    """
+
+    mask: Mask
+
+    @staticmethod
+    def __new__(cls, mask: Mask, shape: MaskShape, device: torch.device) -> MaskTensor:
+        size = (shape.batch, 1, shape.seqlen_q, shape.seqlen_k)
+        self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.bool, device=device)
+        self.mask = mask
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in _MOVES and not kwargs.keys() - {"device", "non_blocking"}:
+            return args[0].moved(kwargs.get("device"))
+        args, kwargs = pytree.tree_map_only(MaskTensor, MaskTensor.to_dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def moved(self, device: torch.device | None) -> MaskTensor:
+        """The same mask on another device."""
+        if device is None or device == self.device:
+            return MaskTensor(self.mask, self._space(), self.device)
+        return MaskTensor(self.mask.to(device), self._space(), device)
+
+    def to_dense(self) -> Tensor:  # type: ignore[override]
+        """The tensor itself."""
+        visible = self.mask.to_dense(self._space(), self.device)
+        return visible.expand(tuple(self.shape)).contiguous()
+
+    def _space(self) -> MaskShape:
+        batch, heads, seqlen_q, seqlen_k = self.shape
+        return MaskShape(batch, heads, seqlen_q, seqlen_k)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"MaskTensor({self.mask!r}, shape={list(self.shape)})"
