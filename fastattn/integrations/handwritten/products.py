@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from typing import Any
 
@@ -37,12 +36,14 @@ def matmul(notes: Notes, func: Any, input: Any, other: Any) -> Any:
 
 
 @_product(torch.baddbmm, Tensor.baddbmm)
-def baddbmm(notes: Notes, func: Any, input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+def baddbmm(
+    notes: Notes, func: Any, input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1
+) -> Any:
     if not _may_be_scores(batch1, batch2) or as_number(alpha) is None or as_number(beta) is None:
         return NotImplemented
     make = (func, (input, batch1, batch2), {"beta": beta, "alpha": alpha})
     lead = (batch1.shape[0],)
-    biases = ()
+    biases: tuple[Any, ...] = ()
     if beta != 0:  # with 0 the input is not read
         if not isinstance(input, Tensor) or isinstance(input, Lazy) or input.dim() < 2:
             return NotImplemented
@@ -66,7 +67,7 @@ def _scores(notes: Notes, q: Tensor, k: Tensor, make: Any, **options: Any) -> An
         return NotImplemented
     shape = (*lead, q.shape[-2], k.shape[-2])
     meaning = Scores(q, k, tuple(lead), **options)
-    return Lazy.new(meaning, shape, autocast_dtype(q) or q.dtype, notes, make)
+    return Lazy.of(meaning, shape, autocast_dtype(q) or q.dtype, notes, make)
 
 
 @_product(torch.einsum)
@@ -134,8 +135,6 @@ def _parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
 def _arranged(x: Tensor, letters: str, want: str) -> Tensor:
     """x with its dimensions in the wanted order, 1 where it has none of a letter."""
     missing = [letter for letter in want if letter not in letters]
-    x = x[(..., *[None] * len(missing))]
+    x = x.reshape(*x.shape, *(1 for _ in missing))
     letters += "".join(missing)
     return x.permute([letters.index(letter) for letter in want])
-
-

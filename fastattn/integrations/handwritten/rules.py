@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.autocast import autocast_dtype
-from fastattn.integrations.handwritten.lazy import RULES, Lazy
-from fastattn.integrations.handwritten.scores import Lead, NotFusable, Scores, Transposed, Weights, attend, cut, factors_of
+from fastattn.integrations.handwritten.lazy import RULES, Lazy, Make, Meaning
+from fastattn.integrations.handwritten.scores import (
+    Lead,
+    NotFusable,
+    Scores,
+    Transposed,
+    Weights,
+    attend,
+    cut,
+    factors_of,
+)
 
 # A fill as low as this leaves nothing of the score that it is added to, in float32: -3e8 + 10 is -3e8.
 FILL = -1e8
@@ -47,15 +56,15 @@ def _in_place(rule: Callable[..., Any], *functions: Any) -> None:
     _rule(*functions)(change)
 
 
-def derived(lazy: Lazy, meaning: Scores | Weights | Transposed, make: Any, **changes: Any) -> Lazy:
+def derived(lazy: Lazy, meaning: Meaning, make: Make, **changes: Any) -> Lazy:
     """A Lazy made from another, of the same shape and dtype where `changes` do not say otherwise."""
     options = {"shape": lazy.shape, "dtype": lazy.dtype, **changes}
-    return Lazy.new(meaning, notes=lazy._notes, make=make, **options)
+    return Lazy.of(meaning, notes=lazy.notes, make=make, **options)
 
 
-def pending(value: Any, kind: type) -> bool:
+def pending(value: Any, kind: Any) -> bool:
     """Whether a value is a Lazy of scores or of weights whose values nobody has asked for."""
-    return isinstance(value, Lazy) and value._made is None and isinstance(value.meaning, kind)
+    return isinstance(value, Lazy) and value.made is None and isinstance(value.meaning, kind)
 
 
 def lead_of(lazy: Lazy) -> Lead:
@@ -140,7 +149,7 @@ def _biased(lazy: Any, bias: Any, factor: float, make: Any) -> Any:
     if number is not None and math.isfinite(number) and not (isinstance(bias, Tensor) and bias.dim()):
         return derived(lazy, scores, make)  # the same number everywhere leaves a softmax as it is
     if isinstance(bias, Lazy):
-        bias = bias.values()
+        bias = bias.settled()
     if not isinstance(bias, Tensor) or not _fits(bias, lazy) or not bias.is_floating_point():
         return NotImplemented
     if torch.promote_types(bias.dtype, lazy.dtype) == torch.float64 != scores.q.dtype:
@@ -154,7 +163,7 @@ def _biased(lazy: Any, bias: Any, factor: float, make: Any) -> Any:
 def add(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if as_number(alpha) is None:
         return NotImplemented
-    make = (func, (input, other), {} if alpha == 1 else {"alpha": alpha})
+    make: Make = (func, (input, other), {} if alpha == 1 else {"alpha": alpha})
     if pending(input, Scores):
         return _biased(input, other, float(alpha), make)
     return _biased(other, input, 1.0, make) if alpha == 1 else NotImplemented
@@ -164,7 +173,7 @@ def add(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
 def sub(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if as_number(alpha) is None:
         return NotImplemented
-    make = (func, (input, other), {} if alpha == 1 else {"alpha": alpha})
+    make: Make = (func, (input, other), {} if alpha == 1 else {"alpha": alpha})
     return _biased(input, other, -float(alpha), make)
 
 
@@ -179,7 +188,7 @@ def masked_fill(func: Any, input: Any, mask: Any, value: Any) -> Any:
 
 @_rule(torch.where)
 def where(func: Any, condition: Any, input: Any = None, other: Any = None) -> Any:
-    make = (func, (condition, input, other), {})
+    make: Make = (func, (condition, input, other), {})
     if pending(input, Scores):
         return _filled(input, condition, other, make, keeps=True)
     return _filled(other, condition, input, make)
@@ -187,7 +196,7 @@ def where(func: Any, condition: Any, input: Any = None, other: Any = None) -> An
 
 @_rule(Tensor.where)
 def where_method(func: Any, input: Any, condition: Any, other: Any) -> Any:
-    make = (func, (input, condition, other), {})
+    make: Make = (func, (input, condition, other), {})
     if pending(input, Scores):
         return _filled(input, condition, other, make, keeps=True)
     return _filled(other, condition, input, make)
@@ -233,7 +242,9 @@ def _without_gradient(scores: Scores, rows: Tensor, lead: Lead) -> Scores:
     rows = cut(rows, lead, factors)
     q, k = (cut(x, scores.lead, factors) for x in (scores.q, scores.k))
     biases = tuple(
-        (torch.where(rows, 0, cut(bias, at, factors)), factor, factors) if bias.requires_grad else (bias, factor, at)
+        (torch.where(rows, 0, cut(bias, at, factors)), factor, factors)
+        if bias.requires_grad
+        else (bias, factor, at)
         for bias, factor, at in scores.biases
     )
     return _with(scores, q=torch.where(rows, 0, q), k=k, lead=factors, biases=biases)
@@ -292,7 +303,7 @@ def _with(scores: Scores, **changes: Any) -> Scores:
 def softmax(
     func: Any, input: Any, dim: Any = None, *args: Any, _stacklevel: int = 3, dtype: Any = None
 ) -> Any:
-    make = (func, (input, dim, *args), {} if dtype is None else {"dtype": dtype})
+    make: Make = (func, (input, dim, *args), {} if dtype is None else {"dtype": dtype})
     if func is F.softmax:
         dtype = args[1] if len(args) > 1 else dtype
     elif args:
@@ -313,11 +324,13 @@ def dropout(
         return NotImplemented
     if not is_training or p == 0:
         return input
-    if not pending(input, Weights) or input.meaning.seed is not None or inplace or not 0 < p < 1:
-        return NotImplemented
     weights = input.meaning
+    if not pending(input, Weights) or inplace or not 0 < p < 1:
+        return NotImplemented
+    if not isinstance(weights, Weights) or weights.seed is not None:
+        return NotImplemented
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=weights.scores.q.device)
-    make = (func, (input, p, is_training), {})
+    make: Make = (func, (input, p, is_training), {})
     return derived(input, Weights(weights.scores, float(p), seed), make)
 
 
@@ -326,12 +339,12 @@ def dropout(
 
 @_rule(Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten, Tensor.flatten)
 def reshape(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-    if not pending(input, Scores | Weights) or isinstance(args[0], torch.dtype):  # type: ignore[arg-type]
+    if not pending(input, Scores | Weights) or isinstance(args[0], torch.dtype):
         return NotImplemented
     shape = func(torch.empty(input.shape, device="meta"), *args, **kwargs).shape
     if len(shape) < 2 or shape[-2:] != input.shape[-2:]:
         return NotImplemented
-    return derived(input, input.meaning, (func, (input, *args), kwargs), shape=shape, is_view=True)
+    return derived(input, input.meaning, (func, (input, *args), kwargs), shape=shape, shares_memory=True)
 
 
 @_rule(torch.flatten, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze)
@@ -341,12 +354,12 @@ def reshape_by_number(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
 
 @_rule(Tensor.contiguous)
 def contiguous(func: Any, input: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs or input._made is not None else input
+    return NotImplemented if kwargs or input.made is not None else input
 
 
 @_rule(Tensor.to, Tensor.type_as, Tensor.type)
 def to(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(input, Lazy) or input._made is not None or len(args) + len(kwargs) != 1:
+    if not isinstance(input, Lazy) or input.made is not None or len(args) + len(kwargs) != 1:
         return NotImplemented
     (target,) = (*args, *kwargs.values())
     dtype = target.dtype if isinstance(target, Tensor) else target
@@ -385,14 +398,14 @@ def transpose(func: Any, input: Any, *dims: Any) -> Any:
     if dims and {dim % input.dim() for dim in dims} != last:
         return NotImplemented
     shape = (*input.shape[:-2], input.shape[-1], input.shape[-2])
-    make = (func, (input, *dims), {})
-    return derived(input, Transposed(input.meaning), make, shape=shape, is_view=True)
+    make: Make = (func, (input, *dims), {})
+    return derived(input, Transposed(input.meaning), make, shape=shape, shares_memory=True)
 
 
 @_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 def matmul(func: Any, input: Any, other: Any) -> Any:
     if pending(other, Transposed) and isinstance(input, Tensor) and not isinstance(input, Lazy):
-        found = matmul(func, other._parents[0], input.mT) if input.dim() > 1 else NotImplemented
+        found = matmul(func, other.parents[0], input.mT) if input.dim() > 1 else NotImplemented
         return found if found is NotImplemented else found.mT
     if not pending(input, Weights) or isinstance(other, Lazy) or other.dim() < 2:
         return NotImplemented
@@ -406,5 +419,5 @@ def output(lazy: Lazy, v: Tensor, lead: Lead) -> Any:
         out = attend(lazy.meaning, v, lead)  # type: ignore[arg-type]
     except NotFusable:
         return NotImplemented
-    lazy._notes.fused += 1
+    lazy.notes.fused += 1
     return out

@@ -14,8 +14,7 @@ from torch import nn
 # How far calls are followed into functions of the model's own modules.
 DEPTH = 3
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
-# Where transformers looks its attention functions up, and diffusers its backends.
-INTERFACES = ("ALL_ATTENTION_FUNCTIONS",)
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
 CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
 
@@ -24,13 +23,18 @@ def style(module: nn.Module) -> str | None:
 
     Returns:
         "interface": through transformers' table of attention functions; "call": by
-        F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque": written
-        out, with an autograd function of its own in between; None: not at all.
+        F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
+        likewise, perhaps with an autograd function in between; None: not at all.
     """
-    names = _names(type(module))
-    if any(name in names for name in INTERFACES):
+    kind: Any = type(module)
+    names = _names(kind)
+    if names[f"own {INTERFACE}"]:
         return "interface"
-    has_softmax = names["softmax"] or names["Softmax"] or any(isinstance(child, nn.Softmax) for child in module.children())
+    has_softmax = (
+        names["softmax"]
+        or names["Softmax"]
+        or any(isinstance(child, nn.Softmax) for child in module.children())
+    )
     is_written_out = has_softmax and sum(names[name] for name in PRODUCTS) > 1
     if is_written_out and names["apply"]:
         return "opaque"
@@ -40,7 +44,7 @@ def style(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _names(kind: type) -> Counter[str]:
+def _names(kind: Any) -> Counter[str]:
     """How often the code of a class, and that of the functions it calls by a global name, says each name."""
     found: Counter[str] = Counter()
     seen: set[types.CodeType] = set()
@@ -61,6 +65,8 @@ def _count(function: types.FunctionType, depth: int, found: Counter[str], seen: 
     seen.add(function.__code__)
     for name in _said(function.__code__):
         found[name] += 1
+        if depth == DEPTH and name == INTERFACE:
+            found[f"own {name}"] += 1
         called = function.__globals__.get(name)
         if depth and isinstance(called, types.FunctionType) and _package(called.__module__) != "torch":
             _count(called, depth - 1, found, seen)

@@ -197,7 +197,9 @@ def _fold(weights: Weights, lead: Lead) -> tuple[Fold, Tensor | None, Tensor | N
     folds = [Fold(factors, at) for at in range(max(len(factors) - 1, 0), -1, -1)]
     # A bias may be one for the whole batch or all heads, not for some of either: fold where least is copied.
     fold = min(folds, key=lambda f: sum(math.prod(f.sizes(tensor)) for tensor in dense))
-    bias, keep = (None if tensor is None else fold.apply(tensor, *fold.sizes(tensor)) for tensor in (bias, keep))
+    bias, keep = (
+        None if tensor is None else fold.apply(tensor, *fold.sizes(tensor)) for tensor in (bias, keep)
+    )
     return fold, bias, keep
 
 

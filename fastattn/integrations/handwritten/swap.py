@@ -26,11 +26,13 @@ def is_swapped(module: nn.Module) -> bool:
 
 def swap(module: nn.Module) -> None:
     """Let a module's attention run on ours, by a subclass of its class that has the same name."""
-    module.__class__ = _subclass(type(module))
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind)
 
 
 def swap_back(module: nn.Module) -> None:
-    module.__class__ = type(module)._fastattn_stock  # type: ignore[assignment]
+    kind: Any = type(module)
+    module.__class__ = kind._fastattn_stock
     _notes.pop(module, None)
 
 
