@@ -125,8 +125,8 @@ def processor_for(module: nn.Module) -> Any:
         return FastAttnProcessor()
     if type(processor) is stock.AttnAddedKVProcessor2_0:
         return FastAddedKVAttnProcessor()
-    # Those before PyTorch had a function of its own take the module's scale.
-    if type(processor) is stock.AttnProcessor:
+    # Those from before PyTorch had a function of its own take the module's scale, and leave out its norms.
+    if type(processor) is stock.AttnProcessor and module.norm_q is None and module.norm_k is None:
         return FastAttnProcessor(module.scale)  # type: ignore[arg-type]
     if type(processor) is stock.AttnAddedKVProcessor:
         return FastAddedKVAttnProcessor(module.scale)  # type: ignore[arg-type]

@@ -66,9 +66,13 @@ class Patch:
             if how != WRITTEN_OUT or not is_swapped(module):
                 continue
             notes = notes_of(module)
-            if notes.computed and not notes.fused:
-                functions = ", ".join(sorted(notes.computed))
-                found[name] = f"computed as written so far: its scores or weights went into {functions}"
+            # The products of other things are scores as well, for all that is known of them.
+            functions = notes.weights or notes.scores
+            if functions and not notes.fused:
+                what = "weights" if notes.weights else "scores"
+                found[name] = (
+                    f"computed as written so far, for its {what} went into {', '.join(sorted(functions))}"
+                )
         return found
 
 

@@ -201,28 +201,31 @@ def _how(module: nn.Module) -> str | None:
 def _is_named_in_transformers(module: nn.Module) -> bool:
     if not stock_class(module).__module__.startswith("transformers."):
         return False
-    from fastattn.integrations.transformers.off_interface import LEFT, WRITTEN_OUT
+    from fastattn.integrations.transformers.off_interface import WRITTEN_OUT as NAMED
 
-    name = stock_class(module).__name__
-    return name in LEFT or name in WRITTEN_OUT
+    return stock_class(module).__name__ in NAMED
 
 
 def _why_not(module: nn.Module) -> str | None:
-    kind = stock_class(module)
-    if is_swapped(module) or kind.__module__.startswith("fastattn."):
+    if is_swapped(module) or stock_class(module).__module__.startswith("fastattn."):
         return ALREADY
-    reason = LEFT_IN_TIMM.get(f"{kind.__module__}.{kind.__qualname__}")
-    if kind.__module__.startswith("transformers."):
-        from fastattn.integrations.transformers.off_interface import LEFT
-
-        reason = LEFT.get(kind.__name__)
-    if reason is not None:
+    if (reason := _known_reason(module)) is not None:
         return reason
     if "forward" in vars(module):
         return "its forward was replaced"
     if style(module) == "opaque":
         return "a function with a gradient of its own may stand between its product and its softmax"
     return None
+
+
+def _known_reason(module: nn.Module) -> str | None:
+    """Why a module that a table of ours names stays as it is."""
+    kind = stock_class(module)
+    if kind.__module__.startswith("transformers."):
+        from fastattn.integrations.transformers.off_interface import LEFT
+
+        return LEFT.get(kind.__name__)
+    return LEFT_IN_TIMM.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _swap_undo(module: nn.Module) -> Callable[[], None]:
@@ -235,6 +238,10 @@ def _swap_undo(module: nn.Module) -> Callable[[], None]:
 
 def _name_the_rest(work: Work) -> None:
     """Modules that call themselves attention, and neither hold nor are in one that a route decided on."""
+    for name, module in list(work.open()):
+        reason = _known_reason(module)
+        if reason is not None:
+            work.left[name] = reason
     decided = [*work.replaced, *work.left]
     for name, module in list(work.open()):
         kind = getattr(module, "original_name", stock_class(module).__name__)

@@ -1,7 +1,7 @@
 """timm: which of its attention blocks stay as they are, and why. `fastattn.patch` runs all others on ours.
 
-A block either calls F.scaled_dot_product_attention (where its `fused_attn` is set) or writes attention out; the
-block's code tells which. Those below have weights that no attention call has.
+A block either calls F.scaled_dot_product_attention (where its `fused_attn` is set) or writes attention out;
+its code tells which. Those below have weights that no attention call has.
 """
 
 from __future__ import annotations

@@ -58,12 +58,17 @@ class Notes:
 
     Attributes:
         fused: calls of attention that its products became.
-        computed: what asked for values that no call of attention has, and so had them computed as written.
+        scores, weights: functions that no call of attention has, for which they were computed as written.
     """
 
     def __init__(self) -> None:
         self.fused = 0
-        self.computed: set[str] = set()
+        self.scores: set[str] = set()
+        self.weights: set[str] = set()
+
+    def add(self, lazy: Lazy, func: Any) -> None:
+        found = self.scores if isinstance(lazy.meaning, Scores) else self.weights
+        found.add(getattr(func, "__name__", str(func)))
 
 
 class Lazy(Tensor):
@@ -136,7 +141,7 @@ class Lazy(Tensor):
                     return found
             for lazy in tree_leaves((args, kwargs)):
                 if isinstance(lazy, Lazy):
-                    lazy.notes.computed.add(getattr(func, "__name__", str(func)))
+                    lazy.notes.add(lazy, func)
                     if may_change(func, kwargs):
                         lazy.settle_relatives()
             args, kwargs = tree_map(without_lazy, (args, kwargs))

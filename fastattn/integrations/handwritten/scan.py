@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 # How far calls are followed into functions of the model's own modules.
 DEPTH = 3
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
+GRADIENT = "an autograd function"
 CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
 
@@ -36,7 +38,7 @@ def style(module: nn.Module) -> str | None:
         or any(isinstance(child, nn.Softmax) for child in module.children())
     )
     is_written_out = has_softmax and sum(names[name] for name in PRODUCTS) > 1
-    if is_written_out and names["apply"]:
+    if is_written_out and names[GRADIENT]:
         return "opaque"
     if any(names[name] for name in CALLS):
         return "call"
@@ -63,21 +65,27 @@ def _count(function: types.FunctionType, depth: int, found: Counter[str], seen: 
     if function.__code__ in seen:
         return
     seen.add(function.__code__)
-    for name in _said(function.__code__):
+    for name, is_global in _said(function.__code__):
         found[name] += 1
         if depth == DEPTH and name == INTERFACE:
             found[f"own {name}"] += 1
-        called = function.__globals__.get(name)
+        called: Any = function.__globals__.get(name) if is_global else None
+        if isinstance(called, type) and issubclass(called, torch.autograd.Function):
+            found[GRADIENT] += 1
         if depth and isinstance(called, types.FunctionType) and _package(called.__module__) != "torch":
             _count(called, depth - 1, found, seen)
 
 
-def _said(code: types.CodeType) -> Iterator[str]:
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD")
+
+
+def _said(code: types.CodeType) -> Iterator[tuple[str, bool]]:
+    """Each name that code loads, and whether as a global; "@" for the operator."""
     for instruction in dis.get_instructions(code):
         if instruction.opname == "BINARY_MATRIX_MULTIPLY" or instruction.argrepr == "@":
-            yield "@"
-        elif instruction.opname.startswith("LOAD_") and isinstance(instruction.argval, str):
-            yield instruction.argval
+            yield "@", False
+        elif instruction.opname in _LOADS:
+            yield instruction.argval, instruction.opname == "LOAD_GLOBAL"
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _said(constant)
