@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastattn.integrations.transformers.frame import Frame, Offset
 from fastattn.integrations.transformers.ordered import Ordered
@@ -33,10 +34,23 @@ def read(mask_function: MaskFunction, frame: Frame) -> Mask | None:
     batch = Value(frame, "", torch.arange(frame.shape.batch, device=frame.device)[:, None])
     q_idx, kv_idx = Value(frame, "q", shift=frame.q_offset), Value(frame, "k", shift=frame.kv_offset)
     try:
-        return _truth(mask_function(batch, _Head(frame), q_idx, kv_idx)).mask
+        with _LookUps():
+            return _truth(mask_function(batch, _Head(frame), q_idx, kv_idx)).mask
     except Exception:
         # Whatever the reason, the function is then called with numbers, where an error of its own shows.
         return None
+
+
+class _LookUps(TorchFunctionMode):
+    """Lets a tensor take symbolic indices."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            table, index = args
+            index = index if isinstance(index, tuple) else (index,)
+            if any(isinstance(at, Symbol) for at in index):
+                return _look_up(table, index)
+        return func(*args, **(kwargs or {}))
 
 
 class Symbol:
@@ -63,8 +77,6 @@ class Symbol:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__:
-            return _look_up(*args)
         known = _OF_TORCH.get(func)
         if known is None or kwargs:
             raise Opaque(f"{func} of symbolic indices")
@@ -286,10 +298,9 @@ def _key_to_query(key: Value, query: Value, relation: Callable[[Any, Any], Any])
     return ~_key_to_query(key, query, operator.lt if relation is operator.ge else operator.le)
 
 
-def _look_up(table: Any, index: Any) -> Any:
+def _look_up(table: Tensor, index: tuple[Any, ...]) -> Symbol:
     """table[index] with symbolic indices, one for each dimension."""
-    index = index if isinstance(index, tuple) else (index,)
-    if not isinstance(table, Tensor) or table.dim() != len(index):
+    if table.dim() != len(index):
         raise Opaque("indices for a part of a tensor's dimensions")
     if not all(isinstance(at, Value) for at in index):
         raise Opaque("an index that belongs to neither entry, query nor key")
