@@ -13,6 +13,9 @@ from fastattn.masks.space import MaskShape
 
 Offset = int | Tensor
 
+EVERYTHING: Mask = Band(None, None, "bottom_right")
+NOTHING = ~EVERYTHING
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -48,8 +51,13 @@ class Frame:
 
     def keys(self, visible: Tensor) -> Mask:
         """The keys where visible [B|1, 1|Lk] is True: a range where they are one, as padding leaves them."""
-        found = _key_range(visible.expand(-1, self.shape.seqlen_k)) if self._may_look(visible) else None
-        return dense(visible[:, None, None]) if found is None else found
+        if self._may_look(visible):
+            if visible.all():
+                return EVERYTHING
+            found = _key_range(visible.expand(-1, self.shape.seqlen_k))
+            if found is not None:
+                return found
+        return dense(visible[:, None, None])
 
     def _may_look(self, values: Tensor) -> bool:
         if torch.compiler.is_compiling():
@@ -59,6 +67,8 @@ class Frame:
 
     def queries(self, visible: Tensor) -> Mask:
         """The queries where visible [B|1, 1|Lq] is True."""
+        if self._may_look(visible) and visible.all():
+            return EVERYTHING
         return dense(visible[:, None, :, None])
 
 

@@ -12,13 +12,15 @@ from fastattn.masks import Mask
 from fastattn.masks.space import MaskShape, Pairs
 
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+# Of a bool mask they make no sense: who adds one expects numbers, 0 and -inf.
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 class MaskTensor(Tensor):
     """A bool tensor [B, 1, Lq, Lk] of which only the mask exists that says what is in it.
 
-    Models hand their mask on from layer to layer, which costs nothing. What reads the tensor itself (adds it,
-    inverts it) gets it built at that moment, N x N and True = visible.
+    Models hand their mask on from layer to layer, which costs nothing. What reads the tensor itself (slices
+    it, inverts it) gets what it reads built at that moment, True = visible.
     """
 
     mask: Mask
@@ -39,6 +41,11 @@ class MaskTensor(Tensor):
             return args[0].moved(kwargs.get("device"))
         if func is torch.ops.aten.slice.Tensor and not kwargs:
             return args[0].sliced(*args[1:])
+        if func in _ADDITIONS:
+            raise NotImplementedError(
+                "a layer adds attention_mask to its scores instead of handing it to the attention function: "
+                "its model is not on transformers' attention interface; attn_implementation must be 'eager'"
+            )
         args, kwargs = pytree.tree_map_only(MaskTensor, MaskTensor.to_dense, (args, kwargs))
         return func(*args, **kwargs)
 

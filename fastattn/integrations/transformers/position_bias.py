@@ -122,7 +122,7 @@ def _may_be_lazy(layer: Any) -> bool:
 
 def _is_reentrant(layer: Any) -> bool:
     """Whether checkpoints cut autograd's graph at each layer: a bias then needs a gradient of its own."""
-    if not layer.gradient_checkpointing:
+    if not getattr(layer, "gradient_checkpointing", False):  # UMT5's layers hand nothing on, and have no flag
         return False
     chosen = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
     return chosen.get("use_reentrant") is not False

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastattn.integrations.transformers.frame import Frame, Offset
+from fastattn.integrations.transformers.frame import EVERYTHING, NOTHING, Frame, Offset
 from fastattn.integrations.transformers.ordered import Ordered
 from fastattn.masks import Mask, documents
-from fastattn.masks.band import Band
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
@@ -70,7 +69,7 @@ class Symbol:
         return Truth(self.frame, EVERYTHING)
 
     def new_zeros(self, *_: Any, **__: Any) -> Truth:
-        return Truth(self.frame, ~EVERYTHING)
+        return Truth(self.frame, NOTHING)
 
     def __bool__(self) -> bool:
         raise Opaque("a symbolic value has no truth value")
@@ -98,10 +97,10 @@ class Truth(Symbol):
         return Truth(self.frame, both(self.mask, _truth(other).mask))
 
     def __or__(self, other: Any) -> Truth:
-        return Truth(self.frame, self.mask | _truth(other).mask)
+        return Truth(self.frame, either(self.mask, _truth(other).mask))
 
     def __invert__(self) -> Truth:
-        return Truth(self.frame, ~self.mask)
+        return Truth(self.frame, complement(self.mask))
 
     __rand__ = __and__
     __ror__ = __or__
@@ -163,7 +162,13 @@ class Value(Symbol):
 
     def _compare(self, other: Any, relation: Callable[[Any, Any], Any]) -> Truth:
         if not isinstance(other, Value):
-            return _fact(self.frame, self.axis, relation(self.table, _number(other)))
+            number = _number(other)
+            if isinstance(self.shift, int) and isinstance(number, int):
+                # Positions rise by one, so what holds of the first and the last may hold of all.
+                ends = relation(self.shift, number), relation(self.shift + self._length() - 1, number)
+                if all(ends) and relation is not operator.ne:
+                    return Truth(self.frame, EVERYTHING)
+            return _fact(self.frame, self.axis, relation(self.table, number))
         if self.axis == other.axis or not self.axis or not other.axis:
             return _fact(self.frame, self.axis or other.axis, relation(self.table, other.table))
         if self.axis == "q":
@@ -213,13 +218,11 @@ class Distance(Symbol):
         return self <= _number(width) - 1
 
     def __gt__(self, width: Any) -> Truth:
-        return ~(self <= width)
+        return Truth(self.frame, complement((self <= width).mask))
 
     def __ge__(self, width: Any) -> Truth:
-        return ~(self < width)
+        return self > _number(width) - 1
 
-
-EVERYTHING = Band(None, None, "bottom_right")
 
 _MIRRORED = {
     operator.le: operator.ge,
@@ -252,6 +255,18 @@ def both(one: Mask, other: Mask) -> Mask:
     return one if other == EVERYTHING else one & other
 
 
+def either(one: Mask, other: Mask) -> Mask:
+    """one | other, which is the one where the other is nothing."""
+    if one == NOTHING:
+        return other
+    return one if other == NOTHING else one | other
+
+
+def complement(mask: Mask) -> Mask:
+    """~mask, by its method, which torch.compile knows how to call."""
+    return mask.__invert__()
+
+
 def _truth(value: Any) -> Truth:
     if not isinstance(value, Truth):
         raise Opaque(f"a {type(value).__name__} in place of a symbolic bool")
@@ -277,7 +292,7 @@ def _key_to_query(key: Value, query: Value, relation: Callable[[Any, Any], Any])
     """The pairs for which relation(the key's number, the query's number)."""
     frame = key.frame
     if relation is operator.ne:
-        return ~_key_to_query(key, query, operator.eq)
+        return complement(_key_to_query(key, query, operator.eq))
     if key.shift is not None and query.shift is not None:
         at = query.shift - key.shift  # j <= i + at
         bounds = {
@@ -295,7 +310,7 @@ def _key_to_query(key: Value, query: Value, relation: Callable[[Any, Any], Any])
         return Ordered(queries, keys)
     if relation is operator.lt:
         return Ordered(queries - 1, keys)
-    return ~_key_to_query(key, query, operator.lt if relation is operator.ge else operator.le)
+    return Ordered(-queries if relation is operator.ge else -queries - 1, -keys)
 
 
 def _look_up(table: Tensor, index: tuple[Any, ...]) -> Symbol:
