@@ -13,6 +13,9 @@ from fastattn.masks.space import MaskShape
 
 Offset = int | Tensor
 
+EVERYTHING: Mask = Band(None, None, "bottom_right")
+NOTHING = ~EVERYTHING
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
@@ -48,13 +51,24 @@ class Frame:
 
     def keys(self, visible: Tensor) -> Mask:
         """The keys where visible [B|1, 1|Lk] is True: a range where they are one, as padding leaves them."""
+        if self._may_look(visible):
+            if visible.all():
+                return EVERYTHING
+            found = _key_range(visible.expand(-1, self.shape.seqlen_k))
+            if found is not None:
+                return found
+        return dense(visible[:, None, None])
+
+    def _may_look(self, values: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return False
         # With an offset in a tensor nothing was read back from the device so far, and nothing shall be.
-        may_look = visible.is_cpu or not isinstance(self.q_offset, Tensor)
-        found = _key_range(visible.expand(-1, self.shape.seqlen_k)) if may_look else None
-        return dense(visible[:, None, None]) if found is None else found
+        return values.is_cpu or not isinstance(self.q_offset, Tensor)
 
     def queries(self, visible: Tensor) -> Mask:
         """The queries where visible [B|1, 1|Lq] is True."""
+        if self._may_look(visible) and visible.all():
+            return EVERYTHING
         return dense(visible[:, None, :, None])
 
 

@@ -12,8 +12,10 @@ from transformers.masking_utils import causal_mask_function
 from fastattn.integrations.transformers.frame import Frame, Offset
 from fastattn.integrations.transformers.mask_tensor import MaskTensor
 from fastattn.integrations.transformers.symbolic import MaskFunction, both, read
-from fastattn.masks import Mask, dense, predicate
+from fastattn.mask_ops import block_lists
+from fastattn.masks import LoweredMask, Mask, dense, predicate
 from fastattn.masks.band import Band
+from fastattn.masks.built import BuiltMask
 from fastattn.masks.space import MaskShape
 
 
@@ -30,7 +32,7 @@ def fastattn_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor | Mask | None:
     """The mask of one forward in memory O(N + partial tiles).
 
     Args:
@@ -44,7 +46,7 @@ def fastattn_mask(
         device: of the call.
         kwargs: what transformers tells other implementations.
     Returns:
-        A MaskTensor, or None as allowed.
+        A MaskTensor, or None as allowed; within a compiled graph the mask itself.
     """
     device = torch.device(device)
     shape = MaskShape(batch_size, 1, q_length, kv_length)
@@ -56,7 +58,8 @@ def fastattn_mask(
         mask = both(mask, frame.keys(_keys(attention_mask, kv_length, kv_offset)))
     if _is_implied(mask, shape, allow_is_causal_skip, allow_is_bidirectional_skip):
         return None
-    return MaskTensor(_prepared(mask, shape, device), shape, device)
+    mask = _prepared(mask, shape, device)
+    return mask if torch.compiler.is_compiling() else MaskTensor(mask, shape, device)
 
 
 def _keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
@@ -84,6 +87,12 @@ def _prepared(mask: Mask, shape: MaskShape, device: torch.device) -> Mask:
     """The mask in the form that all layers of this forward read."""
     if not mask.needs_blocks:
         return mask
+    if torch.compiler.is_compiling():
+        lists = block_lists(mask, shape, device)
+        batch = shape.batch if mask._varies(shape, device)[0] else None
+        return BuiltMask(
+            mask, LoweredMask(block=lists), shape.seqlen_q, shape.seqlen_k, batch, None, str(device)
+        )
     if shape.seqlen_q == 1:  # a row of bools is no longer than a list of tiles
         return dense(mask.to_dense(shape, device))
     # A predicate would be asked again by every layer.

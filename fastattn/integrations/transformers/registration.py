@@ -8,8 +8,7 @@ from fastattn.checks import check_int
 from fastattn.integrations.transformers.attention import fastattn_attention
 from fastattn.integrations.transformers.attentions import LIMIT
 from fastattn.integrations.transformers.mask_function import fastattn_mask
-
-NAME = "fastattn"
+from fastattn.integrations.transformers.position_bias import NAME, keep_tables
 
 
 def register(*, max_attentions: int = 2048) -> None:
@@ -34,3 +33,4 @@ def register(*, max_attentions: int = 2048) -> None:
     AttentionInterface.register(NAME, fastattn_attention)
     # Without the second, transformers would drop every mask in silence.
     AttentionMaskInterface.register(NAME, fastattn_mask)
+    keep_tables()

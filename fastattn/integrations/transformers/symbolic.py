@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from fastattn.integrations.transformers.frame import Frame, Offset
+from fastattn.integrations.transformers.frame import EVERYTHING, NOTHING, Frame, Offset
 from fastattn.integrations.transformers.ordered import Ordered
 from fastattn.masks import Mask, documents
-from fastattn.masks.band import Band
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
@@ -33,10 +33,23 @@ def read(mask_function: MaskFunction, frame: Frame) -> Mask | None:
     batch = Value(frame, "", torch.arange(frame.shape.batch, device=frame.device)[:, None])
     q_idx, kv_idx = Value(frame, "q", shift=frame.q_offset), Value(frame, "k", shift=frame.kv_offset)
     try:
-        return _truth(mask_function(batch, _Head(frame), q_idx, kv_idx)).mask
+        with _LookUps():
+            return _truth(mask_function(batch, _Head(frame), q_idx, kv_idx)).mask
     except Exception:
         # Whatever the reason, the function is then called with numbers, where an error of its own shows.
         return None
+
+
+class _LookUps(TorchFunctionMode):
+    """Lets a tensor take symbolic indices."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            table, index = args
+            index = index if isinstance(index, tuple) else (index,)
+            if any(isinstance(at, Symbol) for at in index):
+                return _look_up(table, index)
+        return func(*args, **(kwargs or {}))
 
 
 class Symbol:
@@ -56,15 +69,13 @@ class Symbol:
         return Truth(self.frame, EVERYTHING)
 
     def new_zeros(self, *_: Any, **__: Any) -> Truth:
-        return Truth(self.frame, ~EVERYTHING)
+        return Truth(self.frame, NOTHING)
 
     def __bool__(self) -> bool:
         raise Opaque("a symbolic value has no truth value")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__:
-            return _look_up(*args)
         known = _OF_TORCH.get(func)
         if known is None or kwargs:
             raise Opaque(f"{func} of symbolic indices")
@@ -86,10 +97,10 @@ class Truth(Symbol):
         return Truth(self.frame, both(self.mask, _truth(other).mask))
 
     def __or__(self, other: Any) -> Truth:
-        return Truth(self.frame, self.mask | _truth(other).mask)
+        return Truth(self.frame, either(self.mask, _truth(other).mask))
 
     def __invert__(self) -> Truth:
-        return Truth(self.frame, ~self.mask)
+        return Truth(self.frame, complement(self.mask))
 
     __rand__ = __and__
     __ror__ = __or__
@@ -151,7 +162,13 @@ class Value(Symbol):
 
     def _compare(self, other: Any, relation: Callable[[Any, Any], Any]) -> Truth:
         if not isinstance(other, Value):
-            return _fact(self.frame, self.axis, relation(self.table, _number(other)))
+            number = _number(other)
+            if isinstance(self.shift, int) and isinstance(number, int):
+                # Positions rise by one, so what holds of the first and the last may hold of all.
+                ends = relation(self.shift, number), relation(self.shift + self._length() - 1, number)
+                if all(ends) and relation is not operator.ne:
+                    return Truth(self.frame, EVERYTHING)
+            return _fact(self.frame, self.axis, relation(self.table, number))
         if self.axis == other.axis or not self.axis or not other.axis:
             return _fact(self.frame, self.axis or other.axis, relation(self.table, other.table))
         if self.axis == "q":
@@ -201,13 +218,11 @@ class Distance(Symbol):
         return self <= _number(width) - 1
 
     def __gt__(self, width: Any) -> Truth:
-        return ~(self <= width)
+        return Truth(self.frame, complement((self <= width).mask))
 
     def __ge__(self, width: Any) -> Truth:
-        return ~(self < width)
+        return self > _number(width) - 1
 
-
-EVERYTHING = Band(None, None, "bottom_right")
 
 _MIRRORED = {
     operator.le: operator.ge,
@@ -240,6 +255,18 @@ def both(one: Mask, other: Mask) -> Mask:
     return one if other == EVERYTHING else one & other
 
 
+def either(one: Mask, other: Mask) -> Mask:
+    """one | other, which is the one where the other is nothing."""
+    if one == NOTHING:
+        return other
+    return one if other == NOTHING else one | other
+
+
+def complement(mask: Mask) -> Mask:
+    """~mask, by its method, which torch.compile knows how to call."""
+    return mask.__invert__()
+
+
 def _truth(value: Any) -> Truth:
     if not isinstance(value, Truth):
         raise Opaque(f"a {type(value).__name__} in place of a symbolic bool")
@@ -265,7 +292,7 @@ def _key_to_query(key: Value, query: Value, relation: Callable[[Any, Any], Any])
     """The pairs for which relation(the key's number, the query's number)."""
     frame = key.frame
     if relation is operator.ne:
-        return ~_key_to_query(key, query, operator.eq)
+        return complement(_key_to_query(key, query, operator.eq))
     if key.shift is not None and query.shift is not None:
         at = query.shift - key.shift  # j <= i + at
         bounds = {
@@ -283,13 +310,12 @@ def _key_to_query(key: Value, query: Value, relation: Callable[[Any, Any], Any])
         return Ordered(queries, keys)
     if relation is operator.lt:
         return Ordered(queries - 1, keys)
-    return ~_key_to_query(key, query, operator.lt if relation is operator.ge else operator.le)
+    return Ordered(-queries if relation is operator.ge else -queries - 1, -keys)
 
 
-def _look_up(table: Any, index: Any) -> Any:
+def _look_up(table: Tensor, index: tuple[Any, ...]) -> Symbol:
     """table[index] with symbolic indices, one for each dimension."""
-    index = index if isinstance(index, tuple) else (index,)
-    if not isinstance(table, Tensor) or table.dim() != len(index):
+    if table.dim() != len(index):
         raise Opaque("indices for a part of a tensor's dimensions")
     if not all(isinstance(at, Value) for at in index):
         raise Opaque("an index that belongs to neither entry, query nor key")
