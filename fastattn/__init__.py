@@ -38,16 +38,20 @@ __all__ = [
     "models",
     "multi_head_attention",
     "nn",
+    "patch",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
 
 if TYPE_CHECKING:
     from fastattn import models, nn
+    from fastattn.integrations.patching import patch
 else:
 
     def __getattr__(name: str) -> Any:
-        """fastattn.nn and fastattn.models, imported when first used."""
+        """fastattn.nn, fastattn.models and fastattn.patch, imported when first used."""
+        if name == "patch":
+            return import_module("fastattn.integrations.patching").patch
         if name in ("models", "nn"):
             return import_module(f"fastattn.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,10 +21,12 @@ class KVCache:
 
     Args:
         static: whether the first `append` is the only one.
+        capacity: tokens to make room for at the first `append`, if more are to come.
     """
 
-    def __init__(self, static: bool = False) -> None:
+    def __init__(self, static: bool = False, *, capacity: int = 0) -> None:
         self.static = check_bool("static", static)
+        self._reserved = check_int("capacity", capacity, 0)
         self.length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -42,6 +44,11 @@ class KVCache:
     def is_complete(self) -> bool:
         """Whether it takes in no more: a static cache that is filled."""
         return self.static and self.is_filled
+
+    @property
+    def capacity(self) -> int:
+        """Tokens for which there is room."""
+        return self._reserved if self._keys is None else self._keys.shape[2]
 
     @property
     def keys(self) -> Tensor:
@@ -72,8 +79,8 @@ class KVCache:
             self._keys, self._values, self.length = keys, values, keys.shape[2]
             return keys, values
         begin, self.length = self.length, self.length + keys.shape[2]
-        self._keys = _grown(self._keys, keys, begin)
-        self._values = _grown(self._values, values, begin)
+        self._keys = _grown(self._keys, keys, begin, self._reserved)
+        self._values = _grown(self._values, values, begin, self._reserved)
         return self.keys, self.values
 
     def truncate(self, length: int) -> None:
@@ -123,14 +130,14 @@ def _leading(tensor: Tensor) -> str:
     return ", ".join(map(str, tensor.shape[:3]))
 
 
-def _grown(held: Tensor | None, new: Tensor, begin: int) -> Tensor:
+def _grown(held: Tensor | None, new: Tensor, begin: int, reserved: int) -> Tensor:
     """`held` with `new` at positions begin and on; where autograd records, a new tensor each time."""
     end = begin + new.shape[2]
     if torch.is_grad_enabled() and (new.requires_grad or (held is not None and held.requires_grad)):
         return new if held is None else torch.cat((held[:, :, :begin], new), 2)
     if held is None or held.shape[2] < end or held.is_inference() != new.is_inference():
         batch, heads, _, dim = new.shape
-        wider = new.new_empty(batch, heads, max(end, 2 * begin), dim)
+        wider = new.new_empty(batch, heads, max(end, 2 * begin, reserved), dim)
         if held is not None:
             wider[:, :, :begin] = held[:, :, :begin]
         held = wider

@@ -69,7 +69,7 @@ class override_sdpa:
         dispatch.forced_backend(backend)
         self.backend = backend
         # The thread's stack of modes is the only state. Two modes tell the call's effect from a block's.
-        self._by_call, self._by_block = _Mode(backend), _Mode(backend)
+        self._by_call, self._by_block = Mode(backend), Mode(backend)
         if not torch.compiler.is_compiling():
             from_cpp.install(_innermost)
         _place(self._by_call)
@@ -105,7 +105,7 @@ class override_sdpa:
             pass
 
 
-class _Mode(TorchFunctionMode):
+class Mode(TorchFunctionMode):
     """One override in a thread's stack of modes."""
 
     def __init__(self, backend: str | None) -> None:
@@ -148,12 +148,12 @@ def _innermost() -> Callable[..., Any] | None:
         return None
     for index in reversed(range(_len_torch_function_stack())):
         mode = torch._C._get_function_stack_at(index)
-        if isinstance(mode, _Mode):
+        if isinstance(mode, Mode):
             return mode.sdpa
     return None
 
 
-def _place(mode: _Mode) -> None:
+def _place(mode: Mode) -> None:
     """Put a mode that no block ends above our topmost one, or else at the bottom.
 
     Leaving the block of any other mode pops whatever is on top, so on top it must not be. The very bottom
@@ -162,7 +162,7 @@ def _place(mode: _Mode) -> None:
     stack = _get_current_function_mode_stack()
     at = 0
     for index, other in enumerate(stack):
-        if isinstance(other, _Mode | DeviceContext):
+        if isinstance(other, Mode | DeviceContext):
             at = index + 1
     above = [_pop_mode() for _ in range(len(stack) - at)]
     _push_mode(mode)
@@ -170,7 +170,7 @@ def _place(mode: _Mode) -> None:
         _push_mode(other)
 
 
-def _remove(mode: _Mode) -> bool:
+def _remove(mode: Mode) -> bool:
     """Take the topmost entry of a mode out of this thread's stack; whether there was one."""
     stack = _get_current_function_mode_stack()
     if all(other is not mode for other in stack):

@@ -1,0 +1,102 @@
+"""How a class of modules computes attention, as its code says."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# How far calls are followed into functions of the model's own modules.
+DEPTH = 3
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
+GRADIENT = "an autograd function"
+CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
+
+
+def style(module: nn.Module) -> str | None:
+    """How a module's own code (its children are asked themselves) computes attention.
+
+    Returns:
+        "interface": through transformers' table of attention functions; "call": by
+        F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
+        likewise, perhaps with an autograd function in between; None: not at all.
+    """
+    kind: Any = type(module)
+    names = _names(kind)
+    if names[f"own {INTERFACE}"]:
+        return "interface"
+    has_softmax = (
+        names["softmax"]
+        or names["Softmax"]
+        or any(isinstance(child, nn.Softmax) for child in module.children())
+    )
+    is_written_out = has_softmax and sum(names[name] for name in PRODUCTS) > 1
+    if is_written_out and names[GRADIENT]:
+        return "opaque"
+    if any(names[name] for name in CALLS):
+        return "call"
+    return "written out" if is_written_out else None
+
+
+@functools.cache
+def _names(kind: Any) -> Counter[str]:
+    """How often the code of a class, and that of the functions it calls by a global name, says each name."""
+    found: Counter[str] = Counter()
+    seen: set[types.CodeType] = set()
+    for base in kind.__mro__:
+        if _package(base.__module__) == "torch" or base is object:
+            continue
+        for value in vars(base).values():
+            value = getattr(value, "__func__", value)
+            if isinstance(value, types.FunctionType):
+                _count(value, DEPTH, found, seen)
+    return found
+
+
+def _count(function: types.FunctionType, depth: int, found: Counter[str], seen: set[types.CodeType]) -> None:
+    function = _innermost(function)
+    if function.__code__ in seen:
+        return
+    seen.add(function.__code__)
+    for name, is_global in _said(function.__code__):
+        found[name] += 1
+        if depth == DEPTH and name == INTERFACE:
+            found[f"own {name}"] += 1
+        called: Any = function.__globals__.get(name) if is_global else None
+        if isinstance(called, type) and issubclass(called, torch.autograd.Function):
+            found[GRADIENT] += 1
+        if depth and isinstance(called, types.FunctionType) and _package(called.__module__) != "torch":
+            _count(called, depth - 1, found, seen)
+
+
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD")
+
+
+def _said(code: types.CodeType) -> Iterator[tuple[str, bool]]:
+    """Each name that code loads, and whether as a global; "@" for the operator."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "BINARY_MATRIX_MULTIPLY" or instruction.argrepr == "@":
+            yield "@", False
+        elif instruction.opname in _LOADS:
+            yield instruction.argval, instruction.opname == "LOAD_GLOBAL"
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _said(constant)
+
+
+def _innermost(function: Any) -> types.FunctionType:
+    """The function beneath decorators that say what they wrap."""
+    while isinstance(wrapped := getattr(function, "__wrapped__", None), types.FunctionType):
+        function = wrapped
+    return function
+
+
+def _package(name: str | None) -> str:
+    return (name or "").partition(".")[0]

@@ -1,0 +1,131 @@
+"""Modules whose own forward runs with our attention: a change of class, pickled by the class that it was."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import sys
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastattn.integrations.handwritten.lazy import Lazy, Notes, without_lazy
+from fastattn.integrations.handwritten.mode import AttentionMode
+from fastattn.integrations.handwritten.scores import Weights
+from fastattn.integrations.torch.override import Mode, override_sdpa
+
+_notes: WeakKeyDictionary[nn.Module, Notes] = WeakKeyDictionary()
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return "_fastattn_stock" in vars(type(module))
+
+
+def swap(module: nn.Module) -> None:
+    """Let a module's attention run on ours, by a subclass of its class that has the same name."""
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind)
+
+
+def swap_back(module: nn.Module) -> None:
+    kind: Any = type(module)
+    module.__class__ = kind._fastattn_stock
+    _notes.pop(module, None)
+
+
+def notes_of(module: nn.Module) -> Notes:
+    """What became of the attention that a swapped module writes out itself, in all its calls so far."""
+    found = _notes.get(module)
+    if found is None:
+        found = _notes.setdefault(module, Notes())
+    return found
+
+
+@functools.cache
+def _subclass(stock: Any) -> Any:
+    """One per class, so that modules of one class keep one class, as torch.compile's guards want it."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, stock, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        function, args, *rest = stock.__reduce_ex__(self, protocol)
+        if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
+            return (_new, (stock, *args[1:]), *rest)
+        return (function, args, *rest)
+
+    body = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "_fastattn_stock": stock,
+    }
+    return type(stock)(stock.__name__, (stock,), body)
+
+
+def _new(stock: type, *args: Any) -> Any:
+    """What pickle and copy make a swapped module from."""
+    kind = _subclass(stock)
+    return kind.__new__(kind, *args)
+
+
+def _run(module: nn.Module, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The stock forward with our attention in the place of PyTorch's, and of what it writes out."""
+    if torch.compiler.is_compiling():
+        with override_sdpa():  # written-out attention is the compiler's
+            return stock.forward(module, *args, **kwargs)
+    if _wants_weights(module, stock, args, kwargs):
+        with Mode(None):
+            return stock.forward(module, *args, **kwargs)
+    notes = notes_of(module)
+    before = notes.fused
+    with AttentionMode(notes):
+        out = stock.forward(module, *args, **kwargs)
+    if isinstance(out, Tensor) and not isinstance(out, Lazy):
+        return out
+    if isinstance(out, tuple) and notes.fused > before and _from_transformers(stock):
+        return (_settled(out[0]), *(None if _is_weights(x) else _settled(x) for x in out[1:]))
+    return _settled(out)
+
+
+def _settled(out: Any) -> Any:
+    return tree_map(without_lazy, out)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, Lazy) and isinstance(value.meaning, Weights)
+
+
+def _wants_weights(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a module of transformers, which all return weights, was asked for them."""
+    if not _from_transformers(stock):
+        return False
+    asked = kwargs.get("output_attentions")
+    position = _position(stock)
+    if asked is None and position is not None and position < len(args):
+        asked = args[position]
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", None)
+    if asked:
+        return True
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = capturing._active_collector.get() if capturing is not None else None
+    return collector is not None and any("attentions" in key for key in collector)
+
+
+@functools.cache
+def _position(stock: Any) -> int | None:
+    """Where output_attentions stands among the positional arguments of a class's forward."""
+    code = stock.forward.__code__ if hasattr(stock.forward, "__code__") else None
+    names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
+    return names.index("output_attentions") if "output_attentions" in names else None
+
+
+def _from_transformers(stock: type) -> bool:
+    return stock.__module__.startswith("transformers.")

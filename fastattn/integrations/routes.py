@@ -1,0 +1,256 @@
+"""The ways by which `patch` brings a module's attention to ours; each takes what those before left open."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from fastattn.integrations.handwritten.scan import style
+from fastattn.integrations.handwritten.swap import is_swapped, swap, swap_back
+from fastattn.integrations.timm import LEFT as LEFT_IN_TIMM
+from fastattn.integrations.torch import replace_modules
+
+MODULE = "became fastattn.nn.MultiheadAttention"
+INTERFACE = 'attn_implementation="fastattn"'
+PROCESSOR = "its attention processor is fastattn's"
+CALL = "its scaled_dot_product_attention is fastattn's"
+WRITTEN_OUT = "its product, softmax and product are one call of fastattn"
+ALREADY = "it is fastattn's already"
+NOT_FOUND = (
+    "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a product, a "
+    "softmax and a product"
+)
+
+lock = threading.RLock()
+_owners: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()  # the key of the Work that holds a module
+
+
+class Work:
+    """One call of `patch`: the modules of its model by all their names, and what became of them so far."""
+
+    def __init__(self, model: nn.Module, skip: tuple[str, ...]) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.replaced: dict[str, str] = {}
+        self.left: dict[str, str] = {}
+        self.undo: list[Callable[[], None]] = []
+        self._key = object()
+        for pattern in skip:
+            named = fnmatch.filter(self.modules, pattern) + fnmatch.filter(self.modules, f"{pattern}.*")
+            if not named:
+                raise ValueError(
+                    f"skip must hold names of modules of the model, got {pattern!r}: it has none"
+                )
+            for name in named:
+                module = self.modules[name]
+                if isinstance(module, nn.MultiheadAttention) or style(module) is not None:
+                    self.left[name] = f"skip has {pattern!r}"
+
+    def open(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that no route has decided on."""
+        for name, module in self.modules.items():
+            if name not in self.replaced and name not in self.left:
+                yield name, module
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this patch has replaced the module, under another name then."""
+        return _owners.get(module) is self._key
+
+    def hold(self, module: nn.Module, give_back: Callable[[], None]) -> None:
+        """Undo by `give_back`, if the module is then still held by this patch."""
+        _owners[module] = key = self._key
+
+        def undo() -> None:
+            if _owners.get(module) is key:
+                del _owners[module]
+                give_back()
+
+        self.undo.append(undo)
+
+
+def stock_class(module: nn.Module) -> type:
+    """The class that a module has, or had before it was swapped."""
+    kind = type(module)
+    return kind.__mro__[1] if is_swapped(module) else kind
+
+
+def _replace_modules(work: Work) -> None:
+    """torch's own module."""
+    for name, module in work.open():
+        if work.holds(module):
+            work.replaced[name] = MODULE
+            continue
+        report = replace_modules(module) if _is_multihead(module) else None
+        if report is not None and "" in report.replaced:
+            work.replaced[name] = MODULE
+            work.hold(module, report.undo)
+        elif report is not None and "" in report.left:
+            work.left[name] = report.left[""]
+
+
+def _is_multihead(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention | torch.jit.ScriptModule)
+
+
+def _set_interface(work: Work) -> None:
+    """The outermost models of transformers that are in the model."""
+    if "transformers" not in sys.modules:
+        return
+    from fastattn.integrations.transformers import routing
+
+    done: list[str] = []
+    for root, model in work.modules.items():
+        if not routing.is_model(model) or any(_is_inside(root, other) for other in done):
+            continue
+        done.append(root)
+        inside = [name for name in work.modules if _is_inside(name, root)]
+        names = [name for name in inside if routing.is_on_interface(work.modules[name])]
+        if names:
+            _set_one_interface(work, model, names)
+
+
+def _set_one_interface(work: Work, model: Any, names: list[str]) -> None:
+    from fastattn.integrations.transformers import routing
+
+    ours = [name for name in names if routing.is_ours(work.modules[name])]
+    if work.holds(model):
+        work.replaced.update((name, INTERFACE) for name in ours)
+        return
+    work.left.update((name, ALREADY) for name in ours)
+    names = [name for name in names if name not in ours]
+    skipped = [name for name in names if name in work.left]
+    if skipped:
+        reason = f"attn_implementation is one for the whole model, and skip names {skipped[0]}"
+        work.left.update((name, reason) for name in names if name not in skipped)
+    elif names:
+        give_back, reason = routing.set_implementation(model)
+        for name in names:
+            if routing.is_ours(work.modules[name]):
+                work.replaced[name] = INTERFACE
+            else:
+                work.left[name] = reason
+        work.hold(model, give_back)
+
+
+def _is_inside(name: str, root: str) -> bool:
+    return not root or name == root or name.startswith(f"{root}.")
+
+
+def _set_processors(work: Work) -> None:
+    """Attention modules of diffusers whose processor has one of ours beside it."""
+    if "diffusers" not in sys.modules:
+        return
+    from fastattn.integrations import diffusers
+
+    for name, module in work.open():
+        if work.holds(module):
+            work.replaced[name] = PROCESSOR
+            continue
+        before: Any = getattr(module, "processor", None)
+        ours = diffusers.processor_for(module)
+        if isinstance(before, diffusers.FastAttnProcessor | diffusers.FastAddedKVAttnProcessor):
+            work.left[name] = ALREADY
+        elif ours is not None:
+            module.processor = ours
+            work.replaced[name] = PROCESSOR
+            work.hold(module, _processor_undo(module, ours, before))
+
+
+def _processor_undo(module: Any, ours: Any, before: Any) -> Callable[[], None]:
+    def undo() -> None:
+        if module.processor is ours:
+            module.processor = before
+
+    return undo
+
+
+def _swap(work: Work) -> None:
+    """Modules whose forward calls PyTorch's function, or writes attention out."""
+    for name, module in work.open():
+        how = _how(module)
+        if how is None:
+            continue
+        reason = None if work.holds(module) else _why_not(module)
+        if reason is not None:
+            work.left[name] = reason
+            continue
+        work.replaced[name] = how
+        if not work.holds(module):
+            swap(module)
+            work.hold(module, _swap_undo(module))
+
+
+def _how(module: nn.Module) -> str | None:
+    """What swapping a module would do, whether or not it can be swapped; None where it does not attend."""
+    if "transformers" in sys.modules and _is_named_in_transformers(module):
+        return WRITTEN_OUT
+    found = style(module)
+    if found in ("written out", "opaque"):
+        return WRITTEN_OUT
+    # An attention module of diffusers calls a processor, which calls the function.
+    return CALL if found == "call" or callable(getattr(module, "processor", None)) else None
+
+
+def _is_named_in_transformers(module: nn.Module) -> bool:
+    if not stock_class(module).__module__.startswith("transformers."):
+        return False
+    from fastattn.integrations.transformers.off_interface import WRITTEN_OUT as NAMED
+
+    return stock_class(module).__name__ in NAMED
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if is_swapped(module) or stock_class(module).__module__.startswith("fastattn."):
+        return ALREADY
+    if (reason := _known_reason(module)) is not None:
+        return reason
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if style(module) == "opaque":
+        return "a function with a gradient of its own may stand between its product and its softmax"
+    return None
+
+
+def _known_reason(module: nn.Module) -> str | None:
+    """Why a module that a table of ours names stays as it is."""
+    kind = stock_class(module)
+    if kind.__module__.startswith("transformers."):
+        from fastattn.integrations.transformers.off_interface import LEFT
+
+        return LEFT.get(kind.__name__)
+    return LEFT_IN_TIMM.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _swap_undo(module: nn.Module) -> Callable[[], None]:
+    def undo() -> None:
+        if is_swapped(module):
+            swap_back(module)
+
+    return undo
+
+
+def _name_the_rest(work: Work) -> None:
+    """Modules that call themselves attention, and neither hold nor are in one that a route decided on."""
+    for name, module in list(work.open()):
+        reason = _known_reason(module)
+        if reason is not None:
+            work.left[name] = reason
+    decided = [*work.replaced, *work.left]
+    for name, module in list(work.open()):
+        kind = getattr(module, "original_name", stock_class(module).__name__)
+        if not re.search(r"Attention|Attn", kind) or any(
+            _is_inside(name, other) or _is_inside(other, name) for other in decided
+        ):
+            continue
+        is_script = isinstance(module, torch.jit.ScriptModule)
+        work.left[name] = "it is compiled by TorchScript" if is_script else NOT_FOUND
+
+
+ROUTES = (_replace_modules, _set_interface, _set_processors, _swap, _name_the_rest)

@@ -1,0 +1,88 @@
+"""The arguments of a layer's call, told in fastattn's terms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.biases import Bias
+from fastattn.integrations.transformers.mask_tensor import MaskTensor
+from fastattn.integrations.transformers.position_bias import BiasTensor
+from fastattn.masks import Mask, as_mask, causal, dense, documents, window
+from fastattn.masks.band import Band
+from fastattn.masks.documents import Documents
+
+
+def same_batch(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, those of batch size 1 expanded to the others'."""
+    batch = max(tensor.shape[0] for tensor in tensors)
+    return [t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in tensors]
+
+
+def split_mask(
+    attention_mask: Tensor | Mask | None, dtype: torch.dtype
+) -> tuple[Mask | Tensor | None, Tensor | None]:
+    """(mask, additive bias), of which attention_mask is one."""
+    if isinstance(attention_mask, MaskTensor):
+        return attention_mask.mask, None
+    if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
+        return None, _as_bias(attention_mask, dtype)
+    return attention_mask, None
+
+
+def implied_mask(seqlen_q: int, is_causal: bool, sliding_window: int | None) -> Mask | None:
+    """What None stands for as attention_mask: the last of all positions alone, or the first of them."""
+    left = None if sliding_window is None else sliding_window - 1
+    if seqlen_q == 1:
+        return None if left is None else window(left, None)
+    if is_causal:
+        return causal(align="top_left") if left is None else window(left, 0, align="top_left")
+    return None if left is None else window(left, left, align="top_left")
+
+
+def add_bias(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Bias | Tensor | None:
+    """The sum of both; a table of relative positions stays one where it is alone."""
+    if position_bias is None:
+        return bias
+    if isinstance(position_bias, BiasTensor):
+        if bias is None:
+            return position_bias.bias
+        position_bias = position_bias.to_dense()
+    position_bias = _as_bias(position_bias, dtype)
+    return position_bias if bias is None else bias + position_bias
+
+
+def both(mask: Mask | Tensor | None, other: Mask) -> Mask:
+    return other if mask is None else as_mask(mask) & other
+
+
+def chosen_keys(indices: Tensor, seqlen_k: int) -> Mask:
+    """Keys that indices [B, Lq, n] name, each query its own."""
+    visible = torch.zeros(*indices.shape[:2], seqlen_k, dtype=torch.bool, device=indices.device)
+    return dense(visible.scatter(-1, indices.long(), True)[:, None])
+
+
+def packed(
+    mask: Mask | Tensor | None, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, seqlens: tuple[int, int]
+) -> Mask | Tensor:
+    """The mask within the sequences that begin at cu_seq_lens; as it is where it tells them apart."""
+    if isinstance(mask, Mask) and _tells_documents(mask):
+        return mask
+    ids = [
+        torch.bucketize(torch.arange(length, device=starts.device), starts[1:].long(), right=True)
+        for starts, length in zip((cu_seq_lens_q, cu_seq_lens_k), seqlens, strict=True)
+    ]
+    return both(mask, documents(*ids))
+
+
+def is_local(mask: Mask | Tensor | None) -> bool:
+    """Whether it says of each packed sequence what it says of their concatenation."""
+    return mask is None or isinstance(mask, Band)
+
+
+def _tells_documents(mask: Mask) -> bool:
+    return isinstance(mask, Documents) or any(map(_tells_documents, mask._parts()))
+
+
+def _as_bias(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype in (dtype, torch.float32) else tensor.to(dtype)

@@ -1,0 +1,83 @@
+"""MaskTensor: a mask that passes for the bool tensor that models expect, without its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastattn.masks import Mask
+from fastattn.masks.space import MaskShape, Pairs
+
+_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+# Of a bool mask they make no sense: who adds one expects numbers, 0 and -inf.
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+class MaskTensor(Tensor):
+    """A bool tensor [B, 1, Lq, Lk] of which only the mask exists that says what is in it.
+
+    Models hand their mask on from layer to layer, which costs nothing. What reads the tensor itself (slices
+    it, inverts it) gets what it reads built at that moment, True = visible.
+    """
+
+    mask: Mask
+
+    @staticmethod
+    def __new__(cls, mask: Mask, shape: MaskShape, device: torch.device) -> MaskTensor:
+        size = (shape.batch, 1, shape.seqlen_q, shape.seqlen_k)
+        self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.bool, device=device)
+        self.mask = mask
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in _MOVES and not kwargs.keys() - {"device", "non_blocking"}:
+            return args[0].moved(kwargs.get("device"))
+        if func is torch.ops.aten.slice.Tensor and not kwargs:
+            return args[0].sliced(*args[1:])
+        if func in _ADDITIONS:
+            raise NotImplementedError(
+                "a layer adds attention_mask to its scores instead of handing it to the attention function: "
+                "its model is not on transformers' attention interface; attn_implementation must be 'eager'"
+            )
+        args, kwargs = pytree.tree_map_only(MaskTensor, MaskTensor.to_dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def moved(self, device: torch.device | None) -> MaskTensor:
+        """The same mask on another device."""
+        if device is None or device == self.device:
+            return MaskTensor(self.mask, self._space(), self.device)
+        return MaskTensor(self.mask.to(device), self._space(), device)
+
+    def sliced(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+        """self[..., start:end:step, ...], of which only the part asked for is built."""
+        chosen = [torch.arange(size, device=self.device) for size in self.shape]
+        chosen[dim] = chosen[dim][start:end:step]
+        if len(chosen[dim]) == self.shape[dim]:
+            return self.moved(None)
+        return self._at(*chosen)
+
+    def to_dense(self) -> Tensor:  # type: ignore[override]
+        """The tensor itself."""
+        return self._at(*(torch.arange(size, device=self.device) for size in self.shape))
+
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """bool [len(b), len(h), len(i), len(j)]."""
+        space = self._space()
+        self.mask._check(space, self.device)
+        at = Pairs(space, b[:, None, None, None], h[:, None, None], i[:, None], j)
+        visible = self.mask._visible(at)
+        return visible.expand(len(b), len(h), len(i), len(j)).contiguous()
+
+    def _space(self) -> MaskShape:
+        batch, heads, seqlen_q, seqlen_k = self.shape
+        return MaskShape(batch, heads, seqlen_q, seqlen_k)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"MaskTensor({self.mask!r}, shape={list(self.shape)})"

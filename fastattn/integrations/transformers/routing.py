@@ -1,0 +1,76 @@
+"""How `fastattn.patch` moves a model of transformers onto the attention interface, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastattn.integrations.handwritten.scan import style
+from fastattn.integrations.transformers.registration import NAME, register
+
+
+def is_model(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
+
+
+def is_on_interface(module: nn.Module) -> bool:
+    """Whether a module looks its attention function up in transformers' table, by its config."""
+    is_part = not is_model(module) and style(module) == "interface"
+    return is_part and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def is_ours(module: Any) -> bool:
+    return module.config._attn_implementation == NAME
+
+
+def set_implementation(model: Any) -> tuple[Callable[[], None], str]:
+    """Set attn_implementation="fastattn" on a model and the models in it.
+
+    Returns:
+        What undoes it, and why modules that do not read "fastattn" after it do not.
+    """
+    register()
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    reason = f"{type(model).__name__} does not let the attention implementation of this part be set"
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, ImportError) as error:
+        reason = str(error)
+    model._fastattn = Registered()
+
+    def undo() -> None:
+        # Outermost first: setting a config's implementation sets those of its parts too.
+        if any(config._attn_implementation == NAME for config, _ in before):
+            for config, implementation in before:
+                config._attn_implementation = implementation
+        vars(model).pop("_fastattn", None)
+
+    return undo, reason
+
+
+class Registered:
+    """Left on a model, so that one which torch.save wrote finds its attention where torch.load reads it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, ()
+
+
+def _registered() -> Registered:
+    register()
+    return Registered()
+
+
+def _configs(model: Any) -> Iterator[Any]:
+    """The configs of a model, of its parts and of the models in it, each once, outermost first."""
+    seen: set[int] = set()
+    found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while found:
+        config = found.pop(0)
+        if id(config) in seen:
+            continue
+        seen.add(id(config))
+        yield config
+        found += [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]

@@ -1,0 +1,226 @@
+"""The attention function: every argument that transformers' layers pass."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
+from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
+
+from fastattn import attention  # noqa: E402
+from fastattn.integrations.transformers import position_bias as tables  # noqa: E402
+from fastattn.integrations.transformers import register  # noqa: E402
+from fastattn.integrations.transformers.attention import fastattn_attention  # noqa: E402
+from fastattn.integrations.transformers.mask_function import fastattn_mask  # noqa: E402
+from fastattn.masks import causal, window  # noqa: E402
+
+register()
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+LAYER = SimpleNamespace(is_causal=False, num_key_value_groups=2, training=False)
+DECODER = SimpleNamespace(is_causal=True)
+
+
+def qkv(seqlen_q=9, seqlen_k=9, batch=2):
+    torch.manual_seed(0)
+    shapes = (batch, 4, seqlen_q, 8), (batch, 2, seqlen_k, 8), (batch, 2, seqlen_k, 6)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def heads_last(out):
+    return out.transpose(1, 2)
+
+
+def test_layout():
+    out, weights = fastattn_attention(LAYER, *qkv(5, 9), None, scaling=0.3)
+    assert out.shape == (2, 5, 4, 6) and out.is_contiguous() and weights is None
+    torch.testing.assert_close(out, heads_last(attention(*qkv(5, 9), scale=0.3)), **EXACT)
+
+
+def test_softcap_as_gemma():
+    q, k, _ = qkv()
+    v = torch.randn_like(k)
+    want, _ = modeling_gemma2.eager_attention_forward(LAYER, q, k, v, None, scaling=2.0, softcap=0.4)
+    got, _ = fastattn_attention(LAYER, q, k, v, None, scaling=2.0, softcap=0.4)
+    # Gemma's softmax rounds to float32.
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_sinks_of_heads_as_gpt_oss():
+    q, k, _ = qkv()
+    v, sinks = torch.randn_like(k), torch.tensor([2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
+    layer = SimpleNamespace(**vars(LAYER), sinks=sinks)
+    want, _ = modeling_gpt_oss.eager_attention_forward(layer, q, k, v, None, scaling=1.0)
+    got, _ = fastattn_attention(layer, q, k, v, None, scaling=1.0, s_aux=sinks)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
+@pytest.mark.parametrize("output_attentions", [False, True])
+def test_sinks_of_rows(output_attentions):
+    q, k, v = qkv()
+    sinks = torch.randn(2, 4, 9, 1, dtype=torch.float64).requires_grad_()
+    scores = torch.cat([q @ k.repeat_interleave(2, 1).mT, sinks], -1)
+    weights = scores.softmax(-1)[..., :-1]
+    want = weights @ v.repeat_interleave(2, 1)
+    options = {"scaling": 1.0, "sinks": sinks, "output_attentions": output_attentions}
+    got, got_weights = fastattn_attention(LAYER, q, k, v, None, **options)
+    torch.testing.assert_close(got, heads_last(want), **EXACT)
+    if output_attentions:
+        torch.testing.assert_close(got_weights, weights, **EXACT)
+    (want_grad,) = torch.autograd.grad(want.sin().sum(), sinks, retain_graph=True)
+    (got_grad,) = torch.autograd.grad(got.sin().sum(), sinks)
+    torch.testing.assert_close(got_grad, want_grad, **EXACT)
+
+
+def test_what_no_mask_means():
+    """With a mask, is_causal and sliding_window say nothing; without one, as transformers' sdpa has it."""
+    q, k, v = qkv(5, 9)
+    for arguments, mask in (
+        ({"module": DECODER}, causal(align="top_left")),
+        ({"module": DECODER, "is_causal": False}, None),
+        ({"module": LAYER, "is_causal": True}, causal(align="top_left")),
+        ({"module": DECODER, "sliding_window": 2}, window(1, 0, align="top_left")),
+        ({"module": LAYER, "sliding_window": 2}, window(1, 1, align="top_left")),
+    ):
+        got, _ = fastattn_attention(query=q, key=k, value=v, attention_mask=None, **arguments)
+        torch.testing.assert_close(got, heads_last(attention(q, k, v, mask=mask)), **EXACT)
+    everything = fastattn_mask(2, 5, 9, mask_function=lambda b, h, q, k: q >= 0)
+    got, _ = fastattn_attention(DECODER, q, k, v, everything, sliding_window=2)
+    torch.testing.assert_close(got, heads_last(attention(q, k, v)), **EXACT)
+    one = q[:, :, -1:]
+    got, _ = fastattn_attention(DECODER, one, k, v, None)
+    torch.testing.assert_close(got, heads_last(attention(one, k, v)), **EXACT)
+    got, _ = fastattn_attention(DECODER, one, k, v, None, sliding_window=3)
+    torch.testing.assert_close(got, heads_last(attention(one, k[:, :, -3:], v[:, :, -3:])), **EXACT)
+
+
+def test_tensor_masks():
+    """Of models that make their own: bool, True = attend, or additive."""
+    q, k, v = qkv()
+    visible = torch.rand(2, 1, 9, 9) > 0.3
+    want = heads_last(attention(q, k, v, mask=visible))
+    for mask in (visible, torch.zeros(2, 1, 9, 9).masked_fill(~visible, -math.inf).half()):
+        torch.testing.assert_close(fastattn_attention(DECODER, q, k, v, mask)[0], want, **EXACT)
+
+
+def test_position_bias_and_additive_mask_add_up():
+    q, k, v = qkv()
+    bias, mask = torch.randn(1, 4, 9, 9, dtype=torch.float64), torch.randn(2, 1, 9, 9, dtype=torch.float64)
+    got, _ = fastattn_attention(LAYER, q, k, v, mask, position_bias=bias)
+    torch.testing.assert_close(got, heads_last(attention(q, k, v, bias=bias + mask)), **EXACT)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"output_attentions": True}, {"position_bias": torch.ones(1, 4, 12, 12)}]
+)
+def test_packed_sequences(extra):
+    q, k, v = qkv(12, 12, batch=1)
+    starts = torch.tensor([0, 5, 8, 12])
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5, "max_length_k": 5}
+    parts = list(zip(*(tensor.split([5, 3, 4], 2) for tensor in (q, k, v)), strict=True))
+    for module, mask in ((DECODER, causal()), (LAYER, None)):
+        want = torch.cat([attention(*part, mask=mask) for part in parts], 2)
+        got, _ = fastattn_attention(module, q, k, v, None, **packed, **extra)
+        torch.testing.assert_close(got, heads_last(want), **EXACT)
+    sliding = fastattn_mask(1, 12, 12, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 3))
+    want = torch.cat([attention(*part, mask=window(2, 0)) for part in parts], 2)
+    got, _ = fastattn_attention(DECODER, q, k, v, sliding, **packed, **extra)
+    torch.testing.assert_close(got, heads_last(want), **EXACT)
+
+
+def test_chosen_keys():
+    q, k, v = qkv()
+    indices = torch.randint(0, 9, (2, 9, 4), dtype=torch.int32)
+    visible = torch.zeros(2, 9, 9, dtype=torch.bool).scatter(-1, indices.long(), True)[:, None]
+    for mask, of_mask in ((None, True), (fastattn_mask(2, 9, 9), torch.ones(9, 9).tril().bool())):
+        got, _ = fastattn_attention(LAYER, q, k, v, mask, indices=indices)
+        torch.testing.assert_close(got, heads_last(attention(q, k, v, mask=visible & of_mask)), **EXACT)
+    with pytest.raises(NotImplementedError, match="block_indices must be None"):
+        fastattn_attention(LAYER, q, k, v, None, block_indices=indices)
+
+
+def test_learned_queries_of_batch_one():
+    q, k, v = qkv()
+    got, _ = fastattn_attention(LAYER, q[:1], k, v, None)
+    torch.testing.assert_close(got, heads_last(attention(q[:1].expand(2, -1, -1, -1), k, v)), **EXACT)
+
+
+def test_weights_are_those_that_were_used():
+    """After dropout, so that weights times values are the output."""
+    q, k, v = qkv()
+    out, weights = fastattn_attention(DECODER, q, k, v, None, dropout=0.4, output_attentions=True)
+    assert (weights == 0).double().mean() > 0.5
+    torch.testing.assert_close(out, heads_last(weights @ v.repeat_interleave(2, 1)), **EXACT)
+
+
+@pytest.fixture
+def limited():
+    register(max_attentions=8)
+    yield
+    register()
+
+
+def test_long_attentions_are_refused(limited):
+    with pytest.raises(ValueError, match=r"at most 8 x 8 pairs, got 9 x 9.*fastattn\.inspect.*max_att"):
+        fastattn_attention(LAYER, *qkv(), None, output_attentions=True)
+    _, weights = fastattn_attention(LAYER, *qkv(1, 64), None, output_attentions=True)
+    assert weights.shape == (2, 4, 1, 64)  # one row is as long as the text
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    model = transformers.BertModel(config)
+    model.set_attn_implementation("fastattn")
+    ids = torch.ones(1, 9, dtype=torch.int64)
+    assert model(ids).last_hidden_state.shape == (1, 9, 8)
+    with pytest.raises(ValueError, match="at most 8 x 8"):
+        model(ids, output_attentions=True)
+    assert model(ids[:, :8], output_attentions=True).attentions[0].shape == (1, 2, 8, 8)
+
+
+@pytest.mark.parametrize("limit, error", [(0, ValueError), (2.5, TypeError), ("long", TypeError)])
+def test_register_checks_its_limit(limit, error):
+    with pytest.raises(error, match="max_attentions must be"):
+        register(max_attentions=limit)
+
+
+T5_LAYERS = {
+    "t5.T5Attention": "T5Config",
+    "mt5.MT5Attention": "MT5Config",
+    "umt5.UMT5Attention": "UMT5Config",
+    "longt5.LongT5Attention": "LongT5Config",
+    "pop2piano.Pop2PianoAttention": "Pop2PianoConfig",
+    "switch_transformers.SwitchTransformersAttention": "SwitchTransformersConfig",
+    "pix2struct.Pix2StructTextAttention": "Pix2StructTextConfig",
+}
+
+
+def test_every_table_has_a_test():
+    assert set(T5_LAYERS) == set(tables._LAYERS)
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+@pytest.mark.parametrize("path", T5_LAYERS)
+def test_tables_stay_tables(path, is_decoder):
+    model, name = path.split(".")
+    layers = __import__(f"transformers.models.{model}.modeling_{model}", fromlist=[name])
+    config = getattr(transformers, T5_LAYERS[path])(num_heads=3, relative_attention_max_distance=50)
+    config.is_decoder, config._attn_implementation = is_decoder, "fastattn"
+    layer = getattr(layers, name)(config, has_relative_attention_bias=True, layer_idx=0)
+    for sizes in ((150, 150, 0), (40, 150, 110), (5, 150, 0)):
+        bias = layer.compute_bias(*sizes[:2], past_seen_tokens=sizes[2])
+        assert isinstance(bias, tables.BiasTensor) and bias.shape == (1, 3, *sizes[:2])
+        assert bias.bias.parameter is layer.relative_attention_bias.weight
+        want = layer.compute_bias.__wrapped__(layer, *sizes[:2], past_seen_tokens=sizes[2])
+        assert torch.equal(bias + 0, want)
+        assert torch.autograd.grad((bias * 2).sum(), layer.relative_attention_bias.weight)[0].any()
+    # One row is no longer than a table; other alignments have no name.
+    for sizes in ((1, 150, 149), (5, 150, 7)):
+        assert type(layer.compute_bias(*sizes[:2], past_seen_tokens=sizes[2])) is torch.Tensor
+    config._attn_implementation = "eager"
+    assert type(layer.compute_bias(150, 150)) is torch.Tensor
