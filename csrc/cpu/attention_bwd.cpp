@@ -299,17 +299,6 @@ class Backward {
                  row_address(p_.dq, p_.dtype, p_.dq.offset(u.batch, h, u.seq.q_begin + i)));
   }
 
-  void finish_score_weights() {
-    T* dw = static_cast<T*>(p_.dscore_weights);
-    dw_.store(dw);
-    if (std::all_of(dw, dw + p_.head_dim, [](T x) { return std::isfinite(x); })) return;
-    ExactSum sum(p_.head_dim);
-    for (int64_t b = 0; b < p_.batch; ++b)
-      for (int64_t h = 0; h < p_.num_heads; ++h)
-        for (int64_t i = 0; i < sequence_of(p_, b).len_q; ++i) exact_dq<T>(p_, rows_, b, h, i, nullptr, &sum);
-    sum.store(dw);
-  }
-
   // Adds the wave's parts in an order that no wave changes: by unit, head and chunk.
   void add_score_weights() {
     const Chunk* chunk = chunks_.data();
