@@ -166,12 +166,12 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # whose memory need not be that of the forward pass: hooks may have moved it
+        saved = ctx.saved_tensors  # not always the memory of the forward pass: hooks may have moved it
         if not torch.is_grad_enabled():
-            return *cpu.small_backward(dout, *saved, ctx.scale), None, None
+            return *cpu.small_backward(ctx.scale, dout, *saved), None, None
 
         def gradients(*tensors: Any) -> Gradients:
-            return cpu.small_backward(*tensors, ctx.scale)
+            return cpu.small_backward(ctx.scale, *tensors)
 
         return *without_double_backward(gradients, dout, *saved), None, None
 

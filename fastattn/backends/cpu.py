@@ -83,7 +83,7 @@ def small(q: Tensor, views: Views, scale: float, lse: Tensor | None = None) -> T
 
 
 def small_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    scale: float, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of a call of `small`."""
     if dout.dtype is not q.dtype:
