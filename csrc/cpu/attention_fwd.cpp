@@ -161,12 +161,14 @@ class TaskRunner {
         copy_values_(!few_rows_ && (!readable_in_place<T>(values_, p.dtype, p.head_dim_v) ||
                                     (reused_ && !adjacent(values_, p.head_dim_v)))) {
     if (pack_keys_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
-    scores_ = scratch.scores.ensure(kGroup * kSegment);
+    scores_ = scratch.scores.ensure(std::max(kGroup, few_rows_ ? task.rows : 0) * kSegment);
+    if (few_rows_)
+      row_copy_ = scratch.values.ensure(std::max(kFewKeys * p.head_dim_v, kLanes<T> * p.head_dim));
     if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * copy_stride<T>(p.head_dim_v));
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
     states_ = task.partial < 0 ? scratch.states.ensure(task.rows) : partial_states + task.partial;
     const Rows queries(p, p.q, task.batch, tiles_.front().head, seq_.q_begin);
-    if (!in_accumulator_type(p.dtype) || (reused_ && !adjacent(queries, p.head_dim)))
+    if (few_rows_ || !in_accumulator_type(p.dtype) || (reused_ && !adjacent(queries, p.head_dim)))
       queries_ = scratch.queries.ensure(task.rows * p.head_dim);
   }
 
@@ -176,9 +178,13 @@ class TaskRunner {
       const int64_t s1 = std::min(task_.key_end, s0 + kSegment);
       packed_panels_ = 0;
       copied_tiles_ = 0;
-      for (const Tile& tile : tiles_) {
+      // Block lists may differ between the heads of a group; otherwise few rows meet their keys all at once.
+      const size_t together = few_rows_ && p_.block_mask.row_ptr == nullptr ? tiles_.size() : 1;
+      for (size_t t = 0; t < tiles_.size(); t += together) {
+        const Tile& tile = tiles_[t];
         const ScoreRules<T> rules(p_, task_.batch, tile.head, seq_);
         rules.for_each_run(tile.row_begin, tile.row_end, s0, s1, [&](const Run& run) {
+          if (few_rows_) return attend_few(rules, &tile, &tile + together, run, s0);
           for (int64_t i = tile.row_begin; i < tile.row_end; i += kGroup)
             attend(rules, tile, run, s0, i, std::min(kGroup, tile.row_end - i));
         });
@@ -241,49 +247,79 @@ class TaskRunner {
     return {value_copy_ + begin * stride, stride};
   }
 
+  // What rows [i, i + rows) may see of a run within the segment at s0: keys [first, last) and, in whole
+  // vectors, [begin, end), all relative to s0; `keys` of those exist.
+  struct Reach {
+    int64_t first, last, begin, end, keys;
+    Reach(const ScoreRules<T>& rules, const Run& run, int64_t s0, int64_t i, int64_t rows, int64_t len_k) {
+      const KeyRange hull = rules.rows_keys(i, i + rows);
+      first = std::max(hull.begin, run.begin) - s0;
+      last = std::min(hull.end, run.end) - s0;
+      begin = first / kLanes<T> * kLanes<T>;
+      end = round_to_lanes<T>(last);
+      keys = std::min(end, len_k - s0) - begin;
+    }
+  };
+
   // Rows [i, i + rows) of a tile meet the keys of a run within the segment at s0.
   void attend(const ScoreRules<T>& rules, const Tile& tile, const Run& run, int64_t s0, int64_t i,
               int64_t rows) {
-    const KeyRange hull = rules.rows_keys(i, i + rows);
-    const int64_t first = std::max(hull.begin, run.begin) - s0, last = std::min(hull.end, run.end) - s0;
-    if (first >= last) return;
-    const int64_t begin = first / kLanes<T> * kLanes<T>, end = round_to_lanes<T>(last);
-    const int64_t padded = end - begin, keys = std::min(end, seq_.len_k - s0) - begin;
+    const Reach reach(rules, run, s0, i, rows, seq_.len_k);
+    if (reach.first >= reach.last) return;
     const Block<T> queries = query_block(tile, i);
-    rules.prefetch(i, rows, s0 + begin, keys);
-    if (!pack_keys_) {
-      for (int64_t r = 0; r < rows; ++r)
-        dot_rows<T>(
-            queries.data + r * queries.stride, [&](int64_t c) { return keys_(s0 + begin + c); }, p_.dtype,
-            keys, p_.head_dim, static_cast<T>(p_.scale), scores_ + r * kSegment + begin);
-    } else {
-      pack(s0, begin, end);
-      score_products<T>(p_, rows, begin, end, queries.data, queries.stride, panels_, scores_, kSegment);
-    }
-    T* sums = sums_ + (tile.first + i - tile.row_begin) * width_;
-    for (int64_t r = 0; r < rows; ++r) {
-      T* s = scores_ + r * kSegment + begin;
-      rules.apply(run, i + r, s0 + begin, keys, padded, s, nullptr);
-      const int64_t row = tile.first + i + r - tile.row_begin;
-      if (weights_.wanted()) weights_.keep(row, s0 + begin, keys, s);
-      const T rescale = softmax_update<T>(s, padded, states_[row]);
-      if (rescale != T{1}) scale_row<T>(sums + r * width_, width_, rescale);
-      if (dropout_.active()) {
-        dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, s0 + begin, keys,
-                      s);
-        if (weights_.wanted()) weights_.drop(row, s0 + begin, keys, s);
-      }
-    }
+    rules.prefetch(i, rows, s0 + reach.begin, reach.keys);
+    pack(s0, reach.begin, reach.end);
+    score_products<T>(p_, rows, reach.begin, reach.end, queries.data, queries.stride, panels_, scores_,
+                      kSegment);
+    update(rules, tile, run, reach, s0, i, rows, scores_);
     // V from the first to the last key that some row may see, and no further: what padding holds is not read.
-    if (few_rows_) {
-      add_weighted_rows<T>(
-          rows, scores_ + first, kSegment, [&](int64_t c) { return values_(s0 + first + c); }, p_.dtype,
-          last - first, p_.head_dim_v, sums, width_);
-      return;
+    const Block<T> values = value_block(s0, reach.first, reach.last);
+    gemm<T, false>(rows, width_, reach.last - reach.first, scores_ + reach.first, kSegment, values.data,
+                   values.stride, sums_ + (tile.first + i - tile.row_begin) * width_, width_, true);
+  }
+
+  // All rows of the tiles [tile, last_tile), heads that see the same run, meet its keys where these lie.
+  void attend_few(const ScoreRules<T>& rules, const Tile* tile, const Tile* last_tile, const Run& run,
+                  int64_t s0) {
+    const int64_t rows = tile->row_end - tile->row_begin, all_rows = rows * (last_tile - tile);
+    const Reach reach(rules, run, s0, tile->row_begin, rows, seq_.len_k);
+    if (reach.first >= reach.last) return;
+    if (pack_keys_) {
+      pack(s0, reach.begin, reach.end);
+      for (int64_t n = 0; tile + n < last_tile; ++n) {
+        const Block<T> queries = query_block(tile[n], tile->row_begin);
+        score_products<T>(p_, rows, reach.begin, reach.end, queries.data, queries.stride, panels_,
+                          scores_ + n * rows * kSegment, kSegment);
+      }
+    } else {
+      const auto query_of = [&](int64_t m) { return queries_ + (tile->first + m) * p_.head_dim; };
+      dot_rows<T>(
+          all_rows, query_of, [&](int64_t c) { return keys_(s0 + reach.begin + c); }, p_.dtype, reach.keys,
+          p_.head_dim, static_cast<T>(p_.scale), scores_ + reach.begin, kSegment, row_copy_);
     }
-    const Block<T> values = value_block(s0, first, last);
-    gemm<T, false>(rows, width_, last - first, scores_ + first, kSegment, values.data, values.stride, sums,
-                   width_, true);
+    for (int64_t n = 0; tile + n < last_tile; ++n)
+      update(ScoreRules<T>(p_, task_.batch, tile[n].head, seq_), tile[n], run, reach, s0, tile->row_begin,
+             rows, scores_ + n * rows * kSegment);
+    add_weighted_rows<T>(
+        all_rows, scores_ + reach.first, kSegment, [&](int64_t c) { return values_(s0 + reach.first + c); },
+        p_.dtype, reach.last - reach.first, p_.head_dim_v, sums_ + tile->first * width_, width_, row_copy_);
+  }
+
+  // Products become weights, row by row, and earlier sums are rescaled to the rows' new maxima.
+  void update(const ScoreRules<T>& rules, const Tile& tile, const Run& run, const Reach& reach, int64_t s0,
+              int64_t i, int64_t rows, T* scores) {
+    const int64_t padded = reach.end - reach.begin, j0 = s0 + reach.begin;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* s = scores + r * kSegment + reach.begin;
+      rules.apply(run, i + r, j0, reach.keys, padded, s, nullptr);
+      const int64_t row = tile.first + i + r - tile.row_begin;
+      if (weights_.wanted()) weights_.keep(row, j0, reach.keys, s);
+      const T rescale = softmax_update<T>(s, padded, states_[row]);
+      if (rescale != T{1}) scale_row<T>(sums_ + row * width_, width_, rescale);
+      if (!dropout_.active()) continue;
+      dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, j0, reach.keys, s);
+      if (weights_.wanted()) weights_.drop(row, j0, reach.keys, s);
+    }
   }
 
   const AttentionParams& p_;
@@ -295,7 +331,7 @@ class TaskRunner {
   const WeightRows<T> weights_;
   const int64_t width_;
   const bool few_rows_, pack_keys_, reused_, copy_values_;
-  T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *queries_ = nullptr;
+  T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *row_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
   uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment
 };

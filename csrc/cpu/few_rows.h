@@ -9,30 +9,48 @@ namespace fastattn::FASTATTN_ISA {
 // Up to this many query rows packing K would cost more than the products it serves.
 constexpr int64_t kDotRows = 4;
 
-// s[c] = factor * x·row_of(c) for c in [0, columns rounded up to a vector): one query at a time, nothing
-// packed. The padding repeats the last row.
-template <class T, class RowOf>
-void dot_rows(const T* x, const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* s) {
+// x·rows[c] in lane c.
+template <class T, class Source>
+Vec<T> dot_vector(const T* x, const Source* const* rows, int64_t dim) {
+  constexpr int64_t kN = kLanes<T>;
+  Vec<T> sums[kN];
+#pragma GCC unroll 16
+  for (int c = 0; c < kN; ++c) sums[c] = Vec<T>{};
+  int64_t d = 0;
+  for (; d + kN <= dim; d += kN) {
+    const Vec<T> y = load(x + d);
+#pragma GCC unroll 16
+    for (int c = 0; c < kN; ++c) sums[c] += y * load_as<T>(rows[c] + d);
+  }
+  Vec<T> total = sum_rows<T>(sums);
+  for (; d < dim; ++d)
+    for (int64_t c = 0; c < kN; ++c) total[c] += x[d] * to_accumulator<T>(rows[c][d]);
+  return total;
+}
+
+// s[m][c] = factor * query_of(m)·row_of(c) for m < query_rows and c in [0, columns rounded up to a vector),
+// nothing packed. The padding repeats the last row. Rows of another type are converted for all queries at
+// once, in copy [kLanes][dim].
+template <class T, class QueryOf, class RowOf>
+void dot_rows(int64_t query_rows, const QueryOf& query_of, const RowOf& row_of, DType dtype, int64_t columns,
+              int64_t dim, T factor, T* s, int64_t lds, T* copy) {
   constexpr int64_t kN = kLanes<T>;
   with_source<T>(dtype, [&](auto* type) {
     using Source = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Source* rows[kN];
+    const T* converted[kN];
+    for (int64_t c = 0; c < kN; ++c) converted[c] = copy + c * dim;
     for (int64_t c0 = 0; c0 < columns; c0 += kN) {
       for (int64_t c = 0; c < kN; ++c)
         rows[c] = static_cast<const Source*>(row_of(std::min(c0 + c, columns - 1)));
-      Vec<T> sums[kN];
-#pragma GCC unroll 16
-      for (int c = 0; c < kN; ++c) sums[c] = Vec<T>{};
-      int64_t d = 0;
-      for (; d + kN <= dim; d += kN) {
-        const Vec<T> y = load(x + d);
-#pragma GCC unroll 16
-        for (int c = 0; c < kN; ++c) sums[c] += y * load_as<T>(rows[c] + d);
+      if (std::is_same_v<Source, T> || query_rows == 1) {
+        for (int64_t m = 0; m < query_rows; ++m)
+          store(s + m * lds + c0, dot_vector<T>(query_of(m), rows, dim) * factor);
+        continue;
       }
-      Vec<T> total = sum_rows<T>(sums);
-      for (; d < dim; ++d)
-        for (int64_t c = 0; c < kN; ++c) total[c] += x[d] * to_accumulator<T>(rows[c][d]);
-      store(s + c0, total * factor);
+      for (int64_t c = 0; c < kN; ++c) load_row<T>(rows[c], dtype, dim, T{1}, copy + c * dim);
+      for (int64_t m = 0; m < query_rows; ++m)
+        store(s + m * lds + c0, dot_vector<T>(query_of(m), converted, dim) * factor);
     }
   });
 }
@@ -71,48 +89,56 @@ void add_weighted(const T* weights, int64_t ldw, const Source* const* rows, int6
 // L1.
 constexpr int64_t kFewKeys = 32;
 
-// y[m][0, dim) += sum over c < count of weights[m][c] * row_of(c) for kM query rows. 8 accumulators keep two
+// y[m][0, dim) += sum over c < keys of weights[m][c] * rows[c] for kM query rows. 8 accumulators keep two
 // ports of 4 cycles' latency busy.
-template <class T, int kM, class RowOf>
-void add_weighted_rows(const T* weights, int64_t ldw, const RowOf& row_of, DType dtype, int64_t count,
-                       int64_t dim, T* y, int64_t ldy) {
+template <class T, class Source, int kM>
+void add_few_keys(const T* w, int64_t ldw, const Source* const* rows, int64_t keys, int64_t dim, T* y,
+                  int64_t ldy) {
   constexpr int kN = kM == 1 ? 8 : kM == 2 ? 4 : 2;
+  int64_t d = 0;
+  for (; d + kN * kLanes<T> <= dim; d += kN * kLanes<T>)
+    add_weighted<T, Source, kM, kN>(w, ldw, rows, keys, d, y, ldy);
+  for (; d + kLanes<T> <= dim; d += kLanes<T>) add_weighted<T, Source, kM, 1>(w, ldw, rows, keys, d, y, ldy);
+  for (; d < dim; ++d)
+    for (int m = 0; m < kM; ++m) {
+      T sum{0};
+      for (int64_t c = 0; c < keys; ++c) sum += w[m * ldw + c] * to_accumulator<T>(rows[c][d]);
+      y[m * ldy + d] += sum;
+    }
+}
+
+// The same for any number of query rows, four at a time.
+template <class T, class Source>
+void add_few_keys(int64_t query_rows, const T* w, int64_t ldw, const Source* const* rows, int64_t keys,
+                  int64_t dim, T* y, int64_t ldy) {
+  for (; query_rows >= 4; query_rows -= 4, w += 4 * ldw, y += 4 * ldy)
+    add_few_keys<T, Source, 4>(w, ldw, rows, keys, dim, y, ldy);
+  if (query_rows == 3) add_few_keys<T, Source, 3>(w, ldw, rows, keys, dim, y, ldy);
+  if (query_rows == 2) add_few_keys<T, Source, 2>(w, ldw, rows, keys, dim, y, ldy);
+  if (query_rows == 1) add_few_keys<T, Source, 1>(w, ldw, rows, keys, dim, y, ldy);
+}
+
+// y[m][0, dim) += sum over c < count of weights[m][c] * row_of(c) for m < query_rows. Rows of another type
+// are converted once where that saves, in copy [kFewKeys][dim].
+template <class T, class RowOf>
+void add_weighted_rows(int64_t query_rows, const T* weights, int64_t ldw, const RowOf& row_of, DType dtype,
+                       int64_t count, int64_t dim, T* y, int64_t ldy, T* copy) {
   with_source<T>(dtype, [&](auto* type) {
     using Source = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Source* rows[kFewKeys];
+    const T* converted[kFewKeys];
+    for (int64_t c = 0; c < kFewKeys; ++c) converted[c] = copy + c * dim;
     for (int64_t c0 = 0; c0 < count; c0 += kFewKeys) {
       const int64_t keys = std::min(kFewKeys, count - c0);
       for (int64_t c = 0; c < keys; ++c) rows[c] = static_cast<const Source*>(row_of(c0 + c));
-      const T* w = weights + c0;
-      int64_t d = 0;
-      for (; d + kN * kLanes<T> <= dim; d += kN * kLanes<T>)
-        add_weighted<T, Source, kM, kN>(w, ldw, rows, keys, d, y, ldy);
-      for (; d + kLanes<T> <= dim; d += kLanes<T>)
-        add_weighted<T, Source, kM, 1>(w, ldw, rows, keys, d, y, ldy);
-      for (; d < dim; ++d)
-        for (int m = 0; m < kM; ++m) {
-          T sum{0};
-          for (int64_t c = 0; c < keys; ++c) sum += w[m * ldw + c] * to_accumulator<T>(rows[c][d]);
-          y[m * ldy + d] += sum;
-        }
+      if (std::is_same_v<Source, T> || query_rows <= 4) {
+        add_few_keys<T>(query_rows, weights + c0, ldw, rows, keys, dim, y, ldy);
+        continue;
+      }
+      for (int64_t c = 0; c < keys; ++c) load_row<T>(rows[c], dtype, dim, T{1}, copy + c * dim);
+      add_few_keys<T>(query_rows, weights + c0, ldw, converted, keys, dim, y, ldy);
     }
   });
-}
-
-// The same for up to kDotRows query rows.
-template <class T, class RowOf>
-void add_weighted_rows(int64_t query_rows, const T* weights, int64_t ldw, const RowOf& row_of, DType dtype,
-                       int64_t count, int64_t dim, T* y, int64_t ldy) {
-  switch (query_rows) {
-    case 1:
-      return add_weighted_rows<T, 1>(weights, ldw, row_of, dtype, count, dim, y, ldy);
-    case 2:
-      return add_weighted_rows<T, 2>(weights, ldw, row_of, dtype, count, dim, y, ldy);
-    case 3:
-      return add_weighted_rows<T, 3>(weights, ldw, row_of, dtype, count, dim, y, ldy);
-    default:
-      return add_weighted_rows<T, 4>(weights, ldw, row_of, dtype, count, dim, y, ldy);
-  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA
