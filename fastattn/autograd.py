@@ -176,6 +176,10 @@ class Plain(torch.autograd.Function):
         return *without_double_backward(gradients, dout, *saved), None, None
 
 
+# Without what Function.apply looks for first, functorch's transforms and their dead wrappers: a third of its time.
+plain: Callable[..., Tensor] = super(torch.autograd.Function, Plain).apply
+
+
 def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:
     """gradients(*tensors), whose own gradients raise: create_graph=True leaves a node that says why."""
     if torch.is_grad_enabled():

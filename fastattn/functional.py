@@ -141,7 +141,7 @@ def plain_attention(
             scale = 1.0 / math.sqrt(views[1][1][3])
         if type(scale) is float and -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:  # finite in every dtype's kernels
             if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-                return autograd.Plain.apply(q, k, v, views, scale)
+                return autograd.plain(q, k, v, views, scale)
             return cpu.small(q, views, scale)
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
     validate_options(call)

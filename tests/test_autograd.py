@@ -253,3 +253,17 @@ def test_gradients_have_their_inputs_dtypes(dtype):
         ):
             assert grad.dtype == of.dtype
             assert grad.shape == of.shape
+
+
+def test_saved_tensors_may_move():
+    """What a hook brings back, other memory with other strides, serves the backward pass as well."""
+    q, k, v = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
+    plain = torch.autograd.grad(fastattn.attention(q, k, v).square().sum(), (q, k, v))
+
+    def moved(t):
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() == 4 else t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda t: t):
+        out = fastattn.attention(q, k, v)
+    for grad, want in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), plain, strict=True):
+        assert torch.equal(grad, want)

@@ -56,9 +56,10 @@ def supports(spec: AttentionSpec) -> str | None:
 
 def lse_like(q: Tensor) -> Tensor:
     """Uninitialised lse: [B, Hq, Lq], or [Hq, total_q] of a packed q."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return q.new_empty(shape, dtype=dtype)
+    if q.dtype is torch.float32 or q.dtype is torch.float64:
+        return q.new_empty(shape)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
@@ -88,7 +89,7 @@ def small_backward(
     """(dq, dk, dv) of a call of `small`."""
     if dout.dtype is not q.dtype:
         dout = dout.to(q.dtype)
-    q, k, v, dout = dense_last(q), dense_last(k), dense_last(v), dense_last(dout)
+    q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     grads = [torch.empty_like(t) if t.is_contiguous() else output_like(t, t.shape[3]) for t in (q, k, v)]
     code, threads = DTYPE_CODES[q.dtype], torch.get_num_threads()
     views = [rows_view(t) for t in (q, k, v, out)]
