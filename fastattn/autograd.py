@@ -176,7 +176,7 @@ class Plain(torch.autograd.Function):
         return *without_double_backward(gradients, dout, *saved), None, None
 
 
-# Without what Function.apply looks for first, functorch's transforms and their dead wrappers: a third of its time.
+# Without what Function.apply looks for first, functorch's transforms: a third of its time.
 plain: Callable[..., Tensor] = super(torch.autograd.Function, Plain).apply
 
 
