@@ -134,6 +134,10 @@ class HierarchicalAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
+        if isinstance(x, list | tuple):
+            raise TypeError(
+                f"x must be a tensor, got {type(x).__name__}: pad_documents makes one of documents"
+            )
         check_ranks((4,), f"[B, S, W, {self.input_size}]", x=x)
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, S, W, {self.input_size}], got shape {list(x.shape)}")
