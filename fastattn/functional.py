@@ -20,6 +20,7 @@ from fastattn.dispatch import Explanation
 from fastattn.lowering import lower
 from fastattn.masks import Mask
 from fastattn.plain import plain_views
+from fastattn.spec import DISTANCE_SCORES
 from fastattn.validation import check_tensor, check_values, validate, validate_options
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -415,8 +416,11 @@ def _has_values(*tensors: Tensor | None) -> bool:
 
 
 def autocast(call: Call) -> None:
-    """Cast q, k, v (and a bias that is not float32) as PyTorch's call does under autocast."""
+    """Cast q, k, v (and a bias that is not float32) as PyTorch's call does under autocast.
+
+    Distances stay as they are, as those of torch.cdist do: coordinates rounded to 8 bits would be others.
+    """
     dtype = autocast_dtype(call.q)
-    if dtype is not None:
+    if dtype is not None and call.score not in DISTANCE_SCORES:
         call.q, call.k, call.v = cast((call.q, call.k, call.v), dtype)
         call.bias = cast_bias(call.bias, dtype)

@@ -329,7 +329,7 @@ def test_layer_compiles():
         (
             lambda: layer_and_inputs()[0](randn(2, 4, 6), randn(2, 6, 5), randn(2, 6, 3)),
             ValueError,
-            "queries must have 7 features, got 6",
+            "queries must have 7 features, got shape [2, 4, 6]",
         ),
         (
             lambda: layer_and_inputs()[0](randn(2, 4, 7), randn(2, 6, 5), randn(2, 6, 3), torch.rand(2)),

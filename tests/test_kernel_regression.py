@@ -122,6 +122,19 @@ def test_half_precision_is_computed_in_float32(kernel, dtype):
     assert out.dtype == dtype and torch.equal(out, want.to(dtype)) and torch.equal(lse, want_lse)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_leaves_coordinates_alone(kernel):
+    q, k, v = inputs(2, dtype=torch.float32)
+    want = fastattn.kernel_attention(q, k, v, kernel=kernel, width=0.5)
+    layer = KernelRegression(kernel, width=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastattn.kernel_attention(q, k, v, kernel=kernel, width=0.5), want)
+        torch.testing.assert_close(layer(q, k, v), want)
+        torch.testing.assert_close(
+            layer.attention_weights.double() @ v.double(), want.double(), rtol=0, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("kernel", ["boxcar", "epanechnikov", "triangular"])
 def test_an_empty_support_gives_zero(kernel):
     q = torch.tensor([[0.0], [50.0], [1.0]], requires_grad=True)

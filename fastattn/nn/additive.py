@@ -12,7 +12,7 @@ from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.masks import Mask
 from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
-from fastattn.validation import check_number
+from fastattn.validation import check_number, check_tensor
 
 
 class AdditiveAttention(AttentionLayer):
@@ -76,8 +76,10 @@ class AdditiveAttention(AttentionLayer):
             mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
         """
         for name, tensor, linear in (("queries", queries, self.W_q), ("keys", keys, self.W_k)):
-            if tensor.shape[-1] != linear.in_features:
-                raise ValueError(f"{name} must have {linear.in_features} features, got {tensor.shape[-1]}")
+            if check_tensor(name, tensor).dim() == 0 or tensor.shape[-1] != linear.in_features:
+                raise ValueError(
+                    f"{name} must have {linear.in_features} features, got shape {list(tensor.shape)}"
+                )
         call = Call(
             "attention",
             self.W_q(queries),

@@ -18,7 +18,7 @@ from fastattn.masks import Mask, as_mask, padding, window
 from fastattn.masks.space import Pairs
 from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
 from fastattn.spec import accumulate_dtype
-from fastattn.validation import check_number, validate
+from fastattn.validation import check_number, check_tensor, validate
 
 CENTRES = ("monotonic", "predictive", "argmax")
 
@@ -92,7 +92,7 @@ class LocalAttention(AttentionLayer):
             mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
         """
         for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
-            if tensor.dim() not in (2, 3):
+            if check_tensor(name, tensor).dim() not in (2, 3):
                 raise ValueError(f"{name} must be [B, length, features], got shape {list(tensor.shape)}")
         visible = visible_keys(mask, valid_lens, queries)
         names = {"q": "queries", "k": "keys", "v": "values"}
@@ -120,6 +120,7 @@ class LocalAttention(AttentionLayer):
     def _around_predictions(self, call: Call, valid_lens: ValidLens | None) -> Tensor:
         """Luong's local-p, on copies of each query's window of keys and values."""
         lead = leading.fold(call)
+        autocast(call)
         validate(call)
         seqlen_k, dtype = call.k.shape[2], accumulate_dtype(call.q.dtype)
         centre = self._predict(call.q, valid_lens, seqlen_k).to(dtype)

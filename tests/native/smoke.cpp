@@ -15,6 +15,7 @@ namespace {
 
 using fastattn::AttentionBackwardParams;
 using fastattn::DType;
+using fastattn::Score;
 
 struct Case {
   const char* name;
@@ -23,6 +24,7 @@ struct Case {
   double softcap = 0;
   bool has_sinks = false;
   int num_threads = 1;
+  Score score = Score::kDot;
 };
 
 const Case kCases[] = {
@@ -33,6 +35,11 @@ const Case kCases[] = {
     {"few rows", 1, 4, 2, 3, 170, 40, 29, -fastattn::kUnbounded, 0, 0, true},
     {"long", 1, 1, 1, 300, 700, 128, 128, -fastattn::kUnbounded, 0},
     {"empty rows", 1, 1, 1, 90, 50, 16, 16, -fastattn::kUnbounded, 0, 0, true},
+    {"additive", 2, 2, 1, 67, 131, 19, 24, -fastattn::kUnbounded, 0, 0, false, 2, Score::kAdditive},
+    {"additive few rows", 1, 1, 1, 3, 90, 33, 8, -fastattn::kUnbounded, 0, 0, true, 1, Score::kAdditive},
+    {"gaussian", 1, 2, 2, 41, 300, 5, 9, -40, 20, 0, false, 2, Score::kGaussian},
+    {"epanechnikov", 1, 1, 1, 50, 130, 1, 3, -60, 60, 0, false, 1, Score::kEpanechnikov},
+    {"triangular", 1, 2, 1, 30, 70, 1, 3, -60, 60, 0, false, 1, Score::kTriangular},
 };
 
 // Contiguous [batch, heads, rows, cols].
@@ -53,7 +60,7 @@ struct Array {
 
 template <typename T>
 struct Problem {
-  Array<T> q, k, v, out, lse, dout, dlse, dq, dk, dv, sinks, dsinks;
+  Array<T> q, k, v, out, lse, dout, dlse, dq, dk, dv, sinks, dsinks, w, dw;
 
   Problem(const Case& c, unsigned seed)
       : q(c.batch, c.num_heads, c.seqlen_q, c.head_dim),
@@ -67,12 +74,14 @@ struct Problem {
         dk(k),
         dv(v),
         sinks(1, c.num_heads, 1, 1),
-        dsinks(1, c.num_heads, 1, 1) {
+        dsinks(1, c.num_heads, 1, 1),
+        w(1, 1, 1, c.head_dim),
+        dw(w) {
     std::mt19937 random(seed);
     std::normal_distribution<double> normal;
-    for (Array<T>* array : {&q, &k, &v, &dout, &dlse, &sinks})
+    for (Array<T>* array : {&q, &k, &v, &dout, &dlse, &sinks, &w})
       for (T& x : array->data) x = static_cast<T>(normal(random));
-    for (Array<T>* array : {&out, &lse, &dq, &dk, &dv, &dsinks})
+    for (Array<T>* array : {&out, &lse, &dq, &dk, &dv, &dsinks, &dw})
       std::fill(array->data.begin(), array->data.end(), std::numeric_limits<T>::quiet_NaN());
   }
 
@@ -87,7 +96,12 @@ struct Problem {
     p.seqlen_k = c.seqlen_k;
     p.head_dim = c.head_dim;
     p.head_dim_v = c.head_dim_v;
-    p.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    p.score = c.score;
+    p.scale = c.score == Score::kDot ? 1 / std::sqrt(static_cast<double>(c.head_dim)) : 1.0;
+    if (c.score == Score::kAdditive) {
+      p.score_weights = w.data.data();
+      p.dscore_weights = dw.data.data();
+    }
     p.softcap = c.softcap;
     p.band.lo_bottom = c.lo;
     p.band.hi_bottom = c.hi;
@@ -115,15 +129,52 @@ double dot(const double* x, const double* y, int64_t n) {
   return sum;
 }
 
+// The score of a pair before the softcap, and its derivatives by q, k and w.
+struct Pair {
+  double score = 0;
+  std::vector<double> by_q, by_k, by_w;
+
+  Pair(const Case& c, const double* q, const double* k, const double* w)
+      : by_q(c.head_dim), by_k(c.head_dim), by_w(c.head_dim) {
+    const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    double squared = 0;
+    for (int64_t d = 0; d < c.head_dim; ++d) {
+      const double t = std::tanh(q[d] + k[d]);
+      const bool is_dot = c.score == Score::kDot, is_additive = c.score == Score::kAdditive;
+      by_q[d] = is_dot ? scale * k[d] : is_additive ? w[d] * (1 - t * t) : k[d] - q[d];
+      by_k[d] = is_dot ? scale * q[d] : is_additive ? w[d] * (1 - t * t) : q[d] - k[d];
+      by_w[d] = t;
+      score += is_dot ? scale * q[d] * k[d] : w[d] * t;
+      squared += (q[d] - k[d]) * (q[d] - k[d]);
+    }
+    if (fastattn::is_distance(c.score)) of_distance(c.score, squared);
+  }
+
+ private:
+  void of_distance(Score kernel, double squared) {
+    const double r = std::sqrt(squared);
+    double value = std::exp(-squared / 2), slope = 1;
+    if (kernel == Score::kEpanechnikov) {
+      value = 1 - squared;
+      slope = 2 / value;
+    } else if (kernel == Score::kTriangular) {
+      value = 1 - r;
+      slope = 1 / (r * value);
+    }
+    score = value > 0 ? std::log(value) : -std::numeric_limits<double>::infinity();
+    for (double& x : by_q) x *= slope;
+    for (double& x : by_k) x *= slope;
+  }
+};
+
 // One row of one head, forward and backward, by the definition.
 void naive_row(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t i) {
   const int64_t g = h / (c.num_heads / c.num_heads_kv), offset = c.seqlen_k - c.seqlen_q;
-  const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
   std::vector<double> p(c.seqlen_k), slope(c.seqlen_k, 1.0);
   double sum = c.has_sinks ? std::exp(x.sinks.at(0, h, 0, 0)) : 0.0;
   for (int64_t j = 0; j < c.seqlen_k; ++j) {
     if (j < i + offset + c.lo || j > i + offset + c.hi) continue;
-    double s = scale * dot(&x.q.at(b, h, i, 0), &x.k.at(b, g, j, 0), c.head_dim);
+    double s = Pair(c, &x.q.at(b, h, i, 0), &x.k.at(b, g, j, 0), x.w.data.data()).score;
     if (c.softcap > 0) {
       const double t = std::tanh(s / c.softcap);
       s = c.softcap * t;
@@ -143,15 +194,17 @@ void naive_row(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t 
   for (int64_t d = 0; d < c.head_dim; ++d) x.dq.at(b, h, i, d) = 0;
   for (int64_t j = 0; j < c.seqlen_k; ++j) {
     if (p[j] == 0) continue;
-    const double ds = p[j] * (dot(dout, &x.v.at(b, g, j, 0), c.head_dim_v) - delta) * slope[j] * scale;
+    const double ds = p[j] * (dot(dout, &x.v.at(b, g, j, 0), c.head_dim_v) - delta) * slope[j];
+    const Pair pair(c, &x.q.at(b, h, i, 0), &x.k.at(b, g, j, 0), x.w.data.data());
     for (int64_t d = 0; d < c.head_dim_v; ++d) x.dv.at(b, g, j, d) += p[j] * dout[d];
-    for (int64_t d = 0; d < c.head_dim; ++d) x.dq.at(b, h, i, d) += ds * x.k.at(b, g, j, d);
-    for (int64_t d = 0; d < c.head_dim; ++d) x.dk.at(b, g, j, d) += ds * x.q.at(b, h, i, d);
+    for (int64_t d = 0; d < c.head_dim; ++d) x.dq.at(b, h, i, d) += ds * pair.by_q[d];
+    for (int64_t d = 0; d < c.head_dim; ++d) x.dk.at(b, g, j, d) += ds * pair.by_k[d];
+    for (int64_t d = 0; d < c.head_dim; ++d) x.dw.at(0, 0, 0, d) += ds * pair.by_w[d];
   }
 }
 
 void naive(const Case& c, Problem<double>& x) {
-  for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks})
+  for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks, &x.dw})
     std::fill(array->data.begin(), array->data.end(), 0.0);
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.num_heads; ++h)
@@ -177,9 +230,9 @@ bool run(const Case& c, const char* isa) {
   Problem<T> x(c, 7);
   Problem<double> want(c, 7);
   // The definition in double of the very numbers that the kernel gets.
-  const std::pair<Array<double>*, Array<T>*> inputs[] = {{&want.q, &x.q},       {&want.k, &x.k},
-                                                         {&want.v, &x.v},       {&want.dout, &x.dout},
-                                                         {&want.dlse, &x.dlse}, {&want.sinks, &x.sinks}};
+  const std::pair<Array<double>*, Array<T>*> inputs[] = {
+      {&want.q, &x.q},       {&want.k, &x.k},         {&want.v, &x.v}, {&want.dout, &x.dout},
+      {&want.dlse, &x.dlse}, {&want.sinks, &x.sinks}, {&want.w, &x.w}};
   for (const auto& [to, from] : inputs) std::copy(from->data.begin(), from->data.end(), to->data.begin());
   naive(c, want);
   const AttentionBackwardParams p = x.params(c);
@@ -190,10 +243,13 @@ bool run(const Case& c, const char* isa) {
   const struct {
     const char* name;
     double error;
-  } results[] = {
-      {"out", error(x.out, want.out)}, {"lse", error(x.lse, want.lse)},
-      {"dq", error(x.dq, want.dq)},    {"dk", error(x.dk, want.dk)},
-      {"dv", error(x.dv, want.dv)},    {"dsinks", c.has_sinks ? error(x.dsinks, want.dsinks) : 0.0}};
+  } results[] = {{"out", error(x.out, want.out)},
+                 {"lse", error(x.lse, want.lse)},
+                 {"dq", error(x.dq, want.dq)},
+                 {"dk", error(x.dk, want.dk)},
+                 {"dv", error(x.dv, want.dv)},
+                 {"dsinks", c.has_sinks ? error(x.dsinks, want.dsinks) : 0.0},
+                 {"dw", c.score == Score::kAdditive ? error(x.dw, want.dw) : 0.0}};
   for (const auto& result : results) {
     if (result.error <= bound) continue;
     std::printf("FAILED %s float%zu %s: error of %s is %g, bound %g\n", isa, 8 * sizeof(T), c.name,
