@@ -186,6 +186,20 @@ def test_biases(name):
     torch.testing.assert_close(layer(q, k, v, bias=-0.5 * distance), out)
 
 
+@pytest.mark.parametrize("name", ["cosine", "learned", "additive", "module"])
+def test_weights_are_those_of_the_call_though_parameters_change(name):
+    layer = build(name)
+    q, k, v = inputs(name)
+    slopes = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    want = layer.weights(q, k, bias=ALiBi(slopes)).detach()
+    layer(q, k, v, bias=ALiBi(slopes))
+    with torch.no_grad():
+        for parameter in (slopes, *layer.parameters()):
+            parameter.add_(1)
+    torch.testing.assert_close(layer.attention_weights, want)
+    assert not layer.attention_weights.requires_grad
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_dropout_is_on_the_weights_in_training_alone(name):
     layer = build(name, dropout=0.5)

@@ -199,13 +199,9 @@ def _word_lens(valid_lens: Tensor | None, x: Tensor) -> Tensor:
     lens = torch.as_tensor(valid_lens, device=x.device)
     if lens.is_floating_point() or lens.dtype == torch.bool:
         raise TypeError(f"valid_lens must be integers, got {lens.dtype}")
-    top = words
-    if lens.dim() == 1:
-        top = sentences
-    elif lens.dim() != 2 or lens.shape[1] != sentences:
+    if list(lens.shape) not in ([batch], [batch, sentences]):
         raise ValueError(f"valid_lens must be [{batch}] or [{batch}, {sentences}], got {list(lens.shape)}")
-    if lens.shape[0] != batch:
-        raise ValueError(f"valid_lens must be [{batch}] or [{batch}, {sentences}], got {list(lens.shape)}")
+    top = sentences if lens.dim() == 1 else words
     if lens.numel() and _has_values(lens):
         low, high = (int(bound) for bound in lens.aminmax())
         if low < 0 or high > top:
