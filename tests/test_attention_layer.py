@@ -147,6 +147,20 @@ def test_heads(name):
         torch.testing.assert_close(out[:, h], layer(*(x[:, h] for x in heads), valid_lens=lens))
 
 
+@pytest.mark.parametrize("name", SCORES)
+def test_without_a_batch_and_with_one_for_all(name):
+    layer = build(name)
+    q, k, v = inputs(name)
+    bias = ALiBi(torch.tensor([0.5], dtype=torch.float64))
+    want = layer(q[:1], k[:1], v[:1], mask=masks.causal(), bias=bias)[0]
+    torch.testing.assert_close(layer(q[0], k[0], v[0], mask=masks.causal(), bias=bias), want)
+    assert layer.attention_weights.shape == (LQ, LK) == layer.attention_scores.shape
+    torch.testing.assert_close(
+        layer.attention_weights, layer.weights(q[0], k[0], mask=masks.causal(), bias=bias)
+    )
+    torch.testing.assert_close(layer(q[:1], k, v, [2, 6]), layer(q[:1].expand(B, -1, -1), k, v, [2, 6]))
+
+
 @pytest.mark.parametrize("name", [name for name in SCORES if name not in ("additive", "module")])
 def test_products_never_make_the_scores(name, monkeypatch):
     layer = build(name)
@@ -170,6 +184,20 @@ def test_biases(name):
     torch.testing.assert_close(layer.attention_weights, want)
     torch.testing.assert_close(out, want @ v)
     torch.testing.assert_close(layer(q, k, v, bias=-0.5 * distance), out)
+
+
+@pytest.mark.parametrize("name", ["cosine", "learned", "additive", "module"])
+def test_weights_are_those_of_the_call_though_parameters_change(name):
+    layer = build(name)
+    q, k, v = inputs(name)
+    slopes = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    want = layer.weights(q, k, bias=ALiBi(slopes)).detach()
+    layer(q, k, v, bias=ALiBi(slopes))
+    with torch.no_grad():
+        for parameter in (slopes, *layer.parameters()):
+            parameter.add_(1)
+    torch.testing.assert_close(layer.attention_weights, want)
+    assert not layer.attention_weights.requires_grad
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -239,9 +267,10 @@ def test_compiles_copies_and_casts(name):
     layer = build(name)
     q, k, v = inputs(name, grad=True)
     want = layer(q, k, v, torch.tensor([2, 6]))
-    if name != "additive":
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(q, k, v, torch.tensor([2, 6])), want)
+    weights = layer.attention_weights
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, torch.tensor([2, 6])), want)
+    torch.testing.assert_close(layer.attention_weights, weights)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(q, k, v, torch.tensor([2, 6])), want)
     twin = copy.deepcopy(layer)
@@ -263,7 +292,7 @@ BAD = {
         ValueError,
         r"score must return a tensor \[2, 4, 6\] for these queries and keys, got shape \[2, 4, 5\]",
     ),
-    "rank": (lambda: Attention()(torch.zeros(3, 4)), ValueError, r"queries must be \[B, L, D\] or \[B, H, "),
+    "rank": (lambda: Attention()(torch.zeros(3)), ValueError, r"queries must be \[B, L, D\], \[B, H, L, D\]"),
     "ranks": (
         lambda: Attention()(torch.zeros(1, 3, 4), torch.zeros(1, 1, 3, 4)),
         ValueError,

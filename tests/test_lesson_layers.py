@@ -63,7 +63,7 @@ def test_single_head_is_the_formula(options):
     want = softmax(q @ k.mT / math.sqrt(4), blocked(options)[:, 0])
     torch.testing.assert_close(weights, want, rtol=0, atol=1e-14)
     torch.testing.assert_close(output, want @ v, rtol=0, atol=1e-14)
-    assert torch.equal(layer.attention_weights, weights)
+    torch.testing.assert_close(layer.attention_weights, want, rtol=0, atol=1e-14)
     torch.testing.assert_close(
         weights.sum(-1) + blocked(options)[:, 0].all(-1).double(), torch.ones(B, L).double()
     )
@@ -97,7 +97,8 @@ def test_masks_by_head():
 def test_gradients(kind):
     layer = kind().double()
     x = torch.randn(B, L, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x, BLOCKED), (x, *layer.parameters()))
+    inputs = (x, *layer.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x, BLOCKED), inputs, fast_mode=True)
 
 
 def test_a_blocked_row_is_zero_where_minus_1e9_lets_the_hidden_through():
@@ -187,6 +188,22 @@ def test_a_learned_encoder_and_batches_of_sentences():
     vector, _ = encoder.encode(WORDS, VECTORS, show=False)
     vector.sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in encoder.parameters())
+
+
+def test_heads_are_averaged_in_the_table(capsys):
+    _, weights = SentenceEncoder(MultiHeadSelfAttention(6, 2)).encode(WORDS, VECTORS)
+    assert weights.shape == (2, 4, 4)
+    first = capsys.readouterr().out.splitlines()[1]
+    assert first.split() == ["the", *(f"{value:.3f}" for value in weights.mean(0)[0].tolist())]
+
+
+@pytest.mark.parametrize("kind", [lambda: SingleHeadAttention(6, 2), lambda: MultiHeadSelfAttention(6, 2)])
+def test_compiles(kind):
+    layer = kind()
+    x = torch.randn(B, L, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for found, want in zip(compiled(x, BLOCKED), layer(x, BLOCKED), strict=True):
+        torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("words, vectors, kind, message", [

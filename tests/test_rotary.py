@@ -10,7 +10,7 @@ import torch
 
 import fastattn
 from fastattn import masks
-from fastattn.nn import ALiBiBias, RelativePositionBias, RotaryEmbedding
+from fastattn.nn import ALiBiBias, KVCache, MultiheadAttention, RelativePositionBias, RotaryEmbedding
 
 LAYOUTS = pytest.mark.parametrize("layout", ["half", "interleaved"])
 
@@ -139,3 +139,39 @@ def test_alibi_bias(learned):
     if learned:
         out.square().sum().backward()
         assert bias.slopes.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("make", [lambda: RelativePositionBias(4, 8, 16), lambda: ALiBiBias(4, learned=True)])
+def test_biases_in_multi_head_attention(make):
+    """As a bias of diagonals, as a tensor, beside other masks, with gradients; and decoded step by step."""
+    torch.manual_seed(0)
+    layer, positions = MultiheadAttention(16, 4, batch_first=True).double(), make().double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    bias = positions()
+    dense = bias.to_dense(masks.MaskShape(2, 4, 9, 9), x.device, x.dtype)
+    padded = torch.tensor([[False] * 9, [False] * 6 + [True] * 3])
+    for options in ({}, {"mask": masks.causal()}, {"key_padding_mask": padded, "mask": masks.causal()}):
+        found, want = layer(x, bias=positions(), **options), layer(x, bias=dense, **options)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b)
+    float_mask = torch.randn(9, 9, dtype=torch.float64)
+    both = layer(x, attn_mask=float_mask, bias=positions())[0]
+    torch.testing.assert_close(both, layer(x, attn_mask=(float_mask + dense[0]).expand(2, -1, -1, -1))[0])
+
+    y, weights = layer(x, bias=positions())
+    (parameter,) = positions.parameters()
+    (gradient,) = torch.autograd.grad(y.square().sum() + weights.square().sum(), parameter)
+    y, weights = layer(x, bias=dense)
+    (want,) = torch.autograd.grad(y.square().sum() + weights.square().sum(), parameter)
+    torch.testing.assert_close(gradient, want)
+
+    cache = KVCache()
+    with torch.no_grad():
+        steps = [layer(x[:, n : n + 1], cache=cache, bias=positions())[0] for n in range(9)]
+        torch.testing.assert_close(torch.cat(steps, 1), layer(x, mask=masks.causal(), bias=positions())[0])
+    one = layer(x[0], bias=positions())[0]
+    torch.testing.assert_close(one, layer(x[:1], bias=positions())[0][0])
+    with pytest.raises(ValueError, match="must be for 4 heads, got 3"):
+        layer(x, bias=ALiBiBias(3)())
+    with pytest.raises(ValueError, match=r"bias must broadcast to \[2, 4, 9, 9\]"):
+        layer(x, bias=dense[..., :8])

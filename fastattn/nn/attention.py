@@ -19,7 +19,7 @@ from fastattn.weights import attention_weights
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
-_LAYOUT = "[B, L, D] or [B, H, L, D]"
+_LAYOUT = "[B, L, D], [B, H, L, D] or [L, D]"
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 
@@ -79,20 +79,20 @@ class Attention(AttentionLayer):
         """The values' weighted sums.
 
         Args:
-            queries: [B, Lq, Dq], or [B, H, Lq, Dq] with heads.
+            queries: [B, Lq, Dq], [B, H, Lq, Dq] with heads, or [Lq, Dq] without a batch.
             keys: [B, Lk, Dk] and so on; None: the queries, which is self-attention.
             values: [B, Lk, Dv] and so on; None: the keys.
             valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
             mask: a fastattn.masks.Mask, or bool, True = attend: [Lq, Lk], [B, Lq, Lk] or [B, H, Lq, Lk].
             bias: added to the scores: a tensor broadcastable to [B, H, Lq, Lk], or a fastattn.biases.Bias.
         Returns:
-            [B, Lq, Dv], or [B, H, Lq, Dv]; 0 for a query that sees no key.
+            [B, Lq, Dv] and so on; 0 for a query that sees no key.
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
         keys = queries if keys is None else keys
         values = keys if values is None else values
-        check_ranks((3, 4), _LAYOUT, queries=queries, keys=keys, values=values)
+        check_ranks((2, 3, 4), _LAYOUT, queries=queries, keys=keys, values=values)
         call = self._call(queries, keys, valid_lens, mask, bias)
         call.v = values
         call.dropout_p = float(self.dropout) if self.training else 0.0
@@ -100,11 +100,12 @@ class Attention(AttentionLayer):
         return leading.run(self._remember(call))
 
     def scores(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The first step alone, [B, Lq, Lk] or [B, H, Lq, Lk], without bias or mask."""
+        """The first step alone, [B, Lq, Lk] and so on, without bias or mask."""
         keys = queries if keys is None else keys
-        check_ranks((3, 4), _LAYOUT, queries=queries, keys=keys)
+        check_ranks((2, 3, 4), _LAYOUT, queries=queries, keys=keys)
         scores = self.score(queries, keys)
-        want = (*queries.shape[:-1], keys.shape[-2])
+        lead = torch.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
+        want = (*lead, queries.shape[-2], keys.shape[-2])
         if not isinstance(scores, Tensor) or scores.shape != want:
             got = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"score must return a tensor {list(want)} for these queries and keys, got {got}")
@@ -118,7 +119,7 @@ class Attention(AttentionLayer):
         mask: Mask | Tensor | None = None,
         bias: Bias | Tensor | None = None,
     ) -> Tensor:
-        """The first two steps, [B, Lq, Lk] or [B, H, Lq, Lk]: rows sum to 1, or to 0 where no key is visible.
+        """The first two steps, [B, Lq, Lk] and so on: rows sum to 1, or to 0 where no key is visible.
 
         Args: as for the call.
         Returns:
@@ -126,7 +127,7 @@ class Attention(AttentionLayer):
             `attention_weights`, without gradient, come from the kernels instead.
         """
         keys = queries if keys is None else keys
-        check_ranks((3, 4), _LAYOUT, queries=queries, keys=keys)
+        check_ranks((2, 3, 4), _LAYOUT, queries=queries, keys=keys)
         call = self._call(queries, keys, valid_lens, mask, bias, fused=isinstance(self.score, ProductScore))
         call.v = call.k[..., :1]
         lead = leading.fold(call)
@@ -135,7 +136,7 @@ class Attention(AttentionLayer):
 
     @property
     def attention_scores(self) -> Tensor | None:
-        """The scores of the last call, without bias, mask and gradient; None before any call."""
+        """The scores of the last call, without bias, mask and gradient, by the score as it is now; or None."""
         if self._seen is None:
             return None
         with torch.no_grad():
@@ -165,7 +166,7 @@ class Attention(AttentionLayer):
             call.q, call.k = (nothing.expand(*x.shape[:-1], 1) for x in (queries, keys))
             scores = self.scores(queries, keys)
             scores = scores if scores.dtype == torch.float32 else scores.to(queries.dtype)
-            call.bias = _sum(scores.unsqueeze(1) if queries.dim() == 3 else scores, call.bias)
+            call.bias = _sum(scores.unsqueeze(1) if scores.dim() == 3 else scores, call.bias)
         return call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,11 +174,13 @@ class Attention(AttentionLayer):
 
 
 def _sum(scores: Tensor, bias: Bias | Tensor | None) -> Tensor:
-    """Scores [B, H, Lq, Lk] and a bias, in one tensor."""
+    """Scores [B, H, Lq, Lk] or [Lq, Lk] and a bias, in one tensor."""
     if bias is None:
         return scores
     if isinstance(bias, Bias):
-        bias = bias.to_dense(MaskShape(*scores.shape), scores.device, scores.dtype)
+        batch, heads, seqlen_q, seqlen_k = scores[(None,) * (4 - scores.dim())].shape
+        shape = MaskShape(batch, heads, seqlen_q, seqlen_k)
+        bias = bias.to_dense(shape, scores.device, scores.dtype)
     elif not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor or a fastattn.biases.Bias, got {type(bias).__name__}")
     return scores + bias

@@ -134,6 +134,10 @@ class HierarchicalAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
+        if isinstance(x, list | tuple):
+            raise TypeError(
+                f"x must be a tensor, got {type(x).__name__}: pad_documents makes one of documents"
+            )
         check_ranks((4,), f"[B, S, W, {self.input_size}]", x=x)
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, S, W, {self.input_size}], got shape {list(x.shape)}")
@@ -195,13 +199,9 @@ def _word_lens(valid_lens: Tensor | None, x: Tensor) -> Tensor:
     lens = torch.as_tensor(valid_lens, device=x.device)
     if lens.is_floating_point() or lens.dtype == torch.bool:
         raise TypeError(f"valid_lens must be integers, got {lens.dtype}")
-    top = words
-    if lens.dim() == 1:
-        top = sentences
-    elif lens.dim() != 2 or lens.shape[1] != sentences:
+    if list(lens.shape) not in ([batch], [batch, sentences]):
         raise ValueError(f"valid_lens must be [{batch}] or [{batch}, {sentences}], got {list(lens.shape)}")
-    if lens.shape[0] != batch:
-        raise ValueError(f"valid_lens must be [{batch}] or [{batch}, {sentences}], got {list(lens.shape)}")
+    top = sentences if lens.dim() == 1 else words
     if lens.numel() and _has_values(lens):
         low, high = (int(bound) for bound in lens.aminmax())
         if low < 0 or high > top:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastattn import leading
 from fastattn.call import Call
@@ -35,12 +36,17 @@ class AttentionLayer(nn.Module):
 
     def _remember(self, call: Call) -> Call:
         """Keep what the weights are made of, detached, and return `call` as it is."""
-        w = call.score_weights  # an optimizer changes it in place
+        w, bias = call.score_weights, call.bias  # an optimizer changes parameters in place
+        if isinstance(bias, Tensor):
+            bias = bias.detach()
+        elif bias is not None:
+            bias = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), bias)
         self._last = replace(
             call,
             q=call.q.detach(),
             k=call.k.detach(),
             v=call.k.detach()[..., :1],
+            bias=bias,
             score_weights=None if w is None else w.detach().clone(),
             dropout_p=0.0,
             return_lse=False,

@@ -12,6 +12,7 @@ from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.autocast import autocast_dtype, cast
+from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.dispatch import seed
@@ -31,7 +32,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     It differs where torch's answer is no use: a row that sees no key has zero attention, then the output
     projection, in every mode (torch: NaN or not, depending on the mode); non-finite values in hidden keys
     stay hidden; `is_causal=True` needs no mask beside it. It adds `num_kv_heads`, `mask`, `valid_lens`,
-    `cache`, masks of four dimensions, and self-attention of one argument.
+    `bias`, `cache`, masks of four dimensions, and self-attention of one argument.
 
     >>> layer = MultiheadAttention(8, 2, batch_first=True)
     >>> y, weights = layer(torch.randn(3, 5, 8), mask=fastattn.masks.causal())
@@ -145,6 +146,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask: Mask | Tensor | None = None,
         valid_lens: Tensor | Sequence[int] | None = None,
         cache: KVCache | None = None,
+        bias: Bias | Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights); weights is None without need_weights.
 
@@ -165,6 +167,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             valid_lens: int [B] or [B, L] ([] or [L] unbatched): how many of the first keys are visible.
             cache: key and value are projected and appended to it, and the query sees all that it holds; S
                 counts these. One that is static and filled is read instead of key and value.
+            bias: added to the scores, as by `nn.RelativePositionBias` and `nn.ALiBiBias`: a
+                fastattn.biases.Bias, or a tensor broadcastable to [B, Hq, L, S].
         Returns:
             The output in the query's layout. The weights of add_bias_kv and add_zero_attn come last in S.
         Raises:
@@ -172,7 +176,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         key = query if key is None else key
         value = key if value is None else value
-        masks = (key_padding_mask, attn_mask, mask, valid_lens, cache)
+        masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
         if is_nested_self_attention(query, key, value, masks, is_causal) and self.batch_first:
             return attend_to_nested(self, query, need_weights, average_attn_weights)
         if isinstance(query, Tensor) and query.dim() == 2:
@@ -188,6 +192,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 mask=mask,
                 valid_lens=valid_lens,
                 cache=cache,
+                bias=bias,
             )
         _check_3d(query, key, value, self.batch_first)
         batch, seqlen_q, seqlen_k = _sizes(query, key, self.batch_first)
@@ -197,7 +202,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             seqlen_k = cache.length + (0 if cache.is_complete else seqlen_k)
         # torch takes the hint for the mask only where it returns no weights and there is no key padding.
         hint = is_causal and (attn_mask is None or (not need_weights and key_padding_mask is None))
-        merged, bias = merge_masks(
+        merged, scored = merge_masks(
             (batch, self.num_heads, seqlen_q, seqlen_k),
             query.dtype,
             key_padding_mask=key_padding_mask,
@@ -206,6 +211,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             causal_align="top_left" if cache is None else "bottom_right",
             mask=mask,
             valid_lens=valid_lens,
+            bias=bias,
         )
         dropout_p = float(self.dropout) if self.training else 0.0
         if cache is None and self.bias_k is None and not self.add_zero_attn:
@@ -221,14 +227,21 @@ class MultiheadAttention(nn.MultiheadAttention):
                 out_proj_bias=self.out_proj.bias,
                 batch_first=self.batch_first,
                 mask=merged,
-                bias=bias,
+                bias=scored,
                 dropout_p=dropout_p,
                 need_weights=need_weights,
                 average_weights=average_attn_weights,
             )
             return found if need_weights else (found, None)
         return self._step_by_step(
-            query, key, value, merged, bias, dropout_p, average_attn_weights if need_weights else None, cache
+            query,
+            key,
+            value,
+            merged,
+            scored,
+            dropout_p,
+            average_attn_weights if need_weights else None,
+            cache,
         )
 
     def _in_proj_weight(self) -> Any:
@@ -262,7 +275,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         mask: Mask | Tensor | None,
-        bias: Tensor | None,
+        bias: Bias | Tensor | None,
         dropout_p: float,
         average: bool | None,
         cache: KVCache | None,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import _has_values, run
+from fastattn.functional import _has_values
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
 from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
@@ -67,12 +68,11 @@ class SingleHeadAttention(AttentionLayer):
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
         _check_x(x, self.d_model)
-        q, k, v = (w(x).unsqueeze(1) for w in (self.W_q, self.W_k, self.W_v))
-        visible = _visible(mask, valid_lens, x)
-        output = run(Call("attention", q, k, v, mask=visible, names=_NAMES)).squeeze(1)
-        weights = attention_weights(q, k, mask=visible).to(q.dtype).squeeze(1)
-        self._last = weights.detach()
-        return output, weights
+        visible = visible_keys(_unblocked(mask), valid_lens, x)
+        call = Call("attention", self.W_q(x), self.W_k(x), self.W_v(x), mask=visible, names=_NAMES)
+        output = leading.run(self._remember(call))  # which brings the call to four dimensions
+        weights = attention_weights(call.q, call.k, mask=call.mask)
+        return output, weights.to(output.dtype).squeeze(1)
 
 
 class MultiHeadSelfAttention(AttentionLayer):
@@ -131,6 +131,9 @@ class MultiHeadSelfAttention(AttentionLayer):
         """
         _check_x(x, self.d_model)
         projections = (self.W_q, self.W_k, self.W_v)
+        visible = _unblocked(mask)
+        if isinstance(visible, Tensor) and visible.dim() == 3:
+            visible = visible.unsqueeze(1)
         output, weights = multi_head_attention(
             x,
             in_proj_weight=[w.weight for w in projections],
@@ -138,7 +141,7 @@ class MultiHeadSelfAttention(AttentionLayer):
             out_proj_weight=self.W_o.weight,
             out_proj_bias=self.W_o.bias,
             num_heads=self.num_heads,
-            mask=_visible(mask, valid_lens, x),
+            mask=visible_keys(visible, valid_lens, x),
             need_weights=True,
             average_weights=False,
         )
@@ -152,14 +155,13 @@ def _check_x(x: Any, d_model: int) -> None:
         raise ValueError(f"x must be [B, L, {d_model}], got shape {list(x.shape)}")
 
 
-def _visible(mask: Any, valid_lens: ValidLens | None, x: Tensor) -> Mask | Tensor | None:
+def _unblocked(mask: Any) -> Mask | Tensor | None:
     """What is visible, where a tensor says what is blocked."""
     if mask is None or isinstance(mask, Mask):
-        return visible_keys(mask, valid_lens, x)
+        return mask
     check_tensor("mask", mask)
     if mask.dtype != torch.bool and mask.numel() and _has_values(mask):
         wrong = mask[(mask != 0) & (mask != 1)]
         if wrong.numel():
             raise ValueError(f"mask must hold 1 (blocked) and 0 (visible), got {wrong[0].item():g}")
-    visible = mask == 0
-    return visible_keys(visible.unsqueeze(1) if mask.dim() == 3 else visible, valid_lens, x)
+    return mask == 0

@@ -63,6 +63,8 @@ class SentenceEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(vector [d], weights [L, L]) of one sentence; prints the weights, labelled by the words.
 
+        With heads the weights are [H, L, L], and their mean is printed.
+
         Args:
             words: at least one.
             word_vectors: the vector of each word, tensors or sequences of one length d.
@@ -89,7 +91,7 @@ class SentenceEncoder(nn.Module):
         vector = self(x if x.is_floating_point() else x.float())[0]
         weights = self.attention_weights[0].to(vector.dtype)
         if show:
-            print(weight_table(words, weights))
+            print(weight_table(words, weights if weights.dim() == 2 else weights.mean(0)))
         return vector, weights
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.masks import Align, Mask, causal, dense, padding
+from fastattn.biases import Bias
+from fastattn.masks import Align, Mask, MaskShape, causal, dense, padding
 from fastattn.spec import dtype_name
 
 # True = blocked in torch's two masks; everywhere else in fastattn True = attend.
@@ -24,12 +25,13 @@ def merge_masks(
     causal_align: Align,
     mask: Mask | Tensor | None,
     valid_lens: Tensor | Sequence[int] | None,
-) -> tuple[Mask | Tensor | None, Tensor | None]:
+    bias: Bias | Tensor | None = None,
+) -> tuple[Mask | Tensor | None, Bias | Tensor | None]:
     """(mask, bias) for `fastattn.attention`: a pair is visible where every argument lets it be.
 
     Kernels read one mask and one bias, each in place. So a key padding mask becomes a bias of -inf, [B, 1,
     1, S], where the mask's place is taken. Of size L x S there is only the inverse of a bool attn_mask,
-    unless two such tensors meet.
+    unless two such tensors meet, or a bias and a float mask.
 
     Args:
         shape: (B, Hq, L, S).
@@ -40,19 +42,20 @@ def merge_masks(
         causal_align: how that one is aligned.
         mask: a Mask or bool tensor broadcastable to [B, Hq, L, S], True = attend.
         valid_lens: [B] or [B, L]: how many of the first keys are visible.
+        bias: what is added to the scores besides.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
     """
     padded, key_bias = _split("key_padding_mask", _check_padding(key_padding_mask, shape), dtype)
     objects: list[Mask] = [] if valid_lens is None else [padding(valid_lens)]
     tensors: list[Tensor] = []
-    bias = None
+    added = None
     if is_causal:
         objects.append(causal(align=causal_align))
     elif isinstance(attn_mask, Mask):
         objects.append(attn_mask)
     else:
-        blocked, bias = _split("attn_mask", _to_4d(attn_mask, shape), dtype)
+        blocked, added = _split("attn_mask", _to_4d(attn_mask, shape), dtype)
         if blocked is not None:
             tensors.append(_inverse(blocked))
     if isinstance(mask, Tensor):
@@ -67,8 +70,13 @@ def merge_masks(
                 padded, -torch.inf
             )
     if key_bias is not None:
-        bias = key_bias if bias is None else bias + key_bias
-    return _intersection(objects, tensors), bias
+        added = key_bias if added is None else added + key_bias
+    if bias is not None and added is not None:
+        # Kernels read one bias: of two, one is a tensor, so their sum is.
+        if isinstance(bias, Bias):
+            bias = bias.to_dense(MaskShape(*shape), added.device, added.dtype)
+        added = added + bias
+    return _intersection(objects, tensors), bias if added is None else added
 
 
 def _intersection(objects: list[Mask], tensors: list[Tensor]) -> Mask | Tensor | None:
