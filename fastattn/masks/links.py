@@ -100,6 +100,6 @@ class _LinksTiler(Tiler):
         query, key = self.pairs[:, 0], self.pairs[:, 1]
         row_first, row_last = rows.position(self.align)
         in_row = (row_first <= query) & (query <= row_last)  # [R, N]
-        in_col = (rows.j_first.T <= key) & (key < rows.j_first.T + TILE)  # [nk, N]
+        in_col = (key >= rows.j_first.T) & (key < rows.j_first.T + TILE)  # [nk, N]
         some = in_row.float() @ in_col.float().T > 0
         return some, torch.zeros_like(some)
