@@ -1,5 +1,6 @@
 """Looking at what a model attends to."""
 
 from fastattn.inspect.plots import heatmap, show_heatmaps
+from fastattn.inspect.summary import AttentionSummary, summarize
 
-__all__ = ["heatmap", "show_heatmaps"]
+__all__ = ["AttentionSummary", "heatmap", "show_heatmaps", "summarize"]
