@@ -125,7 +125,7 @@ class Record:
             KeyError, IndexError: no such path, run or entry.
         """
         parts = []
-        for call in self._run(path, run, batch):
+        for call in self.calls_of(path, run, batch):
             if call.weights is None:
                 raise ValueError(
                     f"weights of {path!r} are not in the record, since its calls are longer than "
@@ -137,7 +137,7 @@ class Record:
 
     def received(self, path: str, *, run: int = 0, batch: int = 0) -> Tensor:
         """[Hq, keys]: the weight that each key gets from all queries of a run; arguments as of `weights`."""
-        parts = [call.summary.received[batch] for call in self._run(path, run, batch)]
+        parts = [call.summary.received[batch] for call in self.calls_of(path, run, batch)]
         width = max(part.shape[1] for part in parts)
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
         return torch.stack(padded).sum(0)
@@ -165,7 +165,7 @@ class Record:
         Raises:
             ValueError: fewer tokens are attached than the run has.
         """
-        calls = self._run(path, run, batch)
+        calls = self.calls_of(path, run, batch)
         first, last = calls[0], calls[-1]
         entry = batch if first.sequence is None else first.sequence
         stop = last.first_query + last.shape[2]
@@ -211,7 +211,11 @@ class Record:
         lines += [f"  not recorded: {count} calls, {reason}" for reason, count in self.missed.items()]
         return "\n".join(lines)
 
-    def _run(self, path: str, run: int, batch: int) -> Sequence[RecordedCall]:
+    def calls_of(self, path: str, run: int = 0, batch: int = 0) -> Sequence[RecordedCall]:
+        """The calls of one run, in each of which that batch entry is the same sentence.
+
+        Raises: as `weights`.
+        """
         runs = self.runs(path)
         if not -len(runs) <= run < len(runs):
             raise IndexError(f"run must be less than the {len(runs)} runs of {path!r}, got {run}")

@@ -57,6 +57,10 @@ class Labels:
         own = [(pattern, source, source) for pattern in _SOURCE]
         return Labels((*cross, *own, ("*", target, target)))
 
+    def names(self, path: str) -> bool:
+        """Whether there are texts for a module."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern, *_ in self.by_pattern)
+
     def texts(
         self, path: str, entry: int, queries: tuple[int, int], keys: int
     ) -> tuple[list[str], list[str]]:
@@ -71,6 +75,13 @@ class Labels:
                 rows = _first(path, "queries", of_queries, entry, queries[1])[queries[0] :]
                 return rows, _first(path, "keys", of_keys, entry, keys)
         return [str(n) for n in range(*queries)], [str(n) for n in range(keys)]
+
+
+def kind_of(path: str) -> str:
+    """Of an encoder-decoder's attention: "Cross", "Encoder" or "Decoder", as its module's name tells."""
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in _CROSS):
+        return "Cross"
+    return "Encoder" if any(fnmatch.fnmatchcase(path, pattern) for pattern in _SOURCE) else "Decoder"
 
 
 def _first(path: str, what: str, lists: _Lists, entry: int, count: int) -> list[str]:
