@@ -19,10 +19,7 @@ class Wanted(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The statistics, as fastattn.inspect.AttentionSummary documents them; absent ones have no elements.
-
-    Gradients reach the first five, but for pooled maxima.
-    """
+    """The statistics, as fastattn.inspect.AttentionSummary documents them; absent ones have no elements."""
 
     entropy: Tensor  # [B, Hq, Lq]
     received: Tensor  # [B, Hq, Lk]
@@ -33,6 +30,10 @@ class Results(NamedTuple):
     max_index: Tensor  # int64 [B, Hq, Lq]
     topk_weights: Tensor  # [B, Hq, Lq, top_k]
     topk_indices: Tensor  # int64 [B, Hq, Lq, top_k]
+
+    def constant(self, pool_mode: str) -> tuple[Tensor, ...]:
+        """Those that no gradient reaches."""
+        return self[DIFFERENTIABLE - 1 :] if pool_mode == "max" else self[DIFFERENTIABLE:]
 
 
 DIFFERENTIABLE = 5  # leading fields of Results that gradients reach

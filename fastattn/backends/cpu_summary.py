@@ -112,7 +112,7 @@ def backward(
     dq, dk = output_like(q, q.shape[-1]), output_like(k, k.shape[-1])
     extra = cpu._extra_gradients(operands, (True, *needs))
     entropy, received, distance, dlse, pooled = (
-        None if g is None else resolved(g).contiguous() for g in grads
+        resolved(grad).contiguous() if grad is not None and grad.numel() else None for grad in grads
     )
     if 0 in q.shape[:-1] or k.numel() == 0:
         return dq.zero_(), dk.zero_(), *cpu._finish(extra, operands, dlse)

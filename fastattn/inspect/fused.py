@@ -1,7 +1,8 @@
 """From a lowered call to the summary kernels: directly, with gradients, or as library ops.
 
 As in fastattn.autograd: a direct call where no gradient is wanted, a ctx-style autograd.Function where one
-is, and the ops fastattn::attention_summary and fastattn::attention_summary_backward where a tracer watches.
+is, the ops fastattn::attention_summary and fastattn::attention_summary_backward where a tracer watches, and
+fastattn.inspect.transforms under torch.func.
 """
 
 from __future__ import annotations
@@ -48,18 +49,54 @@ def run(
     """
     lse = None if lse is None else lse.detach()
     tensors = (q, k, *operands[:BIASES])
+    if torch.compiler.is_compiling() or is_traced(q, k):
+        return Kernels(kernels.name).forward(q, k, lse, operands, params, wanted)
+    if torch._C._are_functorch_transforms_active():
+        from fastattn.inspect import transforms
+
+        return transforms.run(kernels, q, k, lse, operands, params, wanted)
     if has_tangent(*tensors):
         raise NotImplementedError(FORWARD_MODE)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced(q, k):
-        settings = (wanted.top_k, *wanted.pool, wanted.pool_mode)
-        found = torch.ops.fastattn.attention_summary(
-            kernels.name, q, k, lse, *operands, *_flat(params), *settings
-        )
-        return Results(*found)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return kernels.forward(q, k, lse, operands, params, wanted)
     fixed = operands[BIASES:]
     return Results(*_Summary.apply(q, k, *operands[:BIASES], lse, fixed, kernels, params, wanted))
+
+
+class Kernels:
+    """A backend's kernels, called through the ops."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor | None,
+        operands: Operands,
+        params: Params,
+        wanted: Wanted,
+    ) -> Results:
+        settings = (wanted.top_k, *wanted.pool, wanted.pool_mode)
+        flat = (*operands, *_flat(params), *settings)
+        return Results(*torch.ops.fastattn.attention_summary(self.name, q, k, lse, *flat))
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        grads: Sequence[Tensor | None],
+        operands: Operands,
+        params: Params,
+        pool_mode: str,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        flat = (*grads, *operands, *_flat(params), pool_mode, list(needs))
+        found = torch.ops.fastattn.attention_summary_backward(self.name, q, k, lse, *flat)
+        wanted = [True] * 2 + [n and t is not None for n, t in zip(needs[2:], operands, strict=False)]
+        return tuple(grad if want else None for grad, want in zip(found, wanted, strict=True))
 
 
 class _Summary(torch.autograd.Function):
@@ -83,7 +120,7 @@ class _Summary(torch.autograd.Function):
         ctx.save_for_backward(q, k, results.lse, bias, diag, sinks, *fixed)
         ctx.kernels, ctx.params, ctx.pool_mode = kernels, params, wanted.pool_mode
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*_constant(results, wanted.pool_mode))
+        ctx.mark_non_differentiable(*results.constant(wanted.pool_mode))
         return tuple(results)
 
     @staticmethod
@@ -100,11 +137,6 @@ class _Summary(torch.autograd.Function):
             )
 
         return without_double_backward(gradients, *grads[:DIFFERENTIABLE], *ctx.saved_tensors) + unused
-
-
-def _constant(results: Results, pool_mode: str) -> tuple[Tensor, ...]:
-    """The results that carry no gradient."""
-    return (results.pooled, *results[DIFFERENTIABLE:]) if pool_mode == "max" else results[DIFFERENTIABLE:]
 
 
 def _settings(flat: Sequence[Any]) -> Wanted:
@@ -146,7 +178,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.backend, ctx.flat, ctx.pool_mode = backend, rest[_COUNT:-4], rest[-1]
     needs = ctx.needs_input_grad
     ctx.needs = [*needs[1:3], *needs[4 : 4 + BIASES]]
-    ctx.mark_non_differentiable(*_constant(results, ctx.pool_mode))
+    ctx.mark_non_differentiable(*results.constant(ctx.pool_mode))
     ctx.set_materialize_grads(False)
 
 
