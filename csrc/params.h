@@ -113,7 +113,46 @@ struct AttentionBackwardParams : AttentionParams {
   Tensor ddiag;  // strides of diag, accumulator type, zero-filled by the caller; may be nullptr
   int64_t num_diagonals = 0;
   void* dsinks = nullptr;  // [Hq] accumulator type, overwritten; may be nullptr
+
+  // Gradients of SummaryParams' statistics, accumulator type, which add to those of out; each may be nullptr.
+  // Without out, head_dim_v is 0.
+  Tensor dentropy;   // [B, Hq, Lq]
+  Tensor ddistance;  // [B, Hq, Lq]
+  Tensor dreceived;  // [B, Hq, Lk]
+  Tensor dpooled;    // [B, Hq, pool_rows, pool_cols], of the sums of the cells
+  int64_t pool_rows = 0, pool_cols = 0;
 };
+
+// What a cell of the pooled weights holds of its pairs.
+enum class PoolMode : int { kMean = 0, kSum = 1, kMax = 2 };
+
+// Statistics of the weights, for the call of the base class without v, out, weights, dropout, packing or
+// pages. Outputs are of the accumulator's type but for indices, int64, and are overwritten.
+struct SummaryParams : AttentionParams {
+  bool lse_given = false;  // whether lse is an input
+
+  Tensor entropy;     // [B, Hq, Lq]
+  Tensor distance;    // [B, Hq, Lq]
+  Tensor max_weight;  // [B, Hq, Lq]
+  Tensor max_index;   // [B, Hq, Lq] int64
+  Tensor received;    // [B, Hq, Lk]
+
+  int64_t top_k = 0;
+  Tensor topk_weights;  // [B, Hq, Lq, top_k]; not read where top_k is 0
+  Tensor topk_indices;  // [B, Hq, Lq, top_k] int64; likewise
+
+  int64_t pool_rows = 0, pool_cols = 0;
+  PoolMode pool_mode = PoolMode::kMean;
+  Tensor pooled;  // [B, Hq, pool_rows, pool_cols]; may be nullptr
+};
+
+// Position i of a length falls into this one of `count` cells.
+FASTATTN_INLINE int64_t cell_of(int64_t i, int64_t count, int64_t length) { return i * count / length; }
+
+// The first position of a cell.
+FASTATTN_INLINE int64_t cell_begin(int64_t cell, int64_t count, int64_t length) {
+  return (cell * length + count - 1) / count;
+}
 
 // One batch entry: where its rows lie and how long it is.
 struct Sequence {

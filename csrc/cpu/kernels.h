@@ -13,6 +13,7 @@ struct CpuKernels {
   int vector_bytes;
   void (*attention_fwd)(const AttentionParams&);
   void (*attention_bwd)(const AttentionBackwardParams&);
+  void (*summary_fwd)(const SummaryParams&);
   double (*fma_peak)(DType dtype, int num_threads, double seconds);  // FLOP/s
 };
 

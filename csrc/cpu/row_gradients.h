@@ -12,14 +12,15 @@
 #include "score.h"
 #include "score_strips.h"
 #include "softmax.h"
+#include "weight_gradients.h"
 
 namespace fastattn::FASTATTN_ISA {
 
 // Per query row of the whole call, by [head][row]: lse in two parts, P = exp((S - lse) - residual), and delta
-// = dO·O - dlse. An empty row's lse is +inf, which makes its P = 0. The residual is 0 where lse is so small
-// that rounding took nothing that matters from it. Where it is large, as in a row biased by the most negative
-// float, rounding can take all of log(number of keys): there `lse` is the largest score, and the residual the
-// rest.
+// = dO·O - dlse, plus P·dP of statistics' gradients. An empty row's lse is +inf, which makes its P = 0. The
+// residual is 0 where lse is so small that rounding took nothing that matters from it. Where it is large, as
+// in a row biased by the most negative float, rounding can take all of log(number of keys): there `lse` is
+// the largest score, and the residual the rest.
 template <class T>
 class RowGradients {
  public:
@@ -31,6 +32,7 @@ class RowGradients {
 
  private:
   void compute(int64_t b, int64_t h, int64_t i0, int64_t rows);
+  void split_large(int64_t b, int64_t h, int64_t i0, int64_t rows);
 
   int64_t index(int64_t b, int64_t h) const {
     return h * rows_ + (p_.cu_seqlens_q != nullptr ? p_.cu_seqlens_q[b] : b * p_.seqlen_q);
@@ -93,13 +95,38 @@ RowGradients<T>::RowGradients(const AttentionBackwardParams& p) : p_(p) {
   });
 }
 
+// delta[r] += sum_j P dP of rows [i0, i0 + rows), for the dP of statistics' gradients: unlike that of a
+// value, no output has this sum. Hidden keys are left out where what they hold is not finite.
+template <class T>
+void add_weight_products(const AttentionParams& p, const WeightGradients<T>& gradients, int64_t b, int64_t h,
+                         int64_t i0, int64_t rows, const T* lse, const T* residual, T* delta) {
+  const ScoreRules<T> rules(p, b, h, sequence_of(p, b));
+  double sums[kMaskTile] = {};
+  for_each_strip<T>(p, rules, b, h, i0, rows, [&](const Run& run, int64_t r, T* s, int64_t padded) {
+    const int64_t n = run.end - run.begin;
+    T dp[kStrip] = {};
+    gradients.add(i0 + r, run.begin, n, s, lse[r], residual[r], dp);
+    Vec<T> sum{};
+    for (int64_t c = 0; c < padded; c += kLanes<T>) {
+      const Vec<T> product = vexp<T>((load(s + c) - lse[r]) - residual[r]) * load(dp + c);
+      store(s + c, product);
+      sum += product;
+    }
+    double total = reduce_add<T>(sum);
+    if (total != total) {
+      bool visible[kStrip];
+      rules.mark_visible(run, i0 + r, run.begin, n, visible);
+      total = 0;
+      for (int64_t c = 0; c < n; ++c) total += visible[c] ? s[c] : T{0};
+    }
+    sums[r] += total;
+  });
+  for (int64_t r = 0; r < rows; ++r) delta[r] += static_cast<T>(sums[r]);
+}
+
 template <class T>
 void RowGradients<T>::compute(int64_t b, int64_t h, int64_t i0, int64_t rows) {
-  // Below this magnitude what rounding takes from lse is a few units in the last place of P. The forward pass
-  // added up the scores of very few rows in another order, dot_rows': there every row gets a residual.
-  constexpr T kLargeLse = static_cast<T>(64);
   const Sequence s = sequence_of(p_, b);
-  const T least = s.len_q <= kDotRows ? T{0} : kLargeLse;
   T* lse = lse_.data() + index(b, h) + i0;
   T* residual = residual_.data() + index(b, h) + i0;
   T* delta = delta_.data() + index(b, h) + i0;
@@ -113,8 +140,22 @@ void RowGradients<T>::compute(int64_t b, int64_t h, int64_t i0, int64_t rows) {
     lse[r] = static_cast<const T*>(p_.lse.data)[p_.lse.offset(b, h, first + r)];
     if (lse[r] == -kInfinity<T>) lse[r] = kInfinity<T>;
   }
-  const auto large = [least](T x) { return std::abs(x) >= least && std::abs(x) < kInfinity<T>; };
   std::fill(residual, residual + rows, T{0});
+  split_large(b, h, i0, rows);
+  const WeightGradients<T> gradients(p_, b, h, s);
+  if (gradients.wanted()) add_weight_products<T>(p_, gradients, b, h, i0, rows, lse, residual, delta);
+}
+
+// Gives the rows whose lse is large a residual.
+template <class T>
+void RowGradients<T>::split_large(int64_t b, int64_t h, int64_t i0, int64_t rows) {
+  // Below this magnitude what rounding takes from lse is a few units in the last place of P. The forward pass
+  // added up the scores of very few rows in another order, dot_rows': there every row gets a residual.
+  constexpr T kLargeLse = static_cast<T>(64);
+  const T least = sequence_of(p_, b).len_q <= kDotRows ? T{0} : kLargeLse;
+  T* lse = lse_.data() + index(b, h) + i0;
+  T* residual = residual_.data() + index(b, h) + i0;
+  const auto large = [least](T x) { return std::abs(x) >= least && std::abs(x) < kInfinity<T>; };
   if (!std::any_of(lse, lse + rows, large)) return;
   RowState<T> states[kMaskTile];
   split_lse<T>(p_, b, h, i0, rows, states);

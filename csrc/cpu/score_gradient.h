@@ -7,6 +7,7 @@
 #include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
+#include "weight_gradients.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -34,6 +35,7 @@ class GradTile {
         keys_(Rows::of_keys(p, p.k, b, p.head_kv(h), seq_)),
         values_(Rows::of_keys(p, p.v, b, p.head_kv(h), seq_)),
         dropout_(p),
+        weight_gradients_(p, b, h, seq_),
         bh_(static_cast<uint32_t>(b * p.num_heads + h)),
         lse_(rows.lse(b, h)),
         residual_(rows.residual(b, h)),
@@ -110,6 +112,8 @@ class GradTile {
         dropout_.drop(bh_, i + r, j0_ + range.begin, keys, kept);
       }
       const T lse = lse_[i + r], residual = residual_[i + r], delta = delta_[i + r];
+      if (weight_gradients_.wanted())
+        weight_gradients_.add(i + r, j0_ + range.begin, keys, prob, lse, residual, ds);
       for (int64_t c = 0; c < n; c += kLanes<T>) {
         Vec<T> e = vexp<T>((load(prob + c) - lse) - residual);
         Vec<T> d = load(ds + c);
@@ -147,6 +151,7 @@ class GradTile {
   const ScoreRules<T> rules_;
   const Rows queries_, douts_, keys_, values_;
   const Dropout dropout_;
+  const WeightGradients<T> weight_gradients_;
   const uint32_t bh_;
   const T *lse_, *residual_, *delta_;
   T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;

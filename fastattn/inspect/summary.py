@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import reference
+from fastattn import dispatch, reference
 from fastattn.autocast import without_autocast
+from fastattn.backends import cpu, cpu_summary
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.functional import autocast
-from fastattn.inspect.definition import POOL_MODES, Statistics, Wanted, statistics
+from fastattn.inspect import fused
+from fastattn.inspect.definition import statistics
+from fastattn.lowering import lower
 from fastattn.masks import Mask
-from fastattn.spec import accumulate_dtype, dtype_name
+from fastattn.spec import accumulate_dtype, dtype_name, spec_of
 from fastattn.validation import check_tensor, validate
+from fastattn.weight_statistics import POOL_MODES, Results, Wanted
 from fastattn.weights import Index, attention_weights
 
 MAX_TOP_K = 256
@@ -35,16 +40,16 @@ class AttentionSummary:
     Attributes:
         entropy: [B, Hq, Lq], -sum_j p_ij ln p_ij in nats, from 0 (one key) to ln(number of visible keys).
         max_weight: [B, Hq, Lq], the largest weight of each query.
-        max_index: [B, Hq, Lq], its key; the first of equal ones.
+        max_index: [B, Hq, Lq], its key; the first of equal ones; -1 where the weight is 0.
         received: [B, Hq, Lk], sum_i p_ij: how much attention each key gets. Their sum is Lq where every
             query sees a key and there are no sinks.
         distance: [B, Hq, Lq], sum_j p_ij |i + Lk - Lq - j|: how far away a query looks, in tokens, with the
             last query standing at the last key.
         lse: [B, Hq, Lq], as `attention` returns it.
-        topk_weights: [B, Hq, Lq, top_k], the largest weights of each query, descending; 0 where there are no
-            more visible keys. None where top_k is 0.
-        topk_indices: [B, Hq, Lq, top_k], their keys; the lower index first among equal weights; -1 where
-            there are no more.
+        topk_weights: [B, Hq, Lq, top_k], the largest weights of each query, descending; 0 where it gives
+            weight to fewer keys. None where top_k is 0.
+        topk_indices: [B, Hq, Lq, top_k], their keys; the lower index first among equal weights; -1 where the
+            weight is 0.
         pooled: [B, Hq, rows, cols], the weights on a coarser grid: query i falls into row
             floor(i * rows / Lq), keys likewise, and a cell holds the mean (or sum, or maximum) of its pairs,
             hidden pairs counting as 0. None without pool.
@@ -161,16 +166,46 @@ def summarize(
     _check_lse(lse, call)
     options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
     with without_autocast(q.device):
-        found = _defined(call, wanted, lse)
-    return AttentionSummary(*found, pool_mode=pool_mode, _inputs=(q, k, options))
+        found = _run(call, wanted, lse)
+    named = found._asdict()
+    if lse is not None:
+        named["lse"] = lse
+    if top_k == 0:
+        named["topk_weights"] = named["topk_indices"] = None
+    if pool is None:
+        named["pooled"] = None
+    return AttentionSummary(**named, pool_mode=pool_mode, _inputs=(q, k, options))
 
 
-def _defined(call: Call, wanted: Wanted, lse: Tensor | None) -> Statistics:
+def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
+    """The statistics on the backend of choice.
+
+    Raises:
+        NotImplementedError: a backend was forced that cannot compute them.
+    """
+    forced = dispatch.forced_backend(call.backend)
+    reasons = {"cpu": cpu.supports(spec_of(call)), "reference": None}
+    name = forced or next(name for name, reason in reasons.items() if reason is None)
+    reason = reasons.get(name, "it has no summary kernels")
+    if reason is not None:
+        raise NotImplementedError(f"backend {name!r} cannot summarize {spec_of(call)}: {reason}")
+    if name == "reference":
+        return _defined(call, wanted, lse)
+    if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
+        call.scale = call.scale_value()
+        call.q, call.k = F.pad(call.q, (0, 1)), F.pad(call.k, (0, 1))
+    operands, params = lower(call)
+    return fused.run(cpu_summary, call.q, call.k, lse, operands, params, wanted)
+
+
+def _defined(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     """The statistics by their definition, from the whole matrix."""
     dtype = accumulate_dtype(call.q.dtype)
     q, k = call.q.to(dtype), call.k.to(dtype)
     shape = call.mask_shape()
-    weights, computed, visible = reference._probabilities(
+    if k.shape[1] == 0:  # no heads: no ratio of head counts
+        k = k.new_zeros(k.shape[0], 1, *k.shape[2:])
+    weights, computed, _ = reference._probabilities(
         q,
         k,
         reference._visible(call.mask, shape, q.device),
@@ -179,7 +214,7 @@ def _defined(call: Call, wanted: Wanted, lse: Tensor | None) -> Statistics:
         call.softcap,
         call.sinks,
     )
-    return statistics(weights.to(dtype), computed if lse is None else lse, visible, wanted)
+    return statistics(weights.to(dtype), computed if lse is None else lse, wanted)
 
 
 def _wanted(top_k: int, pool: Any, pool_mode: str, call: Call) -> Wanted:
@@ -189,7 +224,7 @@ def _wanted(top_k: int, pool: Any, pool_mode: str, call: Call) -> Wanted:
     if pool_mode not in POOL_MODES:
         raise ValueError(f"pool_mode must be one of {', '.join(POOL_MODES)}, got {pool_mode!r}")
     if pool is None:
-        return Wanted(top_k, None, pool_mode)
+        return Wanted(top_k, (0, 0), pool_mode)
     sizes = tuple(pool) if isinstance(pool, Sequence) and not isinstance(pool, str) else (pool, pool)
     if len(sizes) != 2:
         raise ValueError(f"pool must be (rows, cols) or one int, got {pool!r}")
