@@ -54,10 +54,10 @@ class WeightGradients {
 
   void add_pooled(int64_t i, int64_t j0, int64_t n, T* dp) const {
     const T* cells = pooled_ + cell_of(i, p_.pool_rows, seq_.len_q) * p_.dpooled.row;
-    int64_t cell = cell_of(j0, p_.pool_cols, seq_.len_k);
-    for (int64_t c = 0; c < n; ++cell) {
-      const int64_t next = std::min(n, cell_begin(cell + 1, p_.pool_cols, seq_.len_k) - j0);
-      for (; c < next; ++c) dp[c] += cells[cell];
+    CellWalk walk(j0, p_.pool_cols, seq_.len_k);
+    for (int64_t c = 0; c < n; walk.next()) {
+      const int64_t next = std::min(n, walk.end - j0);
+      for (; c < next; ++c) dp[c] += cells[walk.cell];
     }
   }
 
