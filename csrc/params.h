@@ -154,6 +154,30 @@ FASTATTN_INLINE int64_t cell_begin(int64_t cell, int64_t count, int64_t length) 
   return (cell * length + count - 1) / count;
 }
 
+// Goes from cell to cell, from the one that holds position i on, without a division each time.
+struct CellWalk {
+  int64_t cell, end;  // end: the first position behind the cell
+
+  FASTATTN_INLINE CellWalk(int64_t i, int64_t count, int64_t length)
+      : cell(cell_of(i, count, length)), count_(count), step_(length / count), part_(length % count) {
+    const int64_t scaled = (cell + 1) * length + count - 1;
+    end = scaled / count;
+    rest_ = scaled % count;
+  }
+
+  FASTATTN_INLINE void next() {
+    ++cell;
+    end += step_;
+    rest_ += part_;
+    if (rest_ < count_) return;
+    rest_ -= count_;
+    ++end;
+  }
+
+ private:
+  int64_t count_, step_, part_, rest_;
+};
+
 // One batch entry: where its rows lie and how long it is.
 struct Sequence {
   int64_t q_begin = 0, k_begin = 0;  // row offsets into packed tensors

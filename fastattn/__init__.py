@@ -27,6 +27,7 @@ __all__ = [
     "biases",
     "decode_attention",
     "explain",
+    "inspect",
     "masks",
     "merge",
     "models",
@@ -37,11 +38,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastattn import models, nn
+    from fastattn import inspect, models, nn
 else:
 
     def __getattr__(name: str) -> Any:
-        """fastattn.nn and fastattn.models, imported when first used."""
-        if name in ("models", "nn"):
+        """fastattn.inspect, fastattn.models and fastattn.nn, imported when first used."""
+        if name in ("inspect", "models", "nn"):
             return import_module(f"fastattn.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

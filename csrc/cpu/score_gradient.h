@@ -39,7 +39,8 @@ class GradTile {
         bh_(static_cast<uint32_t>(b * p.num_heads + h)),
         lse_(rows.lse(b, h)),
         residual_(rows.residual(b, h)),
-        delta_(rows.delta(b, h)) {
+        delta_(rows.delta(b, h)),
+        products_(rows.products(b, h)) {
     const int64_t width = std::max(round_to_lanes<T>(p.head_dim), round_to_lanes<T>(p.head_dim_v));
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
@@ -113,7 +114,7 @@ class GradTile {
       }
       const T lse = lse_[i + r], residual = residual_[i + r], delta = delta_[i + r];
       if (weight_gradients_.wanted())
-        weight_gradients_.add(i + r, j0_ + range.begin, keys, prob, lse, residual, ds);
+        weight_gradients_.add(i + r, j0_ + range.begin, keys, prob, lse, residual, products_[i + r], ds);
       for (int64_t c = 0; c < n; c += kLanes<T>) {
         Vec<T> e = vexp<T>((load(prob + c) - lse) - residual);
         Vec<T> d = load(ds + c);
@@ -153,7 +154,7 @@ class GradTile {
   const Dropout dropout_;
   const WeightGradients<T> weight_gradients_;
   const uint32_t bh_;
-  const T *lse_, *residual_, *delta_;
+  const T *lse_, *residual_, *delta_, *products_;
   T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
   Block<T> query_block_{}, dout_block_{};
   int64_t i0_ = 0, j0_ = 0, j1_ = 0;

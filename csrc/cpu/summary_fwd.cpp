@@ -8,6 +8,7 @@
 // docs/kernels/summary.md derives the steps and the sizes.
 #include <algorithm>
 
+#include "../errors.h"
 #include "../parallel.h"
 #include "buffer.h"
 #include "isa.h"
@@ -142,30 +143,32 @@ class ChunkRunner {
     return {top_scores_ + first, top_keys_ + first, p_.top_k};
   }
 
-  const T* row_lse(int64_t i) const {
-    return static_cast<const T*>(p_.lse.data) + p_.lse.offset(chunk_.batch, chunk_.head, i);
+  T row_lse(int64_t i) const { return at<T>(p_.lse, i); }
+
+  // Whether the row's given lse makes weights as precise as softmax would: within 4 units in the last place.
+  bool is_usable(int64_t i) const {
+    constexpr T kLargeLse = static_cast<T>(16);
+    const T size = std::abs(row_lse(i));
+    return size < kLargeLse || !(size < kInfinity<T>);
   }
 
-  // Sets each row's normaliser: from its lse, where that is given and rounding took nothing that matters from
-  // it, else from a walk over the keys.
+  // Sets each row's normaliser: from its lse, where that is given and usable, else from a walk over the keys.
   void normalise(int64_t i0, int64_t i1) {
-    constexpr T kLargeLse = static_cast<T>(64);
-    const auto is_usable = [&](int64_t i) {
-      return p_.lse_given && !(std::abs(*row_lse(i)) >= kLargeLse && std::abs(*row_lse(i)) < kInfinity<T>);
-    };
     bool walk = false;
-    for (int64_t i = i0; i < i1; ++i) walk |= !is_usable(i);
+    for (int64_t i = i0; i < i1; ++i) walk |= !(p_.lse_given && is_usable(i));
     if (walk) find_states(i0, i1);
     for (int64_t i = i0; i < i1; ++i) {
       RowStatistics<T>& row = rows_[i - i0];
       row = {};
-      row.normaliser = is_usable(i) ? Normaliser<T>::of_lse(*row_lse(i)) : Normaliser<T>::of(states_[i - i0]);
+      if (p_.lse_given && is_usable(i))
+        row.normaliser = Normaliser<T>::of_lse(row_lse(i));
+      else
+        row.normaliser = Normaliser<T>::of(states_[i - i0]);
     }
   }
 
   void find_states(int64_t i0, int64_t i1) {
-    const RowState<T> start =
-        p_.sinks == nullptr ? RowState<T>{} : sink_state(static_cast<const T*>(p_.sinks)[chunk_.head]);
+    const RowState<T> start = p_.sinks == nullptr ? RowState<T>{} : sink_state(sink());
     std::fill(states_, states_ + (i1 - i0), start);
     for_each_group(i0, i1, [&](const Group& g) {
       for (int64_t r = 0; r < g.rows; ++r) {
@@ -202,20 +205,38 @@ class ChunkRunner {
     if (p_.top_k > 0 && largest > -kInfinity<T>) links(g.i + r).add(s, padded, j0);
   }
 
-  void finish_row(int64_t i) const {
+  // What the row's e add up to, with the sink: 1 but for the rounding of lse where that was used.
+  T total(int64_t i) const {
+    constexpr T kTolerance = static_cast<T>(0.05);  // far from any rounding, but not from another mask
     const RowStatistics<T>& row = rows_[i - first_];
+    if (!(p_.lse_given && is_usable(i))) return row.is_empty() ? T{1} : states_[i - first_].sum;
+    if (row.is_empty() && row.max == -kInfinity<T>) return T{1};
+    const T sum = row.sum + (p_.sinks == nullptr ? T{0} : row.normaliser.weight(sink()));
+    if (std::abs(sum - T{1}) > kTolerance) throw_wrong_lse(chunk_.batch, chunk_.head, i, sum);
+    return sum;
+  }
+
+  T sink() const { return static_cast<const T*>(p_.sinks)[chunk_.head]; }
+
+  void finish_row(int64_t i) const {
+    RowStatistics<T>& row = rows_[i - first_];
+    row.finish(total(i));
     const bool lost = row.lost();
     at<T>(p_.entropy, i) = row.entropy;
     at<T>(p_.distance, i) = row.distance;
     store_link(lost, row.normaliser.weight(row.max), row.max_index, &at<T>(p_.max_weight, i),
                &at<int64_t>(p_.max_index, i));
-    if (!p_.lse_given) at<T>(p_.lse, i) = row.normaliser.lse();
+    if (!p_.lse_given) at<T>(p_.lse, i) = lse_of(states_[i - first_]);
     if (p_.top_k == 0) return;
     const TopLinks<T> top = links(i);
     T* weights = &at<T>(p_.topk_weights, i);
     int64_t* indices = &at<int64_t>(p_.topk_indices, i);
     for (int64_t n = 0; n < p_.top_k; ++n)
       store_link(lost, row.normaliser.weight(top.score(n)), top.key(n), weights + n, indices + n);
+  }
+
+  static T lse_of(const RowState<T>& state) {
+    return state.max == -kInfinity<T> ? state.max : state.max + std::log(state.sum);
   }
 
   // A key of weight 0 is no link.

@@ -23,9 +23,9 @@ class WeightGradients {
     return entropy_ != nullptr || distance_ != nullptr || received_ != nullptr || pooled_ != nullptr;
   }
 
-  // dp[c] += dL/dp of row i and key j0 + c, c < n, whose ln p is (s[c] - lse) - residual. Both arrays reach
-  // to a whole number of vectors.
-  void add(int64_t i, int64_t j0, int64_t n, const T* s, T lse, T residual, T* dp) const {
+  // dp[c] += dL/dp - product of row i and key j0 + c, c < n, whose ln p is (s[c] - lse) - residual. Both
+  // arrays reach to a whole number of vectors.
+  void add(int64_t i, int64_t j0, int64_t n, const T* s, T lse, T residual, T product, T* dp) const {
     if (entropy_ != nullptr) add_entropy(entropy_[i * p_.dentropy.row], n, s, lse, residual, dp);
     if (distance_ != nullptr) {
       const T factor = distance_[i * p_.ddistance.row];
@@ -35,6 +35,7 @@ class WeightGradients {
     if (received_ != nullptr)
       for (int64_t c = 0; c < n; ++c) dp[c] += received_[j0 + c];
     if (pooled_ != nullptr) add_pooled(i, j0, n, dp);
+    for (int64_t c = 0; c < n; ++c) dp[c] -= product;
   }
 
  private:
@@ -53,10 +54,10 @@ class WeightGradients {
 
   void add_pooled(int64_t i, int64_t j0, int64_t n, T* dp) const {
     const T* cells = pooled_ + cell_of(i, p_.pool_rows, seq_.len_q) * p_.dpooled.row;
-    int64_t cell = cell_of(j0, p_.pool_cols, seq_.len_k);
-    for (int64_t c = 0; c < n; ++cell) {
-      const int64_t next = std::min(n, cell_begin(cell + 1, p_.pool_cols, seq_.len_k) - j0);
-      for (; c < next; ++c) dp[c] += cells[cell];
+    CellWalk walk(j0, p_.pool_cols, seq_.len_k);
+    for (int64_t c = 0; c < n; walk.next()) {
+      const int64_t next = std::min(n, walk.end - j0);
+      for (; c < next; ++c) dp[c] += cells[walk.cell];
     }
   }
 

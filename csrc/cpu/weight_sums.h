@@ -12,10 +12,13 @@ namespace fastattn::FASTATTN_ISA {
 
 template <class T>
 FASTATTN_INLINE T sum_of(const T* x, int64_t n) {
-  Vec<T> sum{};
+  T total{0};
   int64_t c = 0;
-  for (; c + kLanes<T> <= n; c += kLanes<T>) sum += load(x + c);
-  T total = reduce_add<T>(sum);
+  if (n >= kLanes<T>) {
+    Vec<T> sum{};
+    for (; c + kLanes<T> <= n; c += kLanes<T>) sum += load(x + c);
+    total = reduce_add<T>(sum);
+  }
   for (; c < n; ++c) total += x[c];
   return total;
 }
@@ -83,12 +86,14 @@ class WeightSums {
 
   // One row of cells takes the columns [begin, stop).
   void pool(int64_t j0, int64_t begin, int64_t stop, double* row) const {
-    for (int64_t c = begin, cell = cell_of(j0 + begin, p_.pool_cols, p_.seqlen_k); c < stop; ++cell) {
-      const int64_t next = std::min(stop, cell_begin(cell + 1, p_.pool_cols, p_.seqlen_k) - j0);
+    CellWalk walk(j0 + begin, p_.pool_cols, p_.seqlen_k);
+    for (int64_t c = begin; c < stop; walk.next()) {
+      const int64_t next = std::min(stop, walk.end - j0);
+      double& cell = row[walk.cell];
       if (p_.pool_mode == PoolMode::kMax) {
-        for (; c < next; ++c) row[cell] = max_or_nan(row[cell], static_cast<double>(columns_[c]));
+        for (; c < next; ++c) cell = max_or_nan(cell, static_cast<double>(columns_[c]));
       } else {
-        row[cell] += static_cast<double>(sum_of(columns_ + c, next - c));
+        cell += static_cast<double>(sum_of(columns_ + c, next - c));
         c = next;
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -26,6 +27,8 @@ from fastattn.weight_statistics import POOL_MODES, Results, Wanted
 from fastattn.weights import Index, attention_weights
 
 MAX_TOP_K = 256
+
+_warned: set[str] = set()  # backends whose memory was mentioned
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,6 +193,8 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     if reason is not None:
         raise NotImplementedError(f"backend {name!r} cannot summarize {spec_of(call)}: {reason}")
     if name == "reference":
+        if forced is None:
+            _warn_once(reasons["cpu"])
         return _defined(call, wanted, lse)
     if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
         call.scale = call.scale_value()
@@ -198,13 +203,23 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     return fused.run(cpu_summary, call.q, call.k, lse, operands, params, wanted)
 
 
+def _warn_once(reason: str | None) -> None:
+    if _warned:
+        return
+    _warned.add("reference")
+    warnings.warn(
+        f"fastattn.inspect.summarize holds the whole matrix of weights (cpu: {reason}). This is said once.",
+        stacklevel=4,
+    )
+
+
 def _defined(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     """The statistics by their definition, from the whole matrix."""
     dtype = accumulate_dtype(call.q.dtype)
     q, k = call.q.to(dtype), call.k.to(dtype)
     shape = call.mask_shape()
     if k.shape[1] == 0:  # no heads: no ratio of head counts
-        k = k.new_zeros(k.shape[0], 1, *k.shape[2:])
+        k = k.sum(1, keepdim=True)
     weights, computed, _ = reference._probabilities(
         q,
         k,
