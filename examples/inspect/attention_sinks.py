@@ -11,8 +11,8 @@ python examples/inspect/attention_sinks.py [FOLDER]
 from __future__ import annotations
 
 import torch
-from toy import Batch, accuracy, path_for, train
 from torch import Tensor, nn
+from toy import Batch, accuracy, path_for, train
 
 import fastattn
 from fastattn.inspect import heatmap, record

@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from toy import Labeller, accuracy, looks_back, path_for, sum_with, train
 from torch import Tensor
+from toy import Labeller, accuracy, looks_back, path_for, sum_with, train
 
 from fastattn.inspect import Record, attention_map, record
 

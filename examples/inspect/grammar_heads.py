@@ -12,12 +12,16 @@ from __future__ import annotations
 import random
 
 import torch
-from toy import Batch, Labeller, accuracy, looks_back, path_for, train
 from torch import Tensor
+from toy import Batch, Labeller, accuracy, looks_back, path_for, train
 
 from fastattn.inspect import heatmap, knockout, record
 
-NOUNS, ADJECTIVES, VERBS = ["gato", "perro", "libro", "tren"], ["viejo*", "rojo*", "alto*"], ["cae*", "brilla*"]
+NOUNS, ADJECTIVES, VERBS = (
+    ["gato", "perro", "libro", "tren"],
+    ["viejo*", "rojo*", "alto*"],
+    ["cae*", "brilla*"],
+)
 OTHERS = ["<pad>", "muy", "con", "hoy"]
 WORDS = [*OTHERS, *NOUNS, *[noun + "s" for noun in NOUNS], *ADJECTIVES, *VERBS]
 NUMBER = {word: n for n, word in enumerate(WORDS)}

@@ -34,12 +34,15 @@ class Labeller(nn.Module):
 
 
 def train(
-    model: nn.Module, batch: Callable[[], Batch], steps: int, penalty: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module,
+    batch: Callable[[], Batch],
+    steps: int,
+    penalty: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Adam on the mean cross entropy of new batches; `penalty(tokens)` runs the model if it is given.
+    """Adam on the mean cross entropy of new batches.
 
     Args:
-        penalty: takes tokens and returns (logits, what to add to the loss).
+        penalty: runs the model on tokens and returns its logits and what to add to the loss.
     """
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(steps):
