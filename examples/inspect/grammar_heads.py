@@ -1,8 +1,8 @@
 """Heads of a toy grammar, scored: which are positional, which link verb to subject, adjective to noun?
 
-Sentences such as "gatos muy viejo* con libro cae*": nouns show their number, adjectives and verbs (with a star)
-hide it, and the model has to tell it. An adjective agrees with the noun before it, the verb with the first
-noun. Words in between vary, so that no fixed distance tells where to look.
+Sentences such as "gatos muy viejo* con libro rojo* cae*": nouns show their number, adjectives and verbs (with
+a star) hide it, and the model has to tell it. An adjective agrees with the noun before it, the verb with the
+first noun. Words in between vary, so that no fixed distance tells where to look.
 
 python examples/inspect/grammar_heads.py [FOLDER]
 """

@@ -1,8 +1,8 @@
 """Heads that attend to the previous token, found by their weights and tested by cutting their links.
 
-A model of two layers sees a row of tokens that repeats itself and must go on with it. It has to find where the
-present token stood before and read what followed, for which each token must know the one before it: that is
-the first layer's work, as Olsson et al. 2022 found in language models ("In-context Learning and Induction
+A model of two layers sees a row of tokens that repeats itself and must go on with it. It has to find where
+the present token stood before and read what followed, for which each token must know the one before it: that
+is the first layer's work, as Olsson et al. 2022 found in language models ("In-context Learning and Induction
 Heads"). Links that matter are told from others by removing them.
 
 python examples/inspect/previous_token.py [FOLDER]

@@ -37,7 +37,7 @@ def train(
     model: nn.Module,
     batch: Callable[[], Batch],
     steps: int,
-    penalty: Callable[[Tensor], Tensor] | None = None,
+    penalty: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Adam on the mean cross entropy of new batches.
 
