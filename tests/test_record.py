@@ -558,6 +558,14 @@ def test_damaged_files(saved, change, message):
         fastattn.inspect.Record.load(path)
 
 
+def test_without_safetensors(saved, monkeypatch):
+    rec, path = saved
+    monkeypatch.setattr("fastattn.inspect.files.importlib.util.find_spec", lambda name: None)
+    for action in (lambda: rec.save(path), lambda: fastattn.inspect.Record.load(path)):
+        with pytest.raises(ModuleNotFoundError, match=r"need safetensors: pip install 'fastattn\[viz\]'"):
+            action()
+
+
 def test_other_files(tmp_path):
     from safetensors.torch import save_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import zlib
 from collections import Counter
@@ -22,6 +23,7 @@ _REQUIRED = ("entropy", "max_weight", "max_index", "received", "distance", "lse"
 
 def save(record: Record, path: Path) -> None:
     """See `Record.save`."""
+    _need_safetensors()
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -55,6 +57,7 @@ def save(record: Record, path: Path) -> None:
 
 def load(path: Path) -> Record:
     """See `Record.load`."""
+    _need_safetensors()
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():  # safetensors says of a folder that it has no such device
@@ -74,6 +77,13 @@ def load(path: Path) -> Record:
         raise ValueError(f"{path} is damaged: its labels are not as Record.save writes them") from None
     record.labels = Labels(by_pattern)
     return record
+
+
+def _need_safetensors() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ModuleNotFoundError(
+            "records in files need safetensors: pip install 'fastattn[viz]'", name="safetensors"
+        )
 
 
 def _facts(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
