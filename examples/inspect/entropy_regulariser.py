@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from toy import Labeller, accuracy, looks_back, path_for, sum_with, train
+from toy import Labeller, accuracy, path_for, sum_with, train
 
 from fastattn.inspect import Record, attention_map, record
 
@@ -37,10 +37,10 @@ def main() -> None:
         with torch.no_grad(), record(model) as records[name]:
             model(batch[0])
         entropies = torch.stack([records[name].entropy(path) for path in records[name].paths])
-        before = looks_back(records[name]["encoder.layers.0.self_attn"][0].weights, 1).mean(0)
+        largest = torch.stack([call.summary.max_weight.mean() for call in records[name]]).mean()
         print(
             f"{name}: accuracy {accuracy(model, batch):.2f}, mean entropy {entropies.mean():.2f} nats, "
-            f"most weight of a first-layer head on the previous token {before.max():.2f}"
+            f"largest weight of a query on average {largest:.2f}"
         )
     draw(records)
 
