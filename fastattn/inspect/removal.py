@@ -43,10 +43,10 @@ def knockout(
         heads: for each module the numbers of its query heads. A module is named by its path ("" the model
             itself), by that of a module around it, or by a glob: {"encoder.layers.0.self_attn": [1, 3]},
             {"*.cross_attn": [0]}.
-        edges: (query, key) pairs of token positions that do not see each other, in every head of every call;
-            or such pairs for each module, named likewise. Queries count from the first token that a fastattn
-            cache saw, so that a link is the same in training and in decoding token by token; without a cache
-            from the call's first row.
+        edges: (query, key) pairs of token positions that do not see each other, in every head and batch entry
+            of every call; or such pairs for each module, named likewise. Queries count from the first token
+            that a fastattn cache saw, so that a link is the same in training and in decoding token by token;
+            without a cache from the call's first row.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got; a head that a call does not
             have raises when that call is made.
