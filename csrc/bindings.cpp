@@ -163,10 +163,22 @@ bool read_backward_option(const std::string& key, py::handle value, AttentionBac
   if (key == "dbias") {
     p.dbias = view_of(value).tensor();
   } else if (key == "ddiag") {
-    p.ddiag = view_of(value).rows();
-    p.num_diagonals = view_of(value).dim(2);
+    const View v = view_of(value);
+    p.ddiag = v.rows();
+    p.num_diagonals = v.dim(2);
   } else if (key == "dsinks") {
     p.dsinks = view_of(value).data;
+  } else if (key == "dentropy") {
+    p.dentropy = view_of(value).rows();
+  } else if (key == "ddistance") {
+    p.ddistance = view_of(value).rows();
+  } else if (key == "dreceived") {
+    p.dreceived = view_of(value).rows();
+  } else if (key == "dpooled") {
+    const View v = view_of(value);
+    p.dpooled = v.tensor();
+    p.pool_rows = v.dim(2);
+    p.pool_cols = v.dim(3);
   } else if (key == "dscore_weights") {
     p.dscore_weights = view_of(value).data;
   } else {
@@ -251,6 +263,49 @@ void hard_fwd(int dtype, py::handle q, py::handle k, py::handle index, py::handl
   cpu_kernels().hard_fwd(p);
 }
 
+// outputs: views by the names of SummaryParams' tensors, "topk" (weights, indices) and "pooled" (mode, view);
+// "lse_given" stands in for "lse" where it is an input.
+void read_summary_outputs(const py::dict& outputs, SummaryParams& p) {
+  const std::pair<const char*, Tensor*> rows[] = {{"entropy", &p.entropy},       {"distance", &p.distance},
+                                                  {"max_weight", &p.max_weight}, {"max_index", &p.max_index},
+                                                  {"received", &p.received},     {"lse", &p.lse},
+                                                  {"lse_given", &p.lse}};
+  for (const auto& [name, tensor] : rows)
+    if (outputs.contains(name)) *tensor = view_of(outputs[name]).rows();
+  p.lse_given = outputs.contains("lse_given");
+  if (outputs.contains("topk")) {
+    const py::tuple topk = tuple_of(outputs["topk"], 2);
+    const View weights = view_of(topk[0]);
+    p.top_k = weights.dim(3);
+    p.topk_weights = weights.tensor();
+    p.topk_indices = view_of(topk[1]).tensor();
+  }
+  if (outputs.contains("pooled")) {
+    const py::tuple pooled = tuple_of(outputs["pooled"], 2);
+    const View cells = view_of(pooled[1]);
+    p.pool_mode = static_cast<PoolMode>(pooled[0].cast<int>());
+    p.pool_rows = cells.dim(2);
+    p.pool_cols = cells.dim(3);
+    p.pooled = cells.tensor();
+  }
+}
+
+void summary_fwd(int dtype, py::handle q, py::handle k, double scale, int num_threads,
+                 const py::dict& outputs, const std::optional<py::dict>& options) {
+  SummaryParams p;
+  const View queries = view_of(q), keys = view_of(k);
+  read_call(p, dtype, queries, keys, keys, queries, View{}, scale, num_threads);
+  p.v = p.out = Tensor{};
+  read_summary_outputs(outputs, p);
+  if (options)
+    for (const auto& [key, value] : *options) {
+      const std::string name = key.cast<std::string>();
+      if (!read_option(name, value, p)) unknown_option(name);
+    }
+  const py::gil_scoped_release release;
+  cpu_kernels().summary_fwd(p);
+}
+
 py::dict info() {
   py::dict d;
   const CpuKernels& kernels = cpu_kernels();
@@ -268,6 +323,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_fwd", attention_fwd);
   m.def("attention_bwd", attention_bwd);
   m.def("hard_fwd", hard_fwd);
+  m.def("summary_fwd", summary_fwd);
   m.def("info", info);
   m.def("set_isa", set_cpu_isa);
   m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {

@@ -129,12 +129,75 @@ struct AttentionBackwardParams : AttentionParams {
   int64_t num_diagonals = 0;
   void* dsinks = nullptr;          // [Hq] accumulator type, overwritten; may be nullptr
   void* dscore_weights = nullptr;  // [D] accumulator type, overwritten; may be nullptr
+
+  // Gradients of SummaryParams' statistics, accumulator type, which add to those of out; each may be nullptr.
+  // Without out, head_dim_v is 0.
+  Tensor dentropy;   // [B, Hq, Lq]
+  Tensor ddistance;  // [B, Hq, Lq]
+  Tensor dreceived;  // [B, Hq, Lk]
+  Tensor dpooled;    // [B, Hq, pool_rows, pool_cols], of the sums of the cells
+  int64_t pool_rows = 0, pool_cols = 0;
 };
 
 // Of v, out and lse nothing is read.
 struct HardParams : AttentionParams {
   Tensor index;                   // [B, Hq, Lq] int64: the chosen key, -1 in a row that sees none
   const int64_t* seed = nullptr;  // one element: draw from the softmax; nullptr: take the largest score
+};
+
+// What a cell of the pooled weights holds of its pairs.
+enum class PoolMode : int { kMean = 0, kSum = 1, kMax = 2 };
+
+// Statistics of the weights, for the call of the base class without v, out, weights, dropout, packing or
+// pages. Outputs are of the accumulator's type but for indices, int64, and are overwritten.
+struct SummaryParams : AttentionParams {
+  bool lse_given = false;  // whether lse is an input
+
+  Tensor entropy;     // [B, Hq, Lq]
+  Tensor distance;    // [B, Hq, Lq]
+  Tensor max_weight;  // [B, Hq, Lq]
+  Tensor max_index;   // [B, Hq, Lq] int64
+  Tensor received;    // [B, Hq, Lk]
+
+  int64_t top_k = 0;
+  Tensor topk_weights;  // [B, Hq, Lq, top_k]; not read where top_k is 0
+  Tensor topk_indices;  // [B, Hq, Lq, top_k] int64; likewise
+
+  int64_t pool_rows = 0, pool_cols = 0;
+  PoolMode pool_mode = PoolMode::kMean;
+  Tensor pooled;  // [B, Hq, pool_rows, pool_cols]; may be nullptr
+};
+
+// Position i of a length falls into this one of `count` cells.
+FASTATTN_INLINE int64_t cell_of(int64_t i, int64_t count, int64_t length) { return i * count / length; }
+
+// The first position of a cell.
+FASTATTN_INLINE int64_t cell_begin(int64_t cell, int64_t count, int64_t length) {
+  return (cell * length + count - 1) / count;
+}
+
+// Goes from cell to cell, from the one that holds position i on, without a division each time.
+struct CellWalk {
+  int64_t cell, end;  // end: the first position behind the cell
+
+  FASTATTN_INLINE CellWalk(int64_t i, int64_t count, int64_t length)
+      : cell(cell_of(i, count, length)), count_(count), step_(length / count), part_(length % count) {
+    const int64_t scaled = (cell + 1) * length + count - 1;
+    end = scaled / count;
+    rest_ = scaled % count;
+  }
+
+  FASTATTN_INLINE void next() {
+    ++cell;
+    end += step_;
+    rest_ += part_;
+    if (rest_ < count_) return;
+    rest_ -= count_;
+    ++end;
+  }
+
+ private:
+  int64_t count_, step_, part_, rest_;
 };
 
 // One batch entry: where its rows lie and how long it is.

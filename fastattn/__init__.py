@@ -32,6 +32,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "hard_attention",
+    "inspect",
     "kernel_attention",
     "masks",
     "merge",
@@ -44,14 +45,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastattn import models, nn
+    from fastattn import inspect, models, nn
     from fastattn.integrations.patching import patch
 else:
 
     def __getattr__(name: str) -> Any:
-        """fastattn.nn, fastattn.models and fastattn.patch, imported when first used."""
+        """fastattn.inspect, .models, .nn and .patch, imported when first used."""
         if name == "patch":
             return import_module("fastattn.integrations.patching").patch
-        if name in ("models", "nn"):
+        if name in ("inspect", "models", "nn"):
             return import_module(f"fastattn.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils._pytree import tree_leaves
 
-from fastattn import autograd, dispatch
+from fastattn import autograd, dispatch, watch
 from fastattn.autocast import autocast_dtype, cast, cast_bias
 from fastattn.backends import cpu
 from fastattn.biases import Bias
@@ -356,6 +356,11 @@ def explain(
 def run(call: Call) -> Any:
     """Validate and run a call; out, or (out, lse) where the call asks for it."""
     _prepare(call)
+    return watch.run(call, execute) if watch.is_watched() else execute(call)
+
+
+def execute(call: Call) -> Any:
+    """`run` of a validated call that nobody watches; the call may be changed."""
     head_dim_v = call.v.shape[-1]
     if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
         call.scale = call.scale_value()

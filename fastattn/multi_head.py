@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastattn import autograd, dispatch, functional
+from fastattn import autograd, dispatch, functional, watch
 from fastattn.autocast import autocast_dtype, cast, cast_bias, without_autocast
 from fastattn.autograd import without_double_backward
 from fastattn.backends import cpu
@@ -145,6 +145,7 @@ def _is_fusable(call: Call, projections: Projections, output: Output) -> bool:
         and not autograd.has_tangent(*tensors, *tree_leaves((call.bias, call.sinks)))
         and call.dropout_p < 1
         and 0 not in sizes
+        and not watch.is_watched()
         and dispatch.choose(call) is cpu
     )
 

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from fastattn.backends import cpu
 from fastattn.dispatch import forced_by_environment
+from fastattn.watch import observers
 
 # Bound once: each lookup through a module costs as much as the call itself.
 _is_compiling = torch.compiler.is_compiling
@@ -48,6 +49,7 @@ def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
         and not (_function_modes() or _dispatch_modes() or _transforms() or _autocast())
         and forward_ad._current_level < 0
         and _trace() is None
+        and not observers()
         and forced_by_environment() is None
         and dtype in cpu.DTYPE_CODES
         and cpu.available()

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference
+from fastattn import dispatch, reference, watch
 from fastattn.autocast import without_autocast
 from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import autocast, run
+from fastattn.functional import autocast, execute
 from fastattn.lowering import lower, to_4d
 from fastattn.masks import Mask, as_mask
 from fastattn.masks.space import Pairs
@@ -68,6 +68,7 @@ def attention_weights(
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, backend=backend)
     autocast(call)
     validate(call)
+    call = watch.changed(call)
     dispatch.choose(call)  # raises where a forced backend is unknown, or cannot run the call
     at_rows = _index("rows", rows, q.shape[2], q.device)
     at_cols = _index("cols", cols, k.shape[2], q.device)
@@ -94,7 +95,7 @@ def _columns(call: Call, cols: Tensor) -> Tensor:
         heads_kv, seqlen_k = call.k.shape[1:3]
         values = call.k.new_zeros(seqlen_k, chosen.shape[0])
         values[chosen, torch.arange(chosen.shape[0], device=chosen.device)] = 1
-        parts.append(run(replace(call, v=values.expand(call.k.shape[0], heads_kv, *values.shape))))
+        parts.append(execute(replace(call, v=values.expand(call.k.shape[0], heads_kv, *values.shape))))
     return torch.cat(parts, -1)
 
 

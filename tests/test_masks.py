@@ -28,6 +28,7 @@ from fastattn.masks import (
     dense,
     documents,
     global_tokens,
+    links,
     padding,
     predicate,
     prefix,
@@ -242,6 +243,14 @@ def draw_global_tokens(draw: st.DrawFn, shape: MaskShape) -> tuple[Mask, Definit
     return global_tokens(flags, align=align), definition
 
 
+def draw_links(draw: st.DrawFn, shape: MaskShape) -> tuple[Mask, Definition]:
+    align = draw(aligns)
+    pair = st.tuples(st.integers(0, shape.seqlen_q + 2), st.integers(0, shape.seqlen_k + 2))
+    pairs = draw(st.lists(pair, max_size=6))
+    given_pairs = pairs if draw(st.booleans()) else torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return links(given_pairs, align=align), lambda p: (p.position(align), p.j) in pairs
+
+
 def draw_blocks(draw: st.DrawFn, shape: MaskShape) -> tuple[Mask, Definition]:
     size = draw(st.sampled_from([1, 3, 16, 32, 50, 64, 100, 128]))
     batch, heads = draw(st.sampled_from([1, shape.batch])), draw(st.sampled_from([1, shape.heads]))
@@ -284,6 +293,7 @@ KINDS = {
     "documents": draw_documents,
     "prefix": draw_prefix,
     "global_tokens": draw_global_tokens,
+    "links": draw_links,
     "blocks": draw_blocks,
     "dense": draw_dense,
     "predicate": draw_predicate,
@@ -375,6 +385,10 @@ def test_hash_collisions_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
         (predicate(lambda b, h, i, j: (i - j) % 2 == 0) & causal(), (4, 4), "1000 0100 1010 0101"),
         (~causal(), (2, 2), "01 00"),
         (~causal() | window(0, 0) & padding(1), (2, 2), "11 00"),
+        (links([(1, 0), (2, 2)]), (3, 3), "000 100 001"),
+        (links([(2, 0)]), (2, 3), "000 100"),
+        (links([(1, 0)], align="top_left"), (2, 3), "000 100"),
+        (causal() & ~links(torch.tensor([[1, 0]])), (2, 2), "10 01"),
         (causal() & (window(1, 0) | global_tokens([0])), (4, 4), "1000 1100 1110 1011"),
         (dense(torch.tensor([True, False])), (2, 2), "10 10"),
     ],
@@ -612,6 +626,8 @@ ZOO = [
     documents(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)),
     prefix(2),
     global_tokens(torch.tensor([0, 1])),
+    links([(1, 2)]),
+    links(torch.tensor([[1, 2]])),
     blocks(torch.ones(1, 1, dtype=torch.bool), 64),
     dense(torch.ones(5, 6, dtype=torch.bool)),
     predicate(lambda b, h, i, j: i >= j),
@@ -755,6 +771,18 @@ FLOATS = torch.ones(2)
             "global_tokens index_or_bool must have 1 or 2 dimensions",
         ),
         (lambda: global_tokens([0], align="x"), ValueError, "align must be one of"),
+        (lambda: links([(1, -1)]), ValueError, "links key must be >= 0, got -1"),
+        (
+            lambda: links([(1, 2, 3)]),
+            ValueError,
+            r"links pairs must be \(query, key\) positions, got \(1, 2, 3\)",
+        ),
+        (lambda: links([3]), ValueError, r"links pairs must be \(query, key\) positions, got 3"),
+        (lambda: links([(1.0, 2)]), TypeError, "links query must be an int, got float"),
+        (lambda: links(3), TypeError, "links pairs must be a tensor or a sequence of pairs, got int"),
+        (lambda: links(FLOATS), TypeError, "links pairs must be integers, got float32"),
+        (lambda: links(torch.tensor([1, 2])), ValueError, r"links pairs must have shape \[N, 2\], got \[2\]"),
+        (lambda: links([(0, 0)], align="x"), ValueError, "align must be one of"),
         (lambda: blocks(FLOATS, 3), TypeError, r"blocks layout must be a bool tensor, got float32\[2\]"),
         (lambda: blocks(BOOLS[None], 3), ValueError, "blocks layout must have 2 or 4 dimensions"),
         (lambda: blocks(BOOLS, 0), ValueError, "blocks block_size must be >= 1, got 0"),
@@ -791,6 +819,7 @@ def test_errors_of_constructors(make: Callable[[], Mask], error: type[Exception]
         (documents(torch.zeros(5).int()), ValueError, "documents q_ids must have length 4, got 5"),
         (documents(torch.zeros(4).int()), ValueError, r"documents k_ids must have length 6, got 4 \(q_ids"),
         (global_tokens(BOOLS), ValueError, "global_tokens index_or_bool must have length 6, got 2"),
+        (links(torch.tensor([[0, -3]])), ValueError, "links pairs must be >= 0, got -3"),
         (global_tokens(torch.tensor([-3])), ValueError, "global_tokens index_or_bool must be >= 0, got -3"),
         (
             global_tokens(torch.ones(3, 6) > 0),

@@ -334,7 +334,7 @@ class Backward {
 };
 
 // d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse)
-// delta.
+// (delta + products).
 template <class T>
 void sink_gradients(const AttentionBackwardParams& p, const RowGradients<T>& rows) {
   parallel_tasks(p.num_threads, p.num_heads, [&](int, int64_t h) {
@@ -344,7 +344,10 @@ void sink_gradients(const AttentionBackwardParams& p, const RowGradients<T>& row
       const Sequence s = sequence_of(p, b);
       for (int64_t i = 0; i < s.len_q; ++i) {
         const T weight = std::exp((sink - rows.lse(b, h)[i]) - rows.residual(b, h)[i]);
-        if (weight != T{0}) sum -= static_cast<double>(weight) * rows.delta(b, h)[i];
+        if (weight == T{0}) continue;
+        const T* products = rows.products(b, h);
+        sum -=
+            static_cast<double>(weight) * (rows.delta(b, h)[i] + (products == nullptr ? T{0} : products[i]));
       }
     }
     static_cast<T*>(p.dsinks)[h] = static_cast<T>(sum);

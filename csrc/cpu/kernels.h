@@ -14,6 +14,7 @@ struct CpuKernels {
   void (*attention_fwd)(const AttentionParams&);
   void (*attention_bwd)(const AttentionBackwardParams&);
   void (*hard_fwd)(const HardParams&);
+  void (*summary_fwd)(const SummaryParams&);
   double (*fma_peak)(DType dtype, int num_threads, double seconds);  // FLOP/s
 };
 

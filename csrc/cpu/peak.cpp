@@ -53,7 +53,12 @@ double fma_peak(DType dtype, int num_threads, double seconds) {
 #define FASTATTN_STRINGIZE_(x) #x
 #define FASTATTN_STRINGIZE(x) FASTATTN_STRINGIZE_(x)
 
-const CpuKernels kKernels = {
-    FASTATTN_STRINGIZE(FASTATTN_ISA), kVectorBytes, attention_fwd, attention_bwd, hard_fwd, fma_peak};
+const CpuKernels kKernels = {FASTATTN_STRINGIZE(FASTATTN_ISA),
+                             kVectorBytes,
+                             attention_fwd,
+                             attention_bwd,
+                             hard_fwd,
+                             summary_fwd,
+                             fma_peak};
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -8,6 +8,7 @@
 #include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
+#include "weight_gradients.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -35,10 +36,12 @@ class GradTile {
         keys_(Rows::of_keys(p, p.k, b, p.head_kv(h), seq_)),
         values_(Rows::of_keys(p, p.v, b, p.head_kv(h), seq_)),
         dropout_(p),
+        weight_gradients_(p, b, h, seq_),
         bh_(static_cast<uint32_t>(b * p.num_heads + h)),
         lse_(rows.lse(b, h)),
         residual_(rows.residual(b, h)),
-        delta_(rows.delta(b, h)) {
+        delta_(rows.delta(b, h)),
+        products_(rows.products(b, h)) {
     const int64_t width = std::max(copy_stride<T>(p.head_dim), copy_stride<T>(p.head_dim_v));
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
@@ -123,6 +126,8 @@ class GradTile {
         dropout_.drop(bh_, i + r, j0_ + range.begin, keys, kept);
       }
       const T lse = lse_[i + r], residual = residual_[i + r], delta = delta_[i + r];
+      if (weight_gradients_.wanted())
+        weight_gradients_.add(i + r, j0_ + range.begin, keys, prob, lse, residual, products_[i + r], ds);
       for (int64_t c = 0; c < n; c += kLanes<T>) {
         const Vec<T> score = load(prob + c);
         Vec<T> e = vexp<T>((score - lse) - residual);
@@ -165,8 +170,9 @@ class GradTile {
   const ScoreRules<T> rules_;
   const Rows queries_, douts_, keys_, values_;
   const Dropout dropout_;
+  const WeightGradients<T> weight_gradients_;
   const uint32_t bh_;
-  const T *lse_, *residual_, *delta_;
+  const T *lse_, *residual_, *delta_, *products_;
   T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
   Block<T> query_block_{}, dout_block_{};
   int64_t i0_ = 0, j0_ = 0, j1_ = 0;

@@ -112,6 +112,11 @@ FASTATTN_INLINE Vec<T> vsqrt(Vec<T> x) {
 #endif
 }
 
+template <class T>
+FASTATTN_INLINE Vec<T> vabs(Vec<T> a) {
+  return vmax<T>(a, -a);
+}
+
 // Reductions in a fixed tree: halves are folded until one lane is left.
 template <class T>
 FASTATTN_INLINE T reduce_add(Vec<T> v) {
@@ -264,6 +269,29 @@ FASTATTN_INLINE Vec<T> vlog(Vec<T> x) {
   for (int n = kTerms - 2; n >= 0; --n) p = p * z + T{1} / (2 * n + 1);
   const Vec<T> y = e * static_cast<T>(0.69314718055994530942) + (s + s) * p;
   return x > T{0} ? y : (x != x ? x : splat(-kInfinity<T>));
+}
+
+// Bit n of the result: whether a[n] > b[n].
+template <class T>
+FASTATTN_INLINE uint32_t greater_bits(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+  if constexpr (sizeof(T) == 8)
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
+  if constexpr (sizeof(T) == 8)
+    return static_cast<uint32_t>(_mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)));
+#else
+  uint32_t bits = 0;
+  for (int n = 0; n < kLanes<T>; ++n) bits |= static_cast<uint32_t>(a[n] > b[n]) << n;
+  return bits;
+#endif
 }
 
 // v where bit n of bits is set, else otherwise, in lane n.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 SUBCOMMANDS = {
     "info": "versions, instruction set, threads, and which backends are usable",
     "demo": "learn English to Chinese with fastattn, compare with PyTorch, and look at the result",
+    "view": "pictures of what a translation model looks at in a text",
     "bench": "measure attention against PyTorch's on this machine",
 }
 

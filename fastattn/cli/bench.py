@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("fastattn-bench"), metavar="DIR", help="default: %(default)s")
     add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
     add("--modules", action="store_true", help="nn.MultiheadAttention instead, against PyTorch's module")
+    add("--summaries", action="store_true", help="inspect.summarize instead, against the forward pass")
     add("--list", action="store_true", help="list the chosen cases and stop")
 
 
@@ -108,17 +110,16 @@ def picture(report: bench.Report, path: Path) -> None:
         print(f"wrote {path}")
 
 
-def measure_modules(args: argparse.Namespace) -> None:
-    """Time the modules; print each row as it comes, then the summary; write modules.json."""
-    from fastattn.bench import modules
-
+def measure_others(args: argparse.Namespace, kind: str) -> None:
+    """Time the modules or the summaries; print each row as it comes, then the summary; write <kind>.json."""
+    benchmark = import_module(f"fastattn.bench.{kind}")
     options = options_of(args)
     args.out.mkdir(parents=True, exist_ok=True)
     machine = describe()
-    print("\n".join([*machine_lines(machine), "", modules.HEADER]), flush=True)
-    results = modules.run(options.threads, options.budget, lambda result: print(result.line(), flush=True))
-    print("\n".join(["", *modules.summary(results)]))
-    path = args.out / "modules.json"
+    print("\n".join([*machine_lines(machine), "", benchmark.HEADER]), flush=True)
+    results = benchmark.run(options.threads, options.budget, lambda result: print(result.line(), flush=True))
+    print("\n".join(["", *benchmark.summary(results)]))
+    path = args.out / f"{kind}.json"
     path.write_text(
         json.dumps({"machine": machine, "rows": [result.row() for result in results]}, indent=1) + "\n"
     )
@@ -132,7 +133,9 @@ def run(args: argparse.Namespace) -> int:
             for case in options_of(args).cases():
                 print(f"{case.group:<30}{case.name:<40}{case.timed:<10}{case.shape}")
         elif args.modules:
-            measure_modules(args)
+            measure_others(args, "modules")
+        elif args.summaries:
+            measure_others(args, "summaries")
         else:
             picture(measure(args), args.out / "bench.png")
     except (OSError, RuntimeError, ValueError) as error:

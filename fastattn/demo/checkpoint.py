@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from fastattn.data.subwords import Subwords
 from fastattn.demo.recipe import Recipe
 from fastattn.demo.text import Text
 from fastattn.demo.train import Run
+from fastattn.models import Transformer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -87,6 +89,27 @@ def load(path: Path, text: Text) -> Run:
     return run
 
 
+def load_model(path: Path) -> tuple[Transformer, Subwords]:
+    """The model of the run that is in the file, in eval mode, and its vocabulary; the text is not needed.
+
+    Raises:
+        ValueError: the file is no checkpoint of this demo.
+        OSError: it cannot be read.
+        ModuleNotFoundError: safetensors or tokenizers is not installed.
+    """
+    from safetensors.torch import load_file
+
+    facts = _facts(path)
+    subwords = Subwords.from_json(facts["subwords"])
+    tensors = load_file(path)
+    with torch.random.fork_rng(devices=[]):  # a new model seeds the default generator
+        model = read_recipe(path).model(len(subwords))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"weight.{name}"])
+    return model.eval(), subwords
+
+
 def _facts(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
@@ -95,6 +118,6 @@ def _facts(path: Path) -> dict[str, str]:
             facts = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} must be a checkpoint of the demo: {error}") from None
-    if not {"recipe", "text", "seconds"} <= facts.keys():
+    if not {"recipe", "text", "subwords", "seconds"} <= facts.keys():
         raise ValueError(f"{path} must be a checkpoint of the demo, got other tensors")
     return facts

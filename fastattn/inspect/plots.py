@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,6 +12,10 @@ from fastattn.inspect.fonts import families_for
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+MOST_LABELS = 60  # on a side with a label for each
+MOST_INCHES = 12.0
 
 
 def show_heatmaps(
@@ -39,7 +43,7 @@ def show_heatmaps(
         ValueError: matrices of another shape; not one title for each column.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    values = _as_float_tensor(matrices)
+    values = as_floats(matrices)
     if values.ndim != 4 or values.numel() == 0:
         raise ValueError(
             f"matrices must be [rows, columns, queries, keys], none of them 0, got {list(values.shape)}"
@@ -70,23 +74,27 @@ def show_heatmaps(
 
 def heatmap(
     weights: Any,
-    queries: Sequence[str],
-    keys: Sequence[str],
+    queries: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None,
     ax: Axes | None = None,
     *,
     title: str | None = None,
     cmap: str = "Reds",
+    vmax: float | None = None,
 ) -> Axes:
-    """One heat map with a label for every query and key, in any script.
+    """One heat map with labels for queries and keys, in any script.
+
+    Up to 60 on a side have a label each; of more, as many as there is room for. Longer sides are drawn
+    pixel by pixel, up to some 1000; above that pool the weights first, as `attention_map` does.
 
     Args:
-        weights: [queries, keys], a tensor or an array; the colours go from 0 to the greatest weight or 1,
-            whichever is more.
-        queries: a label for each row, from the top.
-        keys: a label for each column.
+        weights: [queries, keys], a tensor or an array.
+        queries: a label for each row, from the top; None for their numbers.
+        keys: a label for each column, likewise.
         ax: where to draw; a new figure of pyplot's, of a size that fits the labels, where None.
         title: what to write above.
         cmap: name of a matplotlib colour map.
+        vmax: the weight of the strongest colour; where None the greatest weight or 1, whichever is more.
 
     Returns:
         The axes; `axes.figure` is the figure, `axes.images[0]` what a colour bar needs.
@@ -95,32 +103,69 @@ def heatmap(
         ValueError: not one label for each query and each key.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    values = _as_float_tensor(weights)
-    if list(values.shape) != [len(queries), len(keys)] or values.numel() == 0:
+    values = as_floats(weights)
+    shape = list(values.shape)
+    rows, columns = (
+        (shape[axis] if len(shape) == 2 else 0) if labels is None else len(labels)
+        for axis, labels in enumerate((queries, keys))
+    )
+    if shape != [rows, columns] or values.numel() == 0:
         raise ValueError(
-            f"weights must be [queries, keys], here [{len(queries)}, {len(keys)}] by the labels and neither "
-            f"of them 0, got {list(values.shape)}"
+            f"weights must be [queries, keys], here [{rows}, {columns}] by the labels and neither of them 0, "
+            f"got {shape}"
         )
-    fonts = families_for([*queries, *keys, title or ""])
     if ax is None:
         from matplotlib import pyplot
 
-        size = (1.5 + 0.35 * len(keys), 1.5 + 0.35 * len(queries))
-        _, ax = pyplot.subplots(figsize=size, layout="constrained")
-    ax.imshow(values.numpy(), cmap=cmap, vmin=0, vmax=max(1.0, values.max().item()), aspect="auto")
-    upright = max(map(len, keys)) > 2
-    ax.set_xticks(range(len(keys)), keys, rotation=90 if upright else 0, fontfamily=fonts)
-    ax.set_yticks(range(len(queries)), queries, fontfamily=fonts)
-    ax.tick_params(length=0)
-    # Thin white lines between the cells, so that a label can be followed to its row.
-    ax.set_xticks([n - 0.5 for n in range(1, len(keys))], minor=True)
-    ax.set_yticks([n - 0.5 for n in range(1, len(queries))], minor=True)
-    ax.grid(which="minor", color="white", linewidth=1)
-    ax.tick_params(which="minor", length=0)
+        sides = (1.5 + min(0.35 * columns, MOST_INCHES), 1.5 + min(0.35 * rows, MOST_INCHES))
+        _, ax = pyplot.subplots(figsize=sides, layout="constrained")
+    top = max(1.0, values.nan_to_num(0).max().item()) if vmax is None else vmax
+    ax.imshow(values.numpy(), cmap=cmap, vmin=0, vmax=top, aspect="auto")
+    label_axis(ax, "y", queries, rows)
+    label_axis(ax, "x", keys, columns)
+    if max(rows, columns) <= MOST_LABELS:
+        # Thin white lines between the cells, so that a label can be followed to its row.
+        ax.set_xticks([n - 0.5 for n in range(1, columns)], minor=True)
+        ax.set_yticks([n - 0.5 for n in range(1, rows)], minor=True)
+        ax.grid(which="minor", color="white", linewidth=1)
+        ax.tick_params(which="minor", length=0)
     if title:
-        ax.set_title(title, fontfamily=fonts)
+        ax.set_title(title, fontfamily=families_for([title]))
     return ax
 
 
-def _as_float_tensor(values: Any) -> torch.Tensor:
+def label_axis(ax: Axes, side: Literal["x", "y"], labels: Sequence[str] | None, count: int) -> None:
+    """Texts at the positions 0 to count - 1 of an axis, as many of them as can be read.
+
+    Args:
+        side: "x" or "y".
+        labels: a text for each position; None leaves it to matplotlib to number some of them.
+    """
+    axis = ax.xaxis if side == "x" else ax.yaxis
+    if labels is None:
+        from matplotlib.ticker import MaxNLocator
+
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        return
+    room = count if count <= MOST_LABELS else max(1, int(inches_of(ax)[side == "y"] / 0.13))
+    step = max(1, -(-count // room))
+    places = range(0, count, step)
+    fonts = families_for(labels)
+    upright = side == "x" and max(map(len, labels)) > 2
+    size = None if step == 1 and count <= MOST_LABELS else 7
+    axis.set_ticks(
+        places, [labels[n] for n in places], rotation=90 if upright else 0, fontfamily=fonts, fontsize=size
+    )
+    ax.tick_params(axis=side, length=0 if step == 1 else 2)
+
+
+def inches_of(ax: Axes) -> tuple[float, float]:
+    """Width and height of axes, as far as they are known before they are drawn."""
+    figure: Any = ax.get_figure(root=True)
+    width, height = figure.get_size_inches() * ax.get_position().size
+    return float(width), float(height)
+
+
+def as_floats(values: Any) -> torch.Tensor:
+    """A tensor or an array as a plain float32 tensor in memory."""
     return torch.as_tensor(values).detach().to("cpu", torch.float32)

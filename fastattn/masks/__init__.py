@@ -12,6 +12,7 @@ from fastattn.masks.blocks import blocks
 from fastattn.masks.dense import dense
 from fastattn.masks.documents import documents
 from fastattn.masks.global_tokens import global_tokens
+from fastattn.masks.links import links
 from fastattn.masks.predicate import predicate
 from fastattn.masks.ranges import padding, prefix
 from fastattn.masks.space import Align, MaskShape
@@ -28,6 +29,7 @@ __all__ = [
     "dense",
     "documents",
     "global_tokens",
+    "links",
     "padding",
     "predicate",
     "prefix",

@@ -195,6 +195,8 @@ def mask_cases() -> list[Case]:
         "prefix-lm": lambda c, g: causal() | masks.prefix(lengths(c, g)),
         "global": lambda c, g: masks.window(6, 6) | masks.global_tokens(torch.tensor([0, 17])),
         "global-causal": lambda c, g: causal() & (window(6, 0) | masks.global_tokens(torch.tensor([0, 3]))),
+        "links": always(causal() & ~masks.links([(0, 0), (30, 7), (99, 1), (109, 64)])),
+        "only-links": always(masks.links([(20, 0), (21, 100), (85, 3), (85, 70)])),
         "blocks": block_layout,
         "blocks-or-window": lambda c, g: block_layout(c, g) | window(2, 2),
         "predicate": always(masks.predicate(lambda b, h, i, j: (i + 2 * j + b + h) % 3 != 0)),

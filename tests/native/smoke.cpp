@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -16,6 +17,7 @@ namespace {
 using fastattn::AttentionBackwardParams;
 using fastattn::DType;
 using fastattn::Score;
+using fastattn::SummaryParams;
 
 struct Case {
   const char* name;
@@ -58,9 +60,13 @@ struct Array {
   fastattn::Tensor view() { return {data.data(), heads * rows * cols, rows * cols, cols, 1}; }
 };
 
+constexpr int64_t kTopK = 3;
+
 template <typename T>
 struct Problem {
   Array<T> q, k, v, out, lse, dout, dlse, dq, dk, dv, sinks, dsinks, w, dw;
+  Array<T> entropy, distance, max_weight, received, topk_weights, pooled;  // of a summary
+  std::vector<int64_t> max_index, topk_indices;
 
   Problem(const Case& c, unsigned seed)
       : q(c.batch, c.num_heads, c.seqlen_q, c.head_dim),
@@ -76,7 +82,15 @@ struct Problem {
         sinks(1, c.num_heads, 1, 1),
         dsinks(1, c.num_heads, 1, 1),
         w(1, 1, 1, c.head_dim),
-        dw(w) {
+        dw(w),
+        entropy(lse),
+        distance(lse),
+        max_weight(lse),
+        received(c.batch, c.num_heads, 1, c.seqlen_k),
+        topk_weights(c.batch, c.num_heads, c.seqlen_q, kTopK),
+        pooled(c.batch, c.num_heads, 1, 1),
+        max_index(lse.data.size()),
+        topk_indices(topk_weights.data.size()) {
     std::mt19937 random(seed);
     std::normal_distribution<double> normal;
     for (Array<T>* array : {&q, &k, &v, &dout, &dlse, &sinks, &w})
@@ -119,6 +133,25 @@ struct Problem {
       p.sinks = sinks.data.data();
       p.dsinks = dsinks.data.data();
     }
+    return p;
+  }
+
+  // lse is that of attention's forward pass.
+  SummaryParams summary_params(const Case& c) {
+    SummaryParams p;
+    static_cast<fastattn::AttentionParams&>(p) = params(c);
+    p.lse_given = true;
+    p.entropy = entropy.view();
+    p.distance = distance.view();
+    p.max_weight = max_weight.view();
+    p.max_index = {max_index.data(), c.num_heads * c.seqlen_q, c.seqlen_q, 1, 1};
+    p.received = received.view();
+    p.top_k = kTopK;
+    p.topk_weights = topk_weights.view();
+    p.topk_indices = topk_weights.view();
+    p.topk_indices.data = topk_indices.data();
+    p.pool_rows = p.pool_cols = 1;
+    p.pooled = pooled.view();
     return p;
   }
 };
@@ -166,6 +199,25 @@ struct Pair {
     for (double& x : by_k) x *= slope;
   }
 };
+// The statistics of one row's weights.
+void naive_statistics(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t i,
+                      const std::vector<double>& p) {
+  const int64_t position = i + c.seqlen_k - c.seqlen_q;
+  double entropy = 0, distance = 0;
+  for (int64_t j = 0; j < c.seqlen_k; ++j) {
+    entropy -= p[j] > 0 ? p[j] * std::log(p[j]) : 0.0;
+    distance += p[j] * static_cast<double>(std::abs(position - j));
+    x.received.at(b, h, 0, j) += p[j];
+    x.pooled.at(b, h, 0, 0) += p[j] / static_cast<double>(c.seqlen_q * c.seqlen_k);
+  }
+  x.entropy.at(b, h, i, 0) = entropy;
+  x.distance.at(b, h, i, 0) = distance;
+  std::vector<double> ordered = p;
+  ordered.resize(std::max<size_t>(p.size(), kTopK), 0.0);
+  std::sort(ordered.begin(), ordered.end(), std::greater<double>());
+  x.max_weight.at(b, h, i, 0) = ordered[0];
+  std::copy(ordered.begin(), ordered.begin() + kTopK, &x.topk_weights.at(b, h, i, 0));
+}
 
 // One row of one head, forward and backward, by the definition.
 void naive_row(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t i) {
@@ -184,6 +236,7 @@ void naive_row(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t 
   }
   for (double& value : p) value = sum > 0 ? value / sum : 0.0;
   x.lse.at(b, h, i, 0) = std::log(sum);
+  naive_statistics(c, x, b, h, i, p);
   for (int64_t d = 0; d < c.head_dim_v; ++d) x.out.at(b, h, i, d) = 0;
   for (int64_t j = 0; j < c.seqlen_k; ++j)
     for (int64_t d = 0; d < c.head_dim_v; ++d) x.out.at(b, h, i, d) += p[j] * x.v.at(b, g, j, d);
@@ -204,7 +257,7 @@ void naive_row(const Case& c, Problem<double>& x, int64_t b, int64_t h, int64_t 
 }
 
 void naive(const Case& c, Problem<double>& x) {
-  for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks, &x.dw})
+  for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks, &x.dw, &x.received, &x.pooled})
     std::fill(array->data.begin(), array->data.end(), 0.0);
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.num_heads; ++h)
@@ -238,6 +291,11 @@ bool run(const Case& c, const char* isa) {
   const AttentionBackwardParams p = x.params(c);
   fastattn::cpu_kernels().attention_fwd(p);
   fastattn::cpu_kernels().attention_bwd(p);
+  const bool has_summary = c.score == Score::kDot;
+  if (has_summary) fastattn::cpu_kernels().summary_fwd(x.summary_params(c));
+  const auto summary_error = [&](const auto& got, const auto& exact) {
+    return has_summary ? error(got, exact) : 0.0;
+  };
   const double bound = sizeof(T) == 8 ? 1e-13 : 2e-5;  // about 100 ulp of the largest value
   bool passed = true;
   const struct {
@@ -249,7 +307,13 @@ bool run(const Case& c, const char* isa) {
                  {"dk", error(x.dk, want.dk)},
                  {"dv", error(x.dv, want.dv)},
                  {"dsinks", c.has_sinks ? error(x.dsinks, want.dsinks) : 0.0},
-                 {"dw", c.score == Score::kAdditive ? error(x.dw, want.dw) : 0.0}};
+                 {"dw", c.score == Score::kAdditive ? error(x.dw, want.dw) : 0.0},
+                 {"entropy", summary_error(x.entropy, want.entropy)},
+                 {"distance", summary_error(x.distance, want.distance)},
+                 {"max_weight", summary_error(x.max_weight, want.max_weight)},
+                 {"received", summary_error(x.received, want.received)},
+                 {"topk_weights", summary_error(x.topk_weights, want.topk_weights)},
+                 {"pooled", summary_error(x.pooled, want.pooled)}};
   for (const auto& result : results) {
     if (result.error <= bound) continue;
     std::printf("FAILED %s float%zu %s: error of %s is %g, bound %g\n", isa, 8 * sizeof(T), c.name,

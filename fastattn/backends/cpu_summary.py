@@ -1,0 +1,150 @@
+"""The C++ kernels behind `fastattn.inspect.summarize`, on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends import cpu
+from fastattn.lowering import Operands, Params
+from fastattn.spec import accumulate_dtype
+from fastattn.strides import dense_last, output_like, resolved
+from fastattn.weight_statistics import POOL_MODES, Results, Wanted, pairs_per_cell
+
+name = cpu.name
+
+
+def results_like(q: Tensor, k: Tensor, wanted: Wanted) -> Results:
+    """Uninitialised results."""
+    rows, heads = list(q.shape[:3]), list(q.shape[:2])
+    links = [*rows, wanted.top_k]
+
+    def real(shape: list[int]) -> Tensor:
+        return q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
+
+    def index(shape: list[int]) -> Tensor:
+        return q.new_empty(shape, dtype=torch.int64)
+
+    return Results(
+        entropy=real(rows),
+        received=real([*heads, k.shape[2]]),
+        distance=real(rows),
+        lse=real(rows),
+        pooled=real([*heads, *wanted.pool]),
+        max_weight=real(rows),
+        max_index=index(rows),
+        topk_weights=real(links),
+        topk_indices=index(links),
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, lse: Tensor | None, operands: Operands, params: Params, wanted: Wanted
+) -> Results:
+    """The statistics of the weights of a lowered dense call.
+
+    Args:
+        q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D].
+        lse: [B, Hq, Lq] in the accumulate dtype, or None to compute it; the result has a copy.
+        operands, params: see fastattn.lowering.
+    """
+    results = results_like(q, k, wanted)
+    if lse is not None:
+        results.lse.copy_(lse)
+    if 0 in q.shape[:-1] or k.numel() == 0:
+        return _without_pairs(results, operands, lse is not None)
+    operands = cpu._prepare(q, k, operands, params)
+    q, k = dense_last(q), dense_last(k)
+    layout = cpu._Layout(q, k, operands, params)
+    outputs: dict[str, Any] = {
+        field: cpu.view(getattr(results, field))
+        for field in ("entropy", "received", "distance", "max_weight", "max_index")
+    }
+    outputs["lse" if lse is None else "lse_given"] = cpu.view(results.lse)
+    if wanted.top_k:
+        outputs["topk"] = cpu.view(results.topk_weights), cpu.view(results.topk_indices)
+    if 0 not in wanted.pool:
+        outputs["pooled"] = POOL_MODES.index(wanted.pool_mode), cpu.view(results.pooled)
+    cpu._C.summary_fwd(
+        cpu.DTYPE_CODES[q.dtype],
+        layout.query(q),
+        layout.key(k),
+        params.scale,
+        torch.get_num_threads(),
+        outputs,
+        layout.options(operands, params),
+    )
+    return results
+
+
+def _without_pairs(results: Results, operands: Operands, lse_given: bool) -> Results:
+    """Of rows that see nothing, or of no rows."""
+    for tensor in results:
+        tensor.fill_(-1 if tensor.dtype == torch.int64 else 0)
+    if not lse_given:
+        cpu._empty_lse(results.lse, operands)
+    return results
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    grads: Sequence[Tensor | None],
+    operands: Operands,
+    params: Params,
+    pool_mode: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients (dq, dk, dbias, ddiag, dsinks); of the last three those that are needed.
+
+    The backward pass of attention, with values of width 0 in whose place the statistics add to dP.
+
+    Args:
+        q, k: inputs of `forward`; lse: its result.
+        grads: of the differentiable results, in their order; each may be None.
+        needs: five flags, of which the last three are read.
+    """
+    operands = cpu._prepare(q, k, operands, params)
+    dq, dk = output_like(q, q.shape[-1]), output_like(k, k.shape[-1])
+    extra = cpu._extra_gradients(operands, (True, *needs))
+    entropy, received, distance, dlse, pooled = (
+        resolved(grad).contiguous() if grad is not None and grad.numel() else None for grad in grads
+    )
+    if 0 in q.shape[:-1] or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), *cpu._finish(extra, operands, dlse)
+    q, k = dense_last(q), dense_last(k)
+    layout = cpu._Layout(q, k, operands, params)
+    options = layout.options(operands, params) or {}
+    options.update(layout.gradient_views(extra))
+    if pooled is not None and pool_mode == "mean":
+        pooled = pooled / pairs_per_cell(q.shape[2], k.shape[2], pooled)
+    named = {"dentropy": entropy, "dreceived": received, "ddistance": distance, "dpooled": pooled}
+    options.update({key: cpu.view(grad) for key, grad in named.items() if grad is not None})
+    rows, keys = _of_no_width(layout.query(q)), _of_no_width(layout.key(k))
+    cpu._C.attention_bwd(
+        cpu.DTYPE_CODES[q.dtype],
+        layout.query(q),
+        layout.key(k),
+        keys,
+        rows,
+        layout.rows(resolved(lse)),
+        rows,
+        None if dlse is None else layout.rows(dlse),
+        layout.query(dq),
+        layout.key(dk),
+        keys,
+        params.scale,
+        torch.get_num_threads(),
+        options,
+    )
+    return dq, dk, *cpu._finish(extra, operands, None)
+
+
+def _of_no_width(view: cpu.View) -> cpu.View:
+    """Rows of no elements, which a kernel may point to but neither reads nor writes."""
+    pointer, shape, strides = view
+    return pointer, (*shape[:3], 0), strides

@@ -1,0 +1,209 @@
+"""From a lowered call to the summary kernels: directly, with gradients, or as library ops.
+
+As in fastattn.autograd: a direct call where no gradient is wanted, a ctx-style autograd.Function where one
+is, the ops fastattn::attention_summary and fastattn::attention_summary_backward where a tracer watches, and
+fastattn.inspect.transforms under torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE, has_tangent, is_traced, without_double_backward
+from fastattn.backends import cpu_summary
+from fastattn.backends.cpu_summary import results_like
+from fastattn.lowering import DIFFERENTIABLE as BIASES
+from fastattn.lowering import Operands, Params
+from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _params
+from fastattn.strides import output_like
+from fastattn.weight_statistics import DIFFERENTIABLE, Results, Wanted
+
+_WANTED = "SymInt top_k, SymInt pool_rows, SymInt pool_cols, str pool_mode"
+_RESULTS = ", ".join(["Tensor"] * len(Results._fields))
+_FORWARD = (
+    f"(str backend, Tensor q, Tensor k, Tensor? lse, {_OPERANDS}, {_PARAMS}, {_WANTED}) -> ({_RESULTS})"
+)
+_GRADS = "Tensor? dentropy, Tensor? dreceived, Tensor? ddistance, Tensor? dlse, Tensor? dpooled"
+_BACKWARD = (
+    f"(str backend, Tensor q, Tensor k, Tensor lse, {_GRADS}, {_OPERANDS}, {_PARAMS}, str pool_mode, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+_library = torch.library.Library("fastattn", "FRAGMENT")
+_library.define(f"attention_summary{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
+_library.define(f"attention_summary_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
+
+_KERNELS: dict[str, Any] = {cpu_summary.name: cpu_summary}
+
+
+def run(
+    kernels: Any, q: Tensor, k: Tensor, lse: Tensor | None, operands: Operands, params: Params, wanted: Wanted
+) -> Results:
+    """The results of a lowered call on a backend's kernels, by the route that the surroundings ask for.
+
+    No gradient flows into lse, which only saves its computation.
+    """
+    lse = None if lse is None else lse.detach()
+    tensors = (q, k, *operands[:BIASES])
+    if torch.compiler.is_compiling() or is_traced(q, k):
+        return Kernels(kernels.name).forward(q, k, lse, operands, params, wanted)
+    if torch._C._are_functorch_transforms_active():
+        from fastattn.inspect import transforms
+
+        return transforms.run(kernels, q, k, lse, operands, params, wanted)
+    if has_tangent(*tensors):
+        raise NotImplementedError(FORWARD_MODE)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return kernels.forward(q, k, lse, operands, params, wanted)
+    fixed = operands[BIASES:]
+    return Results(*_Summary.apply(q, k, *operands[:BIASES], lse, fixed, kernels, params, wanted))
+
+
+class Kernels:
+    """A backend's kernels, called through the ops."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor | None,
+        operands: Operands,
+        params: Params,
+        wanted: Wanted,
+    ) -> Results:
+        settings = (wanted.top_k, *wanted.pool, wanted.pool_mode)
+        flat = (*operands, *_flat(params), *settings)
+        return Results(*torch.ops.fastattn.attention_summary(self.name, q, k, lse, *flat))
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        grads: Sequence[Tensor | None],
+        operands: Operands,
+        params: Params,
+        pool_mode: str,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        flat = (*grads, *operands, *_flat(params), pool_mode, list(needs))
+        found = torch.ops.fastattn.attention_summary_backward(self.name, q, k, lse, *flat)
+        wanted = [True] * 2 + [n and t is not None for n, t in zip(needs[2:], operands, strict=False)]
+        return tuple(grad if want else None for grad, want in zip(found, wanted, strict=True))
+
+
+class _Summary(torch.autograd.Function):
+    """The results with gradients to q, k, bias, diag and sinks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        bias: Tensor | None,
+        diag: Tensor | None,
+        sinks: Tensor | None,
+        lse: Tensor | None,
+        fixed: tuple[Tensor | None, ...],
+        kernels: Any,
+        params: Params,
+        wanted: Wanted,
+    ) -> tuple[Tensor, ...]:
+        results = kernels.forward(q, k, lse, Operands(bias, diag, sinks, *fixed), params, wanted)
+        ctx.save_for_backward(q, k, results.lse, bias, diag, sinks, *fixed)
+        ctx.kernels, ctx.params, ctx.pool_mode = kernels, params, wanted.pool_mode
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results.constant(wanted.pool_mode))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        unused = (None,) * 5
+        if all(grad is None for grad in grads[:DIFFERENTIABLE]):
+            return (None,) * (2 + BIASES) + unused
+        needs = ctx.needs_input_grad[: 2 + BIASES]
+
+        def gradients(*tensors: Any) -> tuple[Tensor | None, ...]:
+            wanted, (q, k, lse, *operands) = tensors[:DIFFERENTIABLE], tensors[DIFFERENTIABLE:]
+            return ctx.kernels.backward(
+                q, k, lse, wanted, Operands(*operands), ctx.params, ctx.pool_mode, needs
+            )
+
+        return without_double_backward(gradients, *grads[:DIFFERENTIABLE], *ctx.saved_tensors) + unused
+
+
+def _settings(flat: Sequence[Any]) -> Wanted:
+    top_k, rows, cols, pool_mode = flat
+    return Wanted(top_k, (rows, cols), pool_mode)
+
+
+def _forward(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:-4])
+    return tuple(_KERNELS[backend].forward(q, k, lse, operands, params, _settings(rest[-4:])))
+
+
+def _forward_fake(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(results_like(q, k, _settings(rest[-4:])))
+
+
+def _backward(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grads, rest = rest[:DIFFERENTIABLE], rest[DIFFERENTIABLE:]
+    operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:-2])
+    found = _KERNELS[backend].backward(q, k, lse, grads, operands, params, *rest[-2:])
+    # A schema's outputs cannot be absent, nor can they alias one another.
+    return tuple(q.new_empty(0) if grad is None else grad for grad in found)
+
+
+def _backward_fake(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grads = [output_like(t, t.shape[-1]) for t in (q, k)]
+    for tensor, need in zip(rest[DIFFERENTIABLE : DIFFERENTIABLE + BIASES], rest[-1][2:], strict=True):
+        if tensor is None or not need:
+            grads.append(q.new_empty(0))
+        else:
+            grads.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+    return tuple(grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    backend, q, k, _, *rest = inputs
+    results = Results(*output)
+    ctx.save_for_backward(q, k, results.lse, *rest[:_COUNT])
+    ctx.backend, ctx.flat, ctx.pool_mode = backend, rest[_COUNT:-4], rest[-1]
+    needs = ctx.needs_input_grad
+    ctx.needs = [*needs[1:3], *needs[4 : 4 + BIASES]]
+    ctx.mark_non_differentiable(*results.constant(ctx.pool_mode))
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    q, k, lse, *operands = ctx.saved_tensors
+    unused = (None,) * (_COUNT - BIASES + len(ctx.flat) + 4)
+    if all(grad is None for grad in grads[:DIFFERENTIABLE]):
+        return (None,) * (4 + BIASES) + unused
+    pool_mode = ctx.pool_mode
+    found = torch.ops.fastattn.attention_summary_backward(
+        ctx.backend, q, k, lse, *grads[:DIFFERENTIABLE], *operands, *ctx.flat, pool_mode, ctx.needs
+    )
+    dq, dk, *extra = (grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
+    return (None, dq, dk, None, *extra, *unused)
+
+
+def _no_gradient(ctx: Any, *grads: Tensor | None) -> Any:
+    raise NotImplementedError(DOUBLE_BACKWARD)
+
+
+_library.impl("attention_summary", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_summary_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::attention_summary", _forward_fake, lib=_library)
+torch.library.register_fake("fastattn::attention_summary_backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "fastattn::attention_summary", _gradient, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("fastattn::attention_summary_backward", _no_gradient, lib=_library)

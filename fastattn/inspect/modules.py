@@ -1,0 +1,112 @@
+"""Which module of a model is running, and where in the sequence its queries stand."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastattn.models.cache import DecoderCache, LayerCache
+from fastattn.nn.cache import KVCache
+
+
+class Place(NamedTuple):
+    """Where a call was made.
+
+    Args:
+        path: of the innermost module that was running, as `model.named_modules()` has it; "" is the model.
+        first_query: position of the call's first query, which a cache further out tells; None without one.
+    """
+
+    path: str
+    first_query: int | None
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+
+
+class RunningModules:
+    """Follows the modules of a model by hooks while `followed`, for each thread by itself.
+
+    Args:
+        model: any module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        # What torch.compile wraps keeps its name.
+        self.names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+        self._stack = _Stack()
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Hooks are there within, and gone afterwards."""
+        handles = []
+        for module in self.names:
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its calls are its owner's
+                continue
+            # First of its hooks: one that raises after it finds the place to leave.
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def place(self) -> Place | None:
+        """Of the calling thread; None outside the model."""
+        return self._stack.places[-1] if self._stack.places else None
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        places = self._stack.places
+        first = _held(kwargs.get("cache"))
+        if first is None and places:
+            first = places[-1].first_query
+        places.append(Place(self.names[module], first))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.places.pop()
+
+
+def _held(cache: Any) -> int | None:
+    """How many tokens of the query's own sequence a cache holds."""
+    if isinstance(cache, LayerCache):
+        return cache.self_attn.length
+    if isinstance(cache, DecoderCache) or (isinstance(cache, KVCache) and not cache.static):
+        return cache.length
+    return None
+
+
+def is_match(path: str, pattern: str) -> bool:
+    """Whether a pattern names a module: its path, that of a module around it, or a glob such as
+    "*.self_attn"."""
+    return (
+        path == pattern or path.startswith(f"{pattern}.") or pattern == "" or fnmatch.fnmatch(path, pattern)
+    )
+
+
+def check_patterns(argument: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """Raise where a pattern matches none of the paths.
+
+    Raises:
+        TypeError: a pattern that is no string.
+        ValueError: it names no module; the message has the names most like it.
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must name modules by strings, got {pattern!r}")
+        if not any(is_match(path, pattern) for path in paths):
+            near = difflib.get_close_matches(pattern, paths, 3, 0.3)
+            hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+            raise ValueError(f"{argument} must name modules of the model, got {pattern!r}{hint}")

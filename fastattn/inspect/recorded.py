@@ -1,0 +1,236 @@
+"""Record: what a model attended to, call by call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastattn.inspect.summary import AttentionSummary
+from fastattn.inspect.tokens import Labels, Tokens
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RecordedCall:
+    """One attention call.
+
+    Attributes:
+        path: of the module that made it, as in `model.named_modules()`; "" is the model itself.
+        summary: the statistics, [B, Hq, ...]; without q and k unless the graph was kept.
+        weights: [B, Hq, Lq, Lk], those before dropout; None where a length is above `weights_up_to`.
+        first_query: position in the sequence of the call's first query: in decoding with a cache the number
+            of tokens before this step, else 0.
+        sequence: which sequence of a packed batch, or entry of a cache, B being 1 then; None: all of them.
+    """
+
+    path: str
+    summary: AttentionSummary
+    weights: Tensor | None = None
+    first_query: int = 0
+    sequence: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hq, Lq, Lk)."""
+        batch, heads, seqlen_q = self.summary.entropy.shape
+        return batch, heads, seqlen_q, self.summary.received.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the numbers."""
+        tensors = [*self.summary.tensors().values(), *([] if self.weights is None else [self.weights])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def __repr__(self) -> str:
+        batch, heads, seqlen_q, seqlen_k = self.shape
+        parts = [f"{batch} x {heads} heads", f"queries {self.first_query}..{self.first_query + seqlen_q - 1}"]
+        parts += [f"{seqlen_k} keys", "with weights" if self.weights is not None else "summary only"]
+        if self.sequence is not None:
+            parts.append(f"sequence {self.sequence}")
+        return f"RecordedCall({self.path!r}, {', '.join(parts)})"
+
+
+@dataclass(repr=False)
+class Record:
+    """The attention calls of a model in the order they were made.
+
+    A path's calls make up runs: one for each forward pass, and one for all steps of a decoding with caches,
+    whose queries go on where those of the step before ended. Print it for a table.
+
+    Attributes:
+        calls: all of them.
+        missed: how many calls were not recorded, by reason.
+        labels: the tokens, see `attach`.
+    """
+
+    calls: list[RecordedCall] = field(default_factory=list)
+    missed: Counter[str] = field(default_factory=Counter)
+    labels: Labels = field(default_factory=Labels)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __iter__(self) -> Iterator[RecordedCall]:
+        return iter(self.calls)
+
+    def __getitem__(self, path: str) -> list[RecordedCall]:
+        """The calls of one module.
+
+        Raises:
+            KeyError: it made none; the message has the paths that did.
+        """
+        found = [call for call in self.calls if call.path == path]
+        if not found:
+            raise KeyError(f"no call of {path!r} was recorded, only of {', '.join(map(repr, self.paths))}")
+        return found
+
+    @property
+    def paths(self) -> list[str]:
+        """The modules that made calls, in the order of their first."""
+        return list(dict.fromkeys(call.path for call in self.calls))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all numbers."""
+        return sum(call.nbytes for call in self.calls)
+
+    def runs(self, path: str) -> list[list[RecordedCall]]:
+        """The calls of one module, those of one pass or decoding together."""
+        found: list[list[RecordedCall]] = []
+        open_runs: dict[int | None, list[RecordedCall]] = {}
+        for call in self[path]:
+            run = open_runs.get(call.sequence)
+            if run is None or not _goes_on(run[-1], call):
+                run = open_runs[call.sequence] = []
+                found.append(run)
+            run.append(call)
+        return found
+
+    def weights(self, path: str, *, run: int = 0, batch: int = 0) -> Tensor:
+        """The weights of one run as one matrix for each head.
+
+        Args:
+            path: a module.
+            run: which of its runs.
+            batch: which entry of the batch.
+        Returns:
+            [Hq, queries, keys]; keys that a step had not seen yet have weight 0.
+        Raises:
+            ValueError: calls too long to have their weights recorded; a batch whose size changes between
+                steps.
+            KeyError, IndexError: no such path, run or entry.
+        """
+        parts = []
+        for call in self.calls_of(path, run, batch):
+            if call.weights is None:
+                raise ValueError(
+                    f"weights of {path!r} are not in the record, since its calls are longer than "
+                    "weights_up_to or the record was full: use the summaries, or record again with more"
+                )
+            parts.append(call.weights[batch])
+        width = max(part.shape[2] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts], 1)
+
+    def received(self, path: str, *, run: int = 0, batch: int = 0) -> Tensor:
+        """[Hq, keys]: the weight that each key gets from all queries of a run; arguments as of `weights`."""
+        parts = [call.summary.received[batch] for call in self.calls_of(path, run, batch)]
+        width = max(part.shape[1] for part in parts)
+        padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.stack(padded).sum(0)
+
+    def entropy(self, path: str) -> Tensor:
+        """[Hq]: the mean entropy of a module's rows in nats, over all its calls; rows without a visible key
+        do not count. Differentiable where the graph was kept."""
+        calls = self[path]
+        # [Hq, rows of all calls and batch entries]
+        entropies = torch.cat([call.summary.entropy.transpose(0, 1).flatten(1) for call in calls], 1)
+        seen = torch.cat([(call.summary.max_index >= 0).transpose(0, 1).flatten(1) for call in calls], 1)
+        return (entropies * seen).sum(1) / seen.sum(1).clamp(min=1)
+
+    def attach(self, tokens: Tokens, target_tokens: Tokens | None = None) -> None:
+        """Give the tokens their texts, as `record` does with the same arguments.
+
+        Raises:
+            TypeError: tokens that are no strings.
+        """
+        self.labels = Labels.of(tokens, target_tokens)
+
+    def texts(self, path: str, *, run: int = 0, batch: int = 0) -> tuple[list[str], list[str]]:
+        """The texts of a run's queries and keys; positions where no tokens are attached.
+
+        Raises:
+            ValueError: fewer tokens are attached than the run has.
+        """
+        calls = self.calls_of(path, run, batch)
+        first, last = calls[0], calls[-1]
+        entry = batch if first.sequence is None else first.sequence
+        stop = last.first_query + last.shape[2]
+        keys = max(call.shape[3] for call in calls)
+        return self.labels.texts(path, entry, (first.first_query, stop), keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to one file: tensors as safetensors, everything else as JSON in its header.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        from fastattn.inspect.files import save
+
+        save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Record:
+        """The record that `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged or no record; the message has its name and what is wrong.
+            OSError: it cannot be read.
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        from fastattn.inspect.files import load
+
+        return load(Path(path))
+
+    def __repr__(self) -> str:
+        return f"Record({len(self.calls)} calls of {len(self.paths)} modules, {self.nbytes / 2**20:.1f} MiB)"
+
+    def __str__(self) -> str:
+        """A line for each module: its calls, lengths, and mean entropy by head."""
+        lines = [repr(self)]
+        width = max((len(path or "(model)") for path in self.paths), default=0)
+        for path in self.paths:
+            calls = self[path]
+            queries, keys = sum(call.shape[2] for call in calls), max(call.shape[3] for call in calls)
+            entropies = " ".join(f"{value:.2f}" for value in self.entropy(path).tolist())
+            counts = f"{len(calls)} call{'s' if len(calls) > 1 else ''}, {queries} queries, up to {keys} keys"
+            lines.append(f"  {path or '(model)':<{width}}  {counts}; entropy by head: {entropies} nats")
+        lines += [f"  not recorded: {count} calls, {reason}" for reason, count in self.missed.items()]
+        return "\n".join(lines)
+
+    def calls_of(self, path: str, run: int = 0, batch: int = 0) -> Sequence[RecordedCall]:
+        """The calls of one run, in each of which that batch entry is the same sentence.
+
+        Raises: as `weights`.
+        """
+        runs = self.runs(path)
+        if not -len(runs) <= run < len(runs):
+            raise IndexError(f"run must be less than the {len(runs)} runs of {path!r}, got {run}")
+        calls = runs[run]
+        sizes = sorted({call.shape[0] for call in calls})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"calls of {path!r} must have one batch size to be put together, got {sizes}: sentences that "
+                "are finished leave a batch, so record the decoding of one at a time"
+            )
+        if not 0 <= batch < sizes[0]:
+            raise IndexError(f"batch must be from 0 to {sizes[0] - 1}, got {batch}")
+        return calls
+
+
+def _goes_on(before: RecordedCall, call: RecordedCall) -> bool:
+    """Whether a call's queries are those after the ones of the call before."""
+    return call.first_query > 0 and call.first_query == before.first_query + before.shape[2]

@@ -1,0 +1,122 @@
+"""Who watches attention calls: `fastattn.inspect` changes masks and takes notes by way of this.
+
+Every route to a kernel comes by here while someone watches, which holds in the thread (or asyncio task) that
+asked for it. Nobody watching costs a call one look at a context variable.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch
+from fastattn.call import Call
+
+
+class Observer(Protocol):
+    """What watches. Calls are validated, and casts of autocast made; they are not to be changed in place."""
+
+    def change(self, call: Call) -> Call:
+        """The call that shall run instead; the call itself where it stays."""
+        ...
+
+    def note(self, call: Call, lse: Tensor | None) -> None:
+        """Told after a call ran, with its lse where the kernels gave one."""
+        ...
+
+
+_watching: ContextVar[tuple[Observer, ...]] = ContextVar("fastattn_watching", default=())
+observers = _watching.get
+
+
+def is_watched() -> bool:
+    """Whether calls of this thread have observers; traces have none."""
+    return not torch.compiler.is_compiling() and bool(observers())
+
+
+@contextmanager
+def watching(observer: Observer) -> Iterator[None]:
+    """Calls within go by this observer, after those further out. Compiled functions run uncompiled."""
+    with _uncompiled():
+        _watching.set((*observers(), observer))
+        try:
+            yield
+        finally:
+            # Blocks may end in any order.
+            _watching.set(tuple(other for other in observers() if other is not observer))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Calls within have no observers."""
+    token = _watching.set(())
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
+def changed(call: Call) -> Call:
+    """The call as this thread's observers want it."""
+    if is_watched():
+        watching = observers()
+        with unwatched():
+            for observer in watching:
+                call = observer.change(call)
+    return call
+
+
+def run(call: Call, execute: Callable[[Call], Any]) -> Any:
+    """`execute` of what the observers make of the call; they are told of it.
+
+    Args:
+        call: validated.
+        execute: gives out, or (out, lse) where the call asks for it; may change the call given to it.
+    """
+    call, watching = changed(call), observers()
+    with unwatched():
+        # Asked of kernels lse costs nothing; of PyTorch's call, which has none, it would change the backend.
+        has_lse = call.return_lse or hasattr(dispatch.choose(call), "forward")
+        result = execute(replace(call, return_lse=has_lse))
+        out, lse = result if has_lse else (result, None)
+        for observer in watching:
+            observer.note(call, lse)
+    return (out, lse) if call.return_lse else out
+
+
+_lock = threading.Lock()
+_count = 0  # blocks that keep the compiler off
+_stance: Any = None
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """torch.compile's functions run as they are written: their graphs, made before, ask no observer.
+
+    The compiler's stance belongs to the whole process, so the first block sets it and the last one gives it
+    back. Nothing is compiled where the compiler was never imported.
+    """
+    global _count, _stance  # noqa: PLW0603
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _lock:
+        _count += 1
+        if _count == 1:
+            _stance = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _lock:
+            _count -= 1
+            if _count == 0:
+                _stance.__exit__(None, None, None)
+                _stance = None
