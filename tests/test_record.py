@@ -485,3 +485,13 @@ def test_no_warnings_where_all_is_well(x):
         with record(model) as rec:
             model(x)
     assert repr(replace(rec.calls[0], weights=None)).endswith("summary only)")
+
+
+def test_scores_that_are_no_products():
+    """Said to be missing, rather than summarised as if they were products."""
+    layer = fastattn.nn.AdditiveAttention(4, 4, 8, dropout=0.0)
+    q, k, v = (torch.randn(2, 5, 4) for _ in range(3))
+    with pytest.warns(UserWarning, match="record lacks 1 attention calls, whose scores are no products"):
+        with record(layer) as rec:
+            layer(q, k, v)
+    assert not rec.calls

@@ -211,9 +211,9 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
                                    1.0};
     for (double c : kInverse) p = p * r + 2.0 * c;
   } else {
-    // One step: the fused product is exact, and the error of float's log2 e costs |x| * 1.4e-8 of the result,
-    // less than what rounding costs wherever exp(x) is not negligible beside exp(0). Minimax, 2e-9.
-    const Vec<T> r = clamped * kLog2e - n;
+    // The fused product is exact; log2 e beyond float's digits joins in a second step. Minimax, 2e-9.
+    constexpr float kLog2eLo = 1.92596301e-8f;
+    const Vec<T> r = clamped * kLog2eLo + (clamped * kLog2e - n);
     p = splat<T>(static_cast<T>(3.0706724e-4));
     constexpr float kCoefficient[] = {2.679775e-3f,    1.92368738e-2f, 1.110066473e-1f,
                                       4.804529548e-1f, 1.3862943649f,  2.0f};

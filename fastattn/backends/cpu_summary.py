@@ -110,12 +110,12 @@ def backward(
     """
     operands = cpu._prepare(q, k, operands, params)
     dq, dk = output_like(q, q.shape[-1]), output_like(k, k.shape[-1])
-    extra = cpu._extra_gradients(operands, (True, *needs))
+    extra = cpu._extra_gradients(operands, (True, *needs, False))  # a summary's scores are products
     entropy, received, distance, dlse, pooled = (
         resolved(grad).contiguous() if grad is not None and grad.numel() else None for grad in grads
     )
     if 0 in q.shape[:-1] or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), *cpu._finish(extra, operands, dlse)
+        return dq.zero_(), dk.zero_(), *cpu._finish(extra, operands, dlse)[:3]
     q, k = dense_last(q), dense_last(k)
     layout = cpu._Layout(q, k, operands, params)
     options = layout.options(operands, params) or {}
@@ -141,7 +141,7 @@ def backward(
         torch.get_num_threads(),
         options,
     )
-    return dq, dk, *cpu._finish(extra, operands, None)
+    return dq, dk, *cpu._finish(extra, operands, None)[:3]
 
 
 def _of_no_width(view: cpu.View) -> cpu.View:

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE, has_tangent, is_traced, without_double_backward
 from fastattn.backends import cpu_summary
 from fastattn.backends.cpu_summary import results_like
-from fastattn.lowering import DIFFERENTIABLE as BIASES
 from fastattn.lowering import Operands, Params
 from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _params
 from fastattn.strides import output_like
@@ -36,6 +35,8 @@ _BACKWARD = (
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(f"attention_summary{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"attention_summary_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
+
+BIASES = 3  # leading fields of Operands that a summary has gradients to: bias, diag and sinks
 
 _KERNELS: dict[str, Any] = {cpu_summary.name: cpu_summary}
 

@@ -26,6 +26,7 @@ from fastattn.weights import attention_weights
 _EVERYWHERE = Place("", None)
 _FULL = "for which max_bytes left no room"
 _WATCHED = "made where a transform or a trace looked on"
+_NO_PRODUCT = "whose scores are no products of q and k (their layers have attention_weights)"
 
 
 @contextmanager
@@ -124,6 +125,9 @@ class _Recorder:
             return
         if torch._C._are_functorch_transforms_active() or is_traced(call.q, call.k):
             self.record.missed[_WATCHED] += 1
+            return
+        if call.score != "dot":
+            self.record.missed[_NO_PRODUCT] += 1
             return
         with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
             for part in sequences(call, lse):

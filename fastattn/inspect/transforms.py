@@ -11,7 +11,7 @@ from torch.autograd import Function
 from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE, is_traced
 from fastattn.functorch import _vmap
 from fastattn.inspect import fused
-from fastattn.lowering import DIFFERENTIABLE as BIASES
+from fastattn.inspect.fused import BIASES
 from fastattn.lowering import Operands, Params
 from fastattn.weight_statistics import DIFFERENTIABLE, Results, Wanted
 
