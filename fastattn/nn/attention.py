@@ -136,7 +136,7 @@ class Attention(AttentionLayer):
 
     @property
     def attention_scores(self) -> Tensor | None:
-        """The scores of the last call, without bias, mask and gradient, by the score as it is now; or None."""
+        """The last call's scores without bias, mask and gradient, by the score as it is now; or None."""
         if self._seen is None:
             return None
         with torch.no_grad():
