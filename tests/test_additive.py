@@ -337,12 +337,22 @@ def test_layer_compiles():
             "valid_lens must be integers, got float32",
         ),
         (
+            lambda: layer_and_inputs()[0](*layer_and_inputs()[1:], torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            "valid_lens must be [B] or [B, Lq], here [2] or [2, 4], got shape [3]",
+        ),
+        (
+            lambda: layer_and_inputs()[0](*layer_and_inputs()[1:], "two"),
+            TypeError,
+            "valid_lens must be a tensor or numbers that make one, got 'two'",
+        ),
+        (
             lambda: layer_and_inputs()[0](randn(2, 4, 7), randn(2, 6, 5), randn(2, 5, 3)),
             ValueError,
             "values must have shape [2, 1, 6, head_dim_v] like keys, got [2, 1, 5, 3]",
         ),
     ],
-    ids=["size", "dropout", "features", "lens", "values"],
+    ids=["size", "dropout", "features", "float lens", "lens", "text", "values"],
 )
 def test_errors_of_the_layer(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
