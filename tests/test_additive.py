@@ -93,6 +93,14 @@ def test_masks(mask):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+def test_a_mask_of_five_dimensions():
+    tensors = inputs(2, 2, 3)
+    mask = torch.rand(2, 1, 3, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    q, k, v, w = tensors
+    want = dense_weights(q, k, w, mask) @ v
+    torch.testing.assert_close(fastattn.additive_attention(*tensors, mask=mask), want, **EXACT)
+
+
 @needs_native
 def test_dropout_drops_what_the_generator_says():
     q, k, v, w = inputs(2)
@@ -311,6 +319,22 @@ def test_layer_dropout_is_of_training_only():
     assert not torch.allclose(trained, layer.eval()(queries, keys, values))
     torch.manual_seed(3)
     assert torch.equal(layer.train()(queries, keys, values), trained)
+
+
+@needs_native
+def test_layer_under_transforms():
+    layer, queries, keys, values = layer_and_inputs()
+    want = layer(queries, keys, values)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, queries, keys, values):
+        return torch.func.functional_call(layer, parameters, (queries, keys, values)).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, queries, keys, values)
+    assert layer.attention_weights is None
+    whole = torch.autograd.grad(want.square().sum(), list(parameters.values()))
+    for name, gradient in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(each[name].sum(0), gradient, **EXACT)
 
 
 @needs_native

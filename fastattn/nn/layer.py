@@ -33,6 +33,9 @@ class AttentionLayer(nn.Module):
 
     def _remember(self, call: Call) -> Call:
         """Keep what the weights are made of, detached, and return `call` as it is."""
+        if is_transformed():
+            self._last = None
+            return call
         w = call.score_weights  # an optimizer changes it in place
         self._last = replace(
             call,
@@ -47,6 +50,11 @@ class AttentionLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_last"}
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms the call: its tensors must not outlive the transform."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
