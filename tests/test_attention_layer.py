@@ -285,7 +285,7 @@ def test_under_transforms(name):
     """torch.func: a map over the batch, and gradients by function."""
     layer = build(name)
     q, k, v = inputs(name)
-    mapped = torch.vmap(lambda q, k, v: layer(q, k, v))(q, k, v)
+    mapped = torch.vmap(layer)(q, k, v)
     assert layer.attention_weights is None, "nothing of a transformed call is kept"
     torch.testing.assert_close(mapped, layer(q, k, v))
     found = torch.func.grad(lambda q: layer(q, k, v).square().sum())(q)

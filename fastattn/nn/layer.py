@@ -21,9 +21,7 @@ ValidLens = Tensor | Sequence[int] | int
 class AttentionLayer(nn.Module):
     """A layer that can tell the weights of its last call."""
 
-    _last: Call | Tensor | None = (
-        None  # what weights are made of, or the weights of a layer that returns them
-    )
+    _last: Call | Tensor | None = None  # what weights are made of; weights, where the layer returns them
 
     @property
     def attention_weights(self) -> Any:
