@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn import leading
 from fastattn.call import Call
+from fastattn.leading import leading_dimensions
 from fastattn.masks import Mask
 from fastattn.spec import DISTANCE_SCORES, FLOAT_DTYPES, dtype_name
 from fastattn.validation import check_number, check_tensor
@@ -80,8 +81,9 @@ def kernel_call(
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    call = Call("attention", q, k, v, mask=mask, scale=1.0, backend=backend)
+    leading_dimensions(call)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, tensor)
         if tensor.dtype not in FLOAT_DTYPES:
             names = ", ".join(map(dtype_name, FLOAT_DTYPES))
             raise TypeError(f"{name} must be one of {names}, got {dtype_name(tensor.dtype)}")
@@ -89,8 +91,8 @@ def kernel_call(
             raise TypeError(
                 f"{name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(tensor.dtype)}"
             )
-    if 0 in (q.dim(), k.dim()) or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"k must have q's features, got shapes {list(k.shape)} and {list(q.shape)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"k must have q's {q.shape[-1]} features, got {k.shape[-1]}")
     width = _check_width(width, q)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -99,7 +101,8 @@ def kernel_call(
     else:
         middle = _middle(k)
         q, k = (q - middle) / width, (k - middle) / width
-    return Call("attention", q, k, v, mask=mask, scale=1.0, backend=backend, score=kernel)
+    call.q, call.k, call.v, call.score = q, k, v, kernel
+    return call
 
 
 def _check_width(width: Any, q: Tensor) -> float | Tensor:

@@ -29,6 +29,19 @@ def fold(call: Call) -> torch.Size:
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
     """
+    lead = leading_dimensions(call)
+    if isinstance(call.mask, Tensor):
+        call.mask = _fold_mask(call, lead)
+    call.q, call.k, call.v = (_to_4d(t.expand(*lead, *t.shape[-2:])) for t in (call.q, call.k, call.v))
+    return lead
+
+
+def leading_dimensions(call: Call) -> torch.Size:
+    """What the leading dimensions of q, k and v broadcast to.
+
+    Raises:
+        TypeError, ValueError: an argument is no tensor, has too few dimensions, or does not broadcast.
+    """
     named = [(call.name(name), getattr(call, name)) for name in ("q", "k", "v")]
     for name, tensor in named:
         check_tensor(name, tensor)
@@ -43,9 +56,6 @@ def fold(call: Call) -> torch.Size:
             raise ValueError(
                 f"{name}'s leading dimensions must broadcast with the others', got {got}"
             ) from None
-    if isinstance(call.mask, Tensor):
-        call.mask = _fold_mask(call, lead)
-    call.q, call.k, call.v = (_to_4d(t.expand(*lead, *t.shape[-2:])) for _, t in named)
     return lead
 
 

@@ -93,6 +93,14 @@ def test_masks(mask):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+def test_a_mask_of_five_dimensions():
+    tensors = inputs(2, 2, 3)
+    mask = torch.rand(2, 1, 3, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    q, k, v, w = tensors
+    want = dense_weights(q, k, w, mask) @ v
+    torch.testing.assert_close(fastattn.additive_attention(*tensors, mask=mask), want, **EXACT)
+
+
 @needs_native
 def test_dropout_drops_what_the_generator_says():
     q, k, v, w = inputs(2)
@@ -314,6 +322,22 @@ def test_layer_dropout_is_of_training_only():
 
 
 @needs_native
+def test_layer_under_transforms():
+    layer, queries, keys, values = layer_and_inputs()
+    want = layer(queries, keys, values)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, queries, keys, values):
+        return torch.func.functional_call(layer, parameters, (queries, keys, values)).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, queries, keys, values)
+    assert layer.attention_weights is None
+    whole = torch.autograd.grad(want.square().sum(), list(parameters.values()))
+    for name, gradient in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(each[name].sum(0), gradient, **EXACT)
+
+
+@needs_native
 def test_layer_compiles():
     layer, queries, keys, values = layer_and_inputs()
     want = layer(queries, keys, values, torch.tensor([3, 6]))
@@ -337,12 +361,22 @@ def test_layer_compiles():
             "valid_lens must be integers, got float32",
         ),
         (
+            lambda: layer_and_inputs()[0](*layer_and_inputs()[1:], torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            "valid_lens must be [B] or [B, Lq], here [2] or [2, 4], got shape [3]",
+        ),
+        (
+            lambda: layer_and_inputs()[0](*layer_and_inputs()[1:], "two"),
+            TypeError,
+            "valid_lens must be a tensor or numbers that make one, got 'two'",
+        ),
+        (
             lambda: layer_and_inputs()[0](randn(2, 4, 7), randn(2, 6, 5), randn(2, 5, 3)),
             ValueError,
             "values must have shape [2, 1, 6, head_dim_v] like keys, got [2, 1, 5, 3]",
         ),
     ],
-    ids=["size", "dropout", "features", "lens", "values"],
+    ids=["size", "dropout", "features", "float lens", "lens", "text", "values"],
 )
 def test_errors_of_the_layer(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):

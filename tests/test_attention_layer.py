@@ -158,7 +158,7 @@ def test_without_a_batch_and_with_one_for_all(name):
     torch.testing.assert_close(
         layer.attention_weights, layer.weights(q[0], k[0], mask=masks.causal(), bias=bias)
     )
-    torch.testing.assert_close(layer(q[:1], k, v, [2, 6]), layer(q[:1].expand(B, -1, -1), k, v, [2, 6]))
+    torch.testing.assert_close(layer(q[:1], k, v), layer(q[:1].expand(B, -1, -1), k, v))
 
 
 @pytest.mark.parametrize("name", [name for name in SCORES if name not in ("additive", "module")])
@@ -278,6 +278,20 @@ def test_compiles_copies_and_casts(name):
     with torch.autocast("cpu", torch.bfloat16):
         narrow = layer.float()(q.float(), k.float(), v.float())
     assert narrow.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_under_transforms(name):
+    """torch.func: a map over the batch, and gradients by function."""
+    layer = build(name)
+    q, k, v = inputs(name)
+    mapped = torch.vmap(layer)(q, k, v)
+    assert layer.attention_weights is None, "nothing of a transformed call is kept"
+    torch.testing.assert_close(mapped, layer(q, k, v))
+    found = torch.func.grad(lambda q: layer(q, k, v).square().sum())(q)
+    q.requires_grad_()
+    (want,) = torch.autograd.grad(layer(q, k, v).square().sum(), q)
+    torch.testing.assert_close(found, want)
 
 
 BAD = {

@@ -12,7 +12,7 @@ from fastattn import leading
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.masks import Mask, MaskShape
-from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
+from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, is_transformed, visible_keys
 from fastattn.nn.scores import SCORES, AdditiveScore, ProductScore
 from fastattn.validation import check_number
 from fastattn.weights import attention_weights
@@ -96,7 +96,7 @@ class Attention(AttentionLayer):
         call = self._call(queries, keys, valid_lens, mask, bias)
         call.v = values
         call.dropout_p = float(self.dropout) if self.training else 0.0
-        self._seen = (queries.detach(), keys.detach())
+        self._seen = None if is_transformed() else (queries.detach(), keys.detach())
         return leading.run(self._remember(call))
 
     def scores(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class Attention(AttentionLayer):
 
     @property
     def attention_scores(self) -> Tensor | None:
-        """The scores of the last call, without bias, mask and gradient, by the score as it is now; or None."""
+        """The last call's scores without bias, mask and gradient, by the score as it is now; or None."""
         if self._seen is None:
             return None
         with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.hard import GRADIENTS, MODES, hard_attention
 from fastattn.masks import Mask
-from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
+from fastattn.nn.layer import AttentionLayer, ValidLens, is_transformed, visible_keys
 from fastattn.validation import check_number
 
 
@@ -69,7 +69,7 @@ class HardAttention(AttentionLayer):
             scale=self.scale,
             return_index=True,
         )
-        self._chosen = index, keys.shape[-2], results[0].dtype
+        self._chosen = None if is_transformed() else (index, keys.shape[-2], results[0].dtype)
         return results[0] if len(results) == 1 else tuple(results)
 
     @property

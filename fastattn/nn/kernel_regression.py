@@ -13,7 +13,7 @@ from fastattn.checks import check_bool, check_int
 from fastattn.combine import merge
 from fastattn.kernel_regression import KERNELS, kernel_attention, kernel_call
 from fastattn.masks import Mask, padding
-from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
+from fastattn.nn.layer import AttentionLayer, ValidLens, as_tensor, visible_keys
 from fastattn.validation import check_number
 
 SMOOTH = ("gaussian", "epanechnikov", "triangular")  # whose loss has a slope along the width
@@ -114,9 +114,11 @@ class KernelRegression(AttentionLayer):
         """
         check_int("steps", steps, 0)
         check_int("rows", rows, 1)
-        self.x, y = self._points("x", x), torch.as_tensor(y)
+        self.x, y = self._points("x", x), as_tensor("y", y, self.log_width.device)
         y = (y if y.is_floating_point() else y.to(self.x.dtype)).to(self.x)
-        if y.dim() not in (1, 2) or len(y) != len(self.x) or len(y) == 0:
+        if len(self.x) == 0:
+            raise ValueError(f"x must have at least one point, got shape {list(self.x.shape)}")
+        if y.dim() not in (1, 2) or len(y) != len(self.x):
             raise ValueError(f"y must be [{len(self.x)}] or [{len(self.x)}, C], got shape {list(y.shape)}")
         self.y = y.detach()
         if self.needs_width:
@@ -190,7 +192,7 @@ class KernelRegression(AttentionLayer):
 
     def _points(self, name: str, x: Any) -> Tensor:
         """x as [N, D], floating point, where log_width lies."""
-        x = torch.as_tensor(x, device=self.log_width.device)
+        x = as_tensor(name, x, self.log_width.device)
         x = x if x.is_floating_point() else x.to(self.log_width.dtype)
         if x.dim() not in (1, 2):
             raise ValueError(f"{name} must be [N] or [N, D], got shape {list(x.shape)}")

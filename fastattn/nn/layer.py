@@ -21,9 +21,7 @@ ValidLens = Tensor | Sequence[int] | int
 class AttentionLayer(nn.Module):
     """A layer that can tell the weights of its last call."""
 
-    _last: Call | Tensor | None = (
-        None  # what the weights are made of, or the weights of a layer that returns them
-    )
+    _last: Call | Tensor | None = None  # what weights are made of; weights, where the layer returns them
 
     @property
     def attention_weights(self) -> Any:
@@ -36,6 +34,9 @@ class AttentionLayer(nn.Module):
 
     def _remember(self, call: Call) -> Call:
         """Keep what the weights are made of, detached, and return `call` as it is."""
+        if is_transformed():
+            self._last = None
+            return call
         w, bias = call.score_weights, call.bias  # an optimizer changes parameters in place
         if isinstance(bias, Tensor):
             bias = bias.detach()
@@ -57,6 +58,21 @@ class AttentionLayer(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_last"}
 
 
+def is_transformed() -> bool:
+    """Whether torch.func transforms the call: its tensors must not outlive the transform."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    """`value`, a tensor or what torch makes one of (numbers, sequences, arrays), on `device`."""
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor or numbers that make one, got {value!r} ({error})"
+        ) from None
+
+
 def visible_keys(
     mask: Mask | Tensor | None, valid_lens: ValidLens | None, queries: Tensor
 ) -> Mask | Tensor | None:
@@ -69,15 +85,18 @@ def visible_keys(
         queries: [..., Lq, features]; of which only the dimensions are read.
     Raises:
         TypeError: valid_lens are no integers.
+        ValueError: valid_lens of another shape.
     """
     if valid_lens is None:
         return mask
-    lens = torch.as_tensor(valid_lens, device=queries.device)
+    lens = as_tensor("valid_lens", valid_lens, queries.device)
     if lens.is_floating_point() or lens.is_complex() or lens.dtype == torch.bool:
         raise TypeError(f"valid_lens must be integers, got {dtype_name(lens.dtype)}")
     lens = lens[None] if queries.dim() == 2 else lens
-    if lens.dim() not in (1, 2):
-        raise ValueError(f"valid_lens must be [B] or [B, Lq], got shape {list(lens.shape)}")
+    batch = queries.shape[0] if queries.dim() > 2 else 1
+    if lens.shape not in ((batch,), (batch, queries.shape[-2])):
+        want = f"[{batch}] or [{batch}, {queries.shape[-2]}]"
+        raise ValueError(f"valid_lens must be [B] or [B, Lq], here {want}, got shape {list(lens.shape)}")
     if mask is None:
         return padding(lens)
     if isinstance(mask, Tensor):

@@ -16,7 +16,7 @@ from fastattn.functional import autocast
 from fastattn.hard import choose_keys
 from fastattn.masks import Mask, as_mask, padding, window
 from fastattn.masks.space import Pairs
-from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
+from fastattn.nn.layer import AttentionLayer, ValidLens, is_transformed, visible_keys
 from fastattn.spec import accumulate_dtype
 from fastattn.validation import check_number, check_tensor, validate
 
@@ -134,7 +134,7 @@ class LocalAttention(AttentionLayer):
         empty = ~seen.any(-1, keepdim=True)  # must not reach softmax: its gradient would be NaN
         weights = torch.where(seen | empty, score, -math.inf).softmax(-1) * torch.exp(-(distance**2) / 2)
         weights = torch.where(empty, 0.0, weights)
-        self._weights = weights.detach(), j, seen, seqlen_k, lead
+        self._weights = None if is_transformed() else (weights.detach(), j, seen, seqlen_k, lead)
         out = (weights.to(call.v.dtype).unsqueeze(-1) * _windows(call.v, j, seen)).sum(-2)
         return leading.unfold(out, lead)
 

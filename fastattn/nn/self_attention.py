@@ -13,7 +13,7 @@ from fastattn.checks import check_int
 from fastattn.functional import _has_values
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
-from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
+from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, is_transformed, visible_keys
 from fastattn.validation import check_tensor
 from fastattn.weights import attention_weights
 
@@ -145,7 +145,7 @@ class MultiHeadSelfAttention(AttentionLayer):
             need_weights=True,
             average_weights=False,
         )
-        self._last = weights.detach()
+        self._last = None if is_transformed() else weights.detach()
         return output, weights
 
 
