@@ -331,6 +331,18 @@ def test_transforms_are_told_apart(x):
     assert len(rec) == 0
 
 
+def test_forward_mode_is_left_alone(x):
+    model = Block(lambda q, k, v: fastattn.attention(q, k, v, backend="reference"))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.warns(UserWarning, match="where a transform or a trace"),
+    ):
+        with record(model) as rec:
+            out = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+    assert len(rec) == 0
+
+
 def test_autocast(x):
     model = Block(fastattn.attention)
     with torch.autocast("cpu", torch.bfloat16):

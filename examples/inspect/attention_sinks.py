@@ -71,7 +71,7 @@ def main() -> None:
         weights = rec.calls[0].weights[:, 0]  # [B, L, L] of the one head
         works = (tokens < TRIGGERS)[:, 8:]  # later rows, which have many keys to choose from
         to_first, before = weights[:, 8:, 0], weights.diagonal(-1, 1, 2)[:, 7:]
-        left = 1 - weights[:, 8:].sum(2)
+        left = (1 - weights[:, 8:].sum(2)).clamp(min=0)
         name = "with a sink" if has_sink else "without a sink"
         print(
             f"{name}: at triggers {before[works].mean():.2f} of the weight is on the token before; elsewhere "

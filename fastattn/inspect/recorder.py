@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import watch
-from fastattn.autograd import is_traced
+from fastattn.autograd import has_tangent, is_traced
 from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
 from fastattn.inspect.modules import Place, RunningModules, check_patterns, is_match
@@ -123,7 +123,8 @@ class _Recorder:
             return
         if torch._C._current_graph_task_id() != -1:  # in backward: a checkpoint repeats what was recorded
             return
-        if torch._C._are_functorch_transforms_active() or is_traced(call.q, call.k):
+        transforms = torch._C._are_functorch_transforms_active()
+        if transforms or is_traced(call.q, call.k) or has_tangent(call.q, call.k):
             self.record.missed[_WATCHED] += 1
             return
         if call.score != "dot":
