@@ -308,7 +308,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_model(name, calls):
-    """Forward and backward equal to stock; every attention of the model is found; undone to the last object."""
+    """Forward and backward equal to stock; every attention is found; undone to the last object."""
     make, inputs = MODELS[name]
     model = prepared(make())
     want = outcome(model, **inputs)
