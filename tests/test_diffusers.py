@@ -6,8 +6,8 @@ import copy
 import io
 from typing import Any
 
+import docs_tables
 import pytest
-import tables
 import torch
 from torch import Tensor, nn
 
@@ -322,7 +322,7 @@ def test_patched_model(name, calls):
     assert all(processor is before[name] for name, processor in processors(model).items())
     assert all(torch.equal(a, b) for a, b in zip(outcome(model, **inputs), want, strict=True))
     routes = sorted({NAMES[how] for how in report.replaced.values()})
-    tables.tried("diffusers", "diffusers", f"`{name}`", str(len(report.replaced)), ", ".join(routes))
+    docs_tables.tried("diffusers", "diffusers", f"`{name}`", str(len(report.replaced)), ", ".join(routes))
 
 
 def unet() -> Any:

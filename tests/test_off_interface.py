@@ -6,8 +6,8 @@ import copy
 import inspect
 from typing import Any
 
+import docs_tables
 import pytest
-import tables
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -112,11 +112,11 @@ def test_forward_and_backward(name):
         kind = stock_class(model.get_submodule(module)).__name__
         if kind != "Attention" or name != "OpenAIGPT":  # whose mask multiplies its scores
             assert "computed as written" not in how, kind
-        tables.tried("off-interface", "transformers", f"`{kind}` of {name}", shown(how))
+        docs_tables.tried("off-interface", "transformers", f"`{kind}` of {name}", shown(how))
     for module, reason in report.left.items():
         kind = stock_class(model.get_submodule(module)).__name__
         assert reason == LEFT[kind]
-        tables.tried("off-interface", "transformers", f"`{kind}` of {name}", f"left: {reason}")
+        docs_tables.tried("off-interface", "transformers", f"`{kind}` of {name}", f"left: {reason}")
     report.undo()
     assert all(torch.equal(a, b) for a, b in zip(outcome(model, inputs)[0], parts, strict=True))
 
