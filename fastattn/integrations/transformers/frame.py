@@ -34,7 +34,10 @@ class Frame:
         """Keys i + lo <= j <= i + hi."""
         if isinstance(lo, Tensor) or isinstance(hi, Tensor):
             return self._ranges(lo, hi)
-        offset = self.shape.seqlen_k - self.shape.seqlen_q
+        seqlen_q, seqlen_k = self.shape.seqlen_q, self.shape.seqlen_k
+        if (lo is None or seqlen_q - 1 + lo <= 0) and (hi is None or hi >= seqlen_k - 1):
+            return EVERYTHING
+        offset = seqlen_k - seqlen_q
         # About the bottom-right diagonal where it goes through the mask, so that it reads as it is meant, and
         # is the same for every length.
         if (lo is None or lo <= offset) and (hi is None or hi >= offset):
@@ -54,7 +57,8 @@ class Frame:
         if self._may_look(visible):
             if visible.all():
                 return EVERYTHING
-            found = _key_range(visible.expand(-1, self.shape.seqlen_k))
+            # For one query a row of bools is read as fast as a range, and needs no search.
+            found = None if self.shape.seqlen_q == 1 else _key_range(visible.expand(-1, self.shape.seqlen_k))
             if found is not None:
                 return found
         return dense(visible[:, None, None])

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers.masking_utils import causal_mask_function
 
-from fastattn.integrations.transformers.frame import Frame, Offset
+from fastattn.integrations.transformers.frame import EVERYTHING, Frame, Offset
 from fastattn.integrations.transformers.mask_tensor import MaskTensor
 from fastattn.integrations.transformers.symbolic import MaskFunction, both, read
 from fastattn.mask_ops import block_lists
 from fastattn.masks import LoweredMask, Mask, dense, predicate
-from fastattn.masks.band import Band
 from fastattn.masks.built import BuiltMask
 from fastattn.masks.space import MaskShape
 
@@ -56,7 +55,9 @@ def fastattn_mask(
         mask = predicate(_by_pairs(mask_function, frame, use_vmap))
     if attention_mask is not None:
         mask = both(mask, frame.keys(_keys(attention_mask, kv_length, kv_offset)))
-    if _is_implied(mask, shape, allow_is_causal_skip, allow_is_bidirectional_skip):
+    # A causal mask of several queries is never None: a model may drop queries that it needs no more, and the
+    # attention function could not tell which ones are left.
+    if mask == EVERYTHING and (allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)):
         return None
     mask = _prepared(mask, shape, device)
     return mask if torch.compiler.is_compiling() else MaskTensor(mask, shape, device)
@@ -68,19 +69,6 @@ def _keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
     return attention_mask[:, kv_offset : kv_offset + kv_length]
-
-
-def _is_implied(mask: Mask, shape: MaskShape, causal_skip: bool, bidirectional_skip: bool) -> bool:
-    """Whether the mask hides nothing and None may say so.
-
-    A causal mask of several queries is never implied: a model may drop queries that it needs no more, and the
-    attention function could not tell which ones are left.
-    """
-    if not (bidirectional_skip or (causal_skip and shape.seqlen_q == 1)) or not isinstance(mask, Band):
-        return False
-    offset = shape.seqlen_k - shape.seqlen_q if mask.align == "bottom_right" else 0
-    sees_first = mask.lo is None or shape.seqlen_q - 1 + offset + mask.lo <= 0
-    return sees_first and (mask.hi is None or offset + mask.hi >= shape.seqlen_k - 1)
 
 
 def _prepared(mask: Mask, shape: MaskShape, device: torch.device) -> Mask:

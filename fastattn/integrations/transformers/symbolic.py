@@ -30,7 +30,7 @@ class Opaque(Exception):
 
 def read(mask_function: MaskFunction, frame: Frame) -> Mask | None:
     """The mask that the function defines, or None where it cannot be read."""
-    batch = Value(frame, "", torch.arange(frame.shape.batch, device=frame.device)[:, None])
+    batch = Value(frame, "", shift=0)
     q_idx, kv_idx = Value(frame, "q", shift=frame.q_offset), Value(frame, "k", shift=frame.kv_offset)
     try:
         with _LookUps():
@@ -110,17 +110,23 @@ class Value(Symbol):
     """A number for each query (axis "q"), each key ("k") or each batch entry (""): int64 [B|1, L|1].
 
     Args:
-        table: the numbers; None where they are the position n plus `shift`.
+        table: the numbers; None where they are the index n plus `shift`.
     """
 
     def __init__(
         self, frame: Frame, axis: str, table: Tensor | None = None, shift: Offset | None = None
     ) -> None:
         super().__init__(frame)
-        self.axis, self.shift = axis, shift
-        if table is None:
-            table = torch.arange(self._length(), device=self.device)[None] + shift  # type: ignore[operator]
-        self.table = table
+        self.axis, self._table, self.shift = axis, table, shift
+
+    @property
+    def table(self) -> Tensor:
+        if self._table is not None:
+            return self._table
+        length = self.frame.shape.batch if self.axis == "" else self._length()
+        numbers = torch.arange(length, device=self.device)
+        # Batch entries stand below one another, queries and keys side by side.
+        return (numbers[:, None] if self.axis == "" else numbers[None]) + self.shift  # type: ignore[operator]
 
     @property
     def full_table(self) -> Tensor:
@@ -163,7 +169,7 @@ class Value(Symbol):
     def _compare(self, other: Any, relation: Callable[[Any, Any], Any]) -> Truth:
         if not isinstance(other, Value):
             number = _number(other)
-            if isinstance(self.shift, int) and isinstance(number, int):
+            if self.axis and isinstance(self.shift, int) and isinstance(number, int):
                 # Positions rise by one, so what holds of the first and the last may hold of all.
                 ends = relation(self.shift, number), relation(self.shift + self._length() - 1, number)
                 if all(ends) and relation is not operator.ne:
