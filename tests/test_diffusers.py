@@ -6,8 +6,8 @@ import copy
 import io
 from typing import Any
 
+import docs_tables
 import pytest
-import tables
 import torch
 from torch import Tensor, nn
 
@@ -308,7 +308,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_model(name, calls):
-    """Forward and backward equal to stock; every attention of the model is found; undone to the last object."""
+    """Forward and backward equal to stock; every attention is found; undone to the last object."""
     make, inputs = MODELS[name]
     model = prepared(make())
     want = outcome(model, **inputs)
@@ -322,7 +322,7 @@ def test_patched_model(name, calls):
     assert all(processor is before[name] for name, processor in processors(model).items())
     assert all(torch.equal(a, b) for a, b in zip(outcome(model, **inputs), want, strict=True))
     routes = sorted({NAMES[how] for how in report.replaced.values()})
-    tables.tried("diffusers", "diffusers", f"`{name}`", str(len(report.replaced)), ", ".join(routes))
+    docs_tables.tried("diffusers", "diffusers", f"`{name}`", str(len(report.replaced)), ", ".join(routes))
 
 
 def unet() -> Any:

@@ -21,6 +21,8 @@ PRINTS = {
     r"attention\(q=1x8x1024x64, .*\)\n(.|\n)*  cpu +runs\n(.|\n)*",
     "module.py": rf"output differs by {ROUNDING}\nweights differ by {ROUNDING}\n"
     rf"with mask=causal\(\) by {ROUNDING}\n",
+    "patch.py": r"replaced 3, left 0 as they were\n(  1 \w+: .*\n    \d.*\n){3}"
+    rf"differs by {ROUNDING}\nundone, by 0e\+00\n",
     "swap.py": rf"replaced 2, left 0 as they were\n  layers.0.self_attn\n  layers.1.self_attn\n"
     rf"encoder differs by {ROUNDING}\nfunction differs by {ROUNDING}\n",
 }

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import docs_tables
 import pytest
-import tables
 import torch
 from timm_support import import_timm
 from torch import Tensor, nn
@@ -213,12 +213,12 @@ def test_block(name):
     assert_same(outcome(block, x, *inputs), want)
     if f"timm.{name}" in LEFT:
         assert report.left == {"": LEFT[f"timm.{name}"]}
-        tables.tried("timm", "timm", f"`{name}`", f"left: {LEFT[f'timm.{name}']}")
+        docs_tables.tried("timm", "timm", f"`{name}`", f"left: {LEFT[f'timm.{name}']}")
         return
     assert report.replaced[""] in (CALL, WRITTEN_OUT)
     assert "computed as written" not in str(report)
     how = "calls the function" if report.replaced[""] == CALL else "written out"
-    tables.tried("timm", "timm", f"`{name}`", how)
+    docs_tables.tried("timm", "timm", f"`{name}`", how)
     report.undo()
     again = block(x, *inputs)
     assert torch.equal(again[0] if isinstance(again, tuple) else again, want[0])

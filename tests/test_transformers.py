@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from fastattn.integrations.transformers import FastCache, register  # noqa: E402
 register()
 transformers.logging.set_verbosity_error()
 
+ROOT = Path(__file__).parent.parent
 ZOO = [*TEXTS, *SENSES]
 FEATURES = [(architecture, feature) for architecture in ZOO for feature in architecture.without]
 # All with their usual cache; with the others, a few of each kind in the normal run.
@@ -63,7 +66,7 @@ def test_features_bite(architecture, feature):
 
 
 def test_sinks_bite():
-    architecture = next(a for a in TEXTS if a.name == "gpt-oss")
+    (architecture,) = (each for each in ZOO if "sinks" in each.bites)
     model = architecture.build().eval()
     with_them = run(model, architecture, "fastattn", torch.float32)[0]
     for name, parameter in model.named_parameters():
@@ -116,6 +119,17 @@ def test_generate(architecture, cache):
     assert torch.equal(got.isfinite(), finite)
     difference = (got.double() - scores)[finite].abs().max()
     assert difference <= 2 * (native.double() - scores)[finite].abs().max()
+
+
+def test_the_documentation_lists_what_was_tried(monkeypatch):
+    """With the versions of requirements/constraints.txt, which are those that it names."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import transformers_table
+
+    page = transformers_table.PAGE.read_text()
+    assert transformers_table.with_table(page) == page, "run: python scripts/transformers_table.py"
+    families = {architecture.family for architecture in ZOO}
+    assert len(ZOO) >= 30 and families >= {"decoder", "encoder", "vision", "audio", "MoE", "multimodal"}
 
 
 def test_the_padding_is_padding():

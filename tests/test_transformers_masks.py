@@ -252,3 +252,35 @@ def test_packed_positions_become_documents():
     starts = torch.tensor([0, 5, 8, 12], dtype=torch.int32)
     told = model(ids, position_ids=positions, cu_seq_lens_q=starts, cu_seq_lens_k=starts, use_cache=False)
     torch.testing.assert_close(told.last_hidden_state, packed)
+
+
+OFF_INTERFACE = {
+    "Bloom": {"n_layer": 1, "n_head": 2},
+    "Falcon": {"num_hidden_layers": 1, "num_attention_heads": 2},
+    "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 1},
+    "GPTJ": {"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4},
+    "GPTNeo": {"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+    "MPNet": {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "BigBird": {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "DebertaV2": {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "CTRL": {"n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 16},
+}
+
+
+@pytest.mark.parametrize("name", OFF_INTERFACE)
+def test_models_off_the_interface_never_compute_something_else(name):
+    """Told to use fastattn all the same, they stay as they are, or say that they cannot."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, hidden_size=16, **OFF_INTERFACE[name])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
+    inputs = {"input_ids": torch.arange(8).view(1, 8) + 3, "attention_mask": mask}
+    want = model(**inputs).last_hidden_state[:, :-2]
+    try:
+        model.set_attn_implementation("fastattn")
+        model.config._attn_implementation_internal = "fastattn"
+        got = model(**inputs).last_hidden_state[:, :-2]
+    except NotImplementedError as error:
+        assert "interface" in str(error)
+    else:
+        torch.testing.assert_close(got, want)

@@ -253,7 +253,6 @@ MULTIMODAL = [
             "vision_feature_layer": -1,
         },
         picture_in_text,
-        generates=True,
     ),
     Architecture(
         "PaliGemma",
@@ -316,7 +315,6 @@ MULTIMODAL = [
             "vision_start_token_id": 1,
         },
         patches_in_text,
-        generates=True,
     ),
 ]
 

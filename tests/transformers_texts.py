@@ -99,6 +99,7 @@ MOE = [
         },
         "MoE",
         without={"window": {"sliding_window": 64}},
+        bites=("sinks",),
     ),
     _decoder(
         "DeepSeek-V3",

@@ -30,6 +30,7 @@ class Architecture:
             tokens from padding.
         output: the output to compare.
         without: options that turn features off, one dictionary for each; the output must then change.
+        bites: features that a test of their own turns off.
         generates: whether to compare `generate` with left padding.
     """
 
@@ -41,6 +42,7 @@ class Architecture:
     inputs: Callable[[], Inputs]
     output: str = "logits"
     without: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bites: tuple[str, ...] = ()
     generates: bool = False
 
     def build(self, **changed: Any) -> Any:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
     add("--modules", action="store_true", help="nn.MultiheadAttention instead, against PyTorch's module")
     add("--summaries", action="store_true", help="inspect.summarize instead, against the forward pass")
+    add("--transformers", action="store_true", help="models of Hugging Face transformers instead, small ones")
     add("--list", action="store_true", help="list the chosen cases and stop")
 
 
@@ -126,6 +127,34 @@ def measure_others(args: argparse.Namespace, kind: str) -> None:
     print(f"\nwrote {path}")
 
 
+def measure_transformers(args: argparse.Namespace) -> None:
+    """Time models of transformers; print each row as it comes, then the goals; write transformers.json.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    try:
+        import transformers as library
+    except ModuleNotFoundError as error:
+        raise ValueError("transformers is not installed; run: pip install 'fastattn[hf]'") from error
+    from fastattn.bench import transformers
+    from fastattn.bench.runner import thread_count
+
+    options = options_of(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = {**describe(), "transformers": library.__version__}
+    print("\n".join([*machine_lines(machine), f"transformers {library.__version__}"]))
+    rows = []
+    for threads in options.threads[-1:]:
+        print("\n".join(["", f"{threads} threads", transformers.HEADER]), flush=True)
+        with thread_count(threads):
+            rows += transformers.run(options.quick, lambda row: print(row.line(), flush=True))
+    print("\n".join(["", *transformers.summary(rows)]))
+    path = args.out / "transformers.json"
+    path.write_text(json.dumps({"machine": machine, "rows": [row.row() for row in rows]}, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Status 1 where an option is wrong or contenders disagree."""
     try:
@@ -136,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
             measure_others(args, "modules")
         elif args.summaries:
             measure_others(args, "summaries")
+        elif args.transformers:
+            measure_transformers(args)
         else:
             picture(measure(args), args.out / "bench.png")
     except (OSError, RuntimeError, ValueError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_processor as stock
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastattn.functional import attention
 
@@ -118,18 +118,18 @@ class FastAddedKVAttnProcessor:
         return hidden_states.transpose(1, 2).reshape(residual.shape) + residual
 
 
-def processor_for(module: nn.Module) -> Any:
+def processor_for(module: Any) -> Any:
     """The processor of ours that does what a module's own does; None where there is none."""
-    processor: Any = getattr(module, "processor", None)
+    processor = getattr(module, "processor", None)
     if type(processor) is stock.AttnProcessor2_0:
         return FastAttnProcessor()
     if type(processor) is stock.AttnAddedKVProcessor2_0:
         return FastAddedKVAttnProcessor()
     # Those from before PyTorch had a function of its own take the module's scale, and leave out its norms.
     if type(processor) is stock.AttnProcessor and module.norm_q is None and module.norm_k is None:
-        return FastAttnProcessor(module.scale)  # type: ignore[arg-type]
+        return FastAttnProcessor(module.scale)
     if type(processor) is stock.AttnAddedKVProcessor:
-        return FastAddedKVAttnProcessor(module.scale)  # type: ignore[arg-type]
+        return FastAddedKVAttnProcessor(module.scale)
     return None
 
 

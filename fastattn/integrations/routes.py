@@ -245,7 +245,7 @@ def _name_the_rest(work: Work) -> None:
     decided = [*work.replaced, *work.left]
     for name, module in list(work.open()):
         kind = getattr(module, "original_name", stock_class(module).__name__)
-        if not re.search(r"Attention|Attn", kind) or any(
+        if not re.search(r"(Attention|Attn)(?!\w*Output)", kind) or any(
             _is_inside(name, other) or _is_inside(other, name) for other in decided
         ):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import sys
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -90,7 +91,11 @@ def _run(module: nn.Module, stock: Any, args: tuple[Any, ...], kwargs: dict[str,
     if isinstance(out, Tensor) and not isinstance(out, Lazy):
         return out
     if isinstance(out, tuple) and notes.fused > before and _from_transformers(stock):
-        return (_settled(out[0]), *(None if _is_weights(x) else _settled(x) for x in out[1:]))
+        # Weights that nobody asked for are None, as from PyTorch's function. A module that cannot be asked
+        # hands its own out not yet computed, in case its caller was.
+        keep = _position(stock) is None
+        rest = ((x if keep else None) if _is_weights(x) else _settled(x) for x in out[1:])
+        return (_settled(out[0]), *rest)
     return _settled(out)
 
 
@@ -122,8 +127,7 @@ def _wants_weights(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[
 @functools.cache
 def _position(stock: Any) -> int | None:
     """Where output_attentions stands among the positional arguments of a class's forward."""
-    code = stock.forward.__code__ if hasattr(stock.forward, "__code__") else None
-    names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
+    names = list(inspect.signature(stock.forward).parameters)[1:]
     return names.index("output_attentions") if "output_attentions" in names else None
 
 

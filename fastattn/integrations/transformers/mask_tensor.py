@@ -12,8 +12,12 @@ from fastattn.masks import Mask
 from fastattn.masks.space import MaskShape, Pairs
 
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-# Of a bool mask they make no sense: who adds one expects numbers, 0 and -inf.
-_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_aten = torch.ops.aten
+_ADDITIONS = (_aten.add.Tensor, _aten.add_.Tensor)
+_FILLS = (
+    *(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor),
+    *(_aten.masked_fill_.Scalar, _aten.masked_fill_.Tensor),
+)
 
 
 class MaskTensor(Tensor):
@@ -41,10 +45,11 @@ class MaskTensor(Tensor):
             return args[0].moved(kwargs.get("device"))
         if func is torch.ops.aten.slice.Tensor and not kwargs:
             return args[0].sliced(*args[1:])
-        if func in _ADDITIONS:
+        if func in _ADDITIONS or (func in _FILLS and isinstance(args[1], MaskTensor)):
+            # Who adds a mask expects 0 and -inf, who fills by one True = hidden: the result would be another.
             raise NotImplementedError(
-                "a layer adds attention_mask to its scores instead of handing it to the attention function: "
-                "its model is not on transformers' attention interface; attn_implementation must be 'eager'"
+                "a layer puts attention_mask into its scores itself, not through the attention function: its "
+                "model is not on transformers' attention interface; attn_implementation must be 'eager'"
             )
         args, kwargs = pytree.tree_map_only(MaskTensor, MaskTensor.to_dense, (args, kwargs))
         return func(*args, **kwargs)

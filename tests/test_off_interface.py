@@ -1,0 +1,295 @@
+"""transformers' models off its attention interface, under fastattn.patch: equal to eager on real tokens."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import docs_tables
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import fastattn
+from fastattn.integrations.routes import CALL, stock_class
+
+transformers = pytest.importorskip("transformers")
+from off_interface_zoo import DECODERS, OTHERS  # noqa: E402
+
+from fastattn.integrations.transformers.off_interface import LEFT  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.filterwarnings("ignore")]
+
+ZOO = {**DECODERS, **OTHERS}
+B, L = 2, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread(use_threads):
+    """On models this small, threads only wait for one another."""
+    use_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+def prepared(model: nn.Module) -> Any:
+    """With parameters that all matter."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 1.0 if parameter.dim() < 2 and parameter.mean() > 0.5 else 0.0, 0.2)
+    return model.eval()
+
+
+def base_model(name: str) -> Any:
+    config = getattr(transformers, f"{name}Config")(**copy.deepcopy(ZOO[name]))
+    return prepared(getattr(transformers, f"{name}Model")(config))
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+IDS = torch.randint(4, 60, (B, L), generator=torch.Generator().manual_seed(0))
+REAL = torch.ones(B, L, dtype=torch.long)
+REAL[1, :3] = 0  # padded on the left
+
+
+def inputs_of(name: str, model: nn.Module) -> dict[str, Tensor]:
+    if name == "Perceiver":
+        return {"inputs": rand(B, 6, 16)}
+    if name == "Timesformer":
+        return {"pixel_values": rand(B, 2, 3, 32, 32)}
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" not in takes:
+        return {"pixel_values": rand(B, 3, 32, 32)}
+    inputs = {"input_ids": IDS}
+    if "attention_mask" in takes:
+        inputs["attention_mask"] = REAL
+    if "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = IDS
+    if name == "Lxmert":
+        inputs |= {"visual_feats": rand(B, 5, 16), "visual_pos": rand(B, 5, 4).abs()}
+    return inputs
+
+
+def real_parts(output: Any) -> list[Tensor]:
+    """All that a model returns, but for the padded tokens."""
+    found = [
+        t for t in tree_leaves(tuple(output.values())) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+    return [t[REAL.bool()] if t.dim() == 3 and t.shape[:2] == (B, L) else t for t in found]
+
+
+def outcome(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a model returns on real tokens, and the gradients of the parameters."""
+    parts = real_parts(model(**inputs))
+    loss = sum(part.square().mean() for part in parts if part.requires_grad)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return parts, [gradient for gradient in gradients if gradient is not None]
+
+
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    """To a few bits of float32."""
+    assert len(got) == len(want)
+    scale = max((tensor.abs().max().item() for tensor in want), default=1.0)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_forward_and_backward(name):
+    """Each module is replaced, and what it writes out fuses; or it is left, for the reason in the table."""
+    model = base_model(name)
+    inputs = inputs_of(name, model)
+    parts, gradients = outcome(model, inputs)
+    report = fastattn.patch(model)
+    got, got_gradients = outcome(model, inputs)
+    assert_same(got, parts)
+    assert_same(got_gradients, gradients)
+    for module, how in report._as_run().items():
+        kind = stock_class(model.get_submodule(module)).__name__
+        if kind != "Attention" or name != "OpenAIGPT":  # whose mask multiplies its scores
+            assert "computed as written" not in how, kind
+        docs_tables.tried("off-interface", "transformers", f"`{kind}` of {name}", shown(how))
+    for module, reason in report.left.items():
+        kind = stock_class(model.get_submodule(module)).__name__
+        assert reason == LEFT[kind]
+        docs_tables.tried("off-interface", "transformers", f"`{kind}` of {name}", f"left: {reason}")
+    report.undo()
+    assert all(torch.equal(a, b) for a, b in zip(outcome(model, inputs)[0], parts, strict=True))
+
+
+def shown(how: str) -> str:
+    if "as written" in how:
+        return "no gain: " + how.partition(", for ")[2]
+    return "calls the function" if how == CALL else "written out"
+
+
+def causal_model(name: str, **options: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**copy.deepcopy(ZOO[name]), **options)
+    kind = getattr(transformers, f"{name}ForCausalLM", None) or getattr(transformers, f"{name}LMHeadModel")
+    return prepared(kind(config))
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "OpenAIGPT"])
+def test_generate(name):
+    """Greedy, from left-padded prompts, with a cache: the same tokens and scores."""
+    model = causal_model(name)
+    options = {
+        "attention_mask": REAL,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    want = model.generate(IDS, **options)
+    with fastattn.patch(model):
+        got = model.generate(IDS, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(got.scores), torch.stack(want.scores), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_attentions_are_returned_where_asked(name):
+    model = base_model(name)
+    inputs = inputs_of(name, model)
+    want = model(**inputs, output_attentions=True)
+    keys = [key for key in want if key.endswith("attentions") and isinstance(want[key][0], Tensor)]
+    assert keys or name == "Data2VecVision"
+    with fastattn.patch(model):
+        got = model(**inputs, output_attentions=True)
+        unasked = model(**inputs)
+    assert not any(unasked.get(key) for key in keys)
+    for key in keys:
+        assert_same(list(got[key]), list(want[key]))
+
+
+def test_training_step_with_dropout():
+    """bloom, with its own dropout in the fused call: repeated by the seed, and another without it."""
+    model = causal_model("Bloom", attention_dropout=0.5).train()
+    fastattn.patch(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    torch.manual_seed(0)
+    first = step()
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
+# Models on the interface, by the same call
+
+
+def llama() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return prepared(transformers.LlamaForCausalLM(config))
+
+
+def test_the_interface_is_the_route_where_there_is_one():
+    model = llama()
+    before = model.config._attn_implementation
+    want = model(IDS, attention_mask=REAL).logits
+    first = fastattn.patch(model)
+    second = fastattn.patch(model)
+    assert set(first.replaced.values()) == {'attn_implementation="fastattn"'}
+    assert len(first.replaced) == 2
+    assert set(second.left.values()) == {"it is fastattn's already"}
+    got = model(IDS, attention_mask=REAL).logits
+    torch.testing.assert_close(got[REAL.bool()], want[REAL.bool()])
+    second.undo()
+    assert model.config._attn_implementation == "fastattn"
+    first.undo()
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(IDS, attention_mask=REAL).logits, want)
+
+
+def test_an_implementation_set_since_is_kept():
+    model = llama()
+    report = fastattn.patch(model)
+    model.set_attn_implementation("eager")
+    report.undo()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_interface_cannot_skip_a_module():
+    model = llama()
+    report = fastattn.patch(model, skip=["model.layers.0.self_attn"])
+    assert not report.replaced
+    assert "one for the whole model" in report.left["model.layers.1.self_attn"]
+
+
+def test_a_model_inside_ones_own():
+    """Each part by its route."""
+
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.old = llama(), base_model("Bloom")
+            self.mix = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            a = self.text(ids, output_hidden_states=True).hidden_states[-1]
+            b = self.old(ids).last_hidden_state
+            return self.mix(a, b, b)[0]
+
+    model = Mine().eval()
+    want = model(IDS)
+    report = fastattn.patch(model)
+    assert [list(report.replaced.values()).count(how) for how in sorted(set(report.replaced.values()))] == [
+        2,
+        1,
+        2,
+    ]
+    torch.testing.assert_close(model(IDS), want, rtol=1e-4, atol=1e-5)
+    report.undo()
+    assert torch.equal(model(IDS), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "Bloom"])
+def test_saved_by_transformers(name, tmp_path):
+    """What save_pretrained writes is a stock model, whose class and config have the stock names."""
+    model = llama() if name == "llama" else causal_model(name)
+    want = model(IDS).logits
+    report = fastattn.patch(model)
+    model.save_pretrained(tmp_path)
+    assert "fastattn" not in (tmp_path / "config.json").read_text()
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(other).__name__ == type(model).__name__
+    assert fastattn.patch(other).replaced == report.replaced
+    torch.testing.assert_close(other.eval()(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_saved_whole_and_loaded_by_another_program(tmp_path):
+    """torch.save keeps the model patched; a program that knows nothing of that loads and runs it."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    model = llama()
+    fastattn.patch(model)
+    torch.save((model, IDS, model(IDS).logits), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, ids, want = torch.load(sys.argv[1], weights_only=False); "
+        "print(torch.allclose(model(ids).logits, want), model.config._attn_implementation)"
+    )
+    root = Path(fastattn.__file__).parent.parent
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    assert run.stdout.strip() == "True fastattn"
