@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own AVX-512 header initialises its "undefined" vectors with themselves (GCC bug 105593).
@@ -257,11 +258,12 @@ FASTATTN_INLINE Vec<T> vlog(Vec<T> x) {
   constexpr bool kDouble = sizeof(T) == 8;
   constexpr int kMantissa = kDouble ? 52 : 23;
   constexpr int kTerms = kDouble ? 11 : 5;
-  constexpr Int<T> kSqrtHalf = static_cast<Int<T>>(kDouble ? 0x3FE6A09E667F3BCDll : 0x3F3504F3ll);
-  constexpr Int<T> kExponent = ~((Int<T>{1} << kMantissa) - 1);
-  const Vec<Int<T>> shifted = ((Vec<Int<T>>)x - kSqrtHalf) & kExponent;  // e << kMantissa
-  const Vec<T> m = (Vec<T>)((Vec<Int<T>>)x - shifted);
-  const Vec<T> e = __builtin_convertvector(shifted >> kMantissa, Vec<T>);
+  using Bits = std::make_unsigned_t<Int<T>>;  // what a negative x or a NaN leaves may wrap around
+  constexpr Bits kSqrtHalf = static_cast<Bits>(kDouble ? 0x3FE6A09E667F3BCDull : 0x3F3504F3ull);
+  constexpr Bits kExponent = ~((Bits{1} << kMantissa) - 1);
+  const Vec<Bits> shifted = ((Vec<Bits>)x - kSqrtHalf) & kExponent;  // e << kMantissa
+  const Vec<T> m = (Vec<T>)((Vec<Bits>)x - shifted);
+  const Vec<T> e = __builtin_convertvector((Vec<Int<T>>)shifted >> kMantissa, Vec<T>);
   const Vec<T> s = (m - T{1}) / (m + T{1});
   const Vec<T> z = s * s;
   Vec<T> p = splat(T{1} / (2 * kTerms - 1));
