@@ -99,14 +99,14 @@ def backward(
     pool_mode: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients (dq, dk, dbias, ddiag, dsinks); of the last three those that are needed.
+    """Gradients of q, k and the differentiable operands; of the latter those that are needed.
 
     The backward pass of attention, with values of width 0 in whose place the statistics add to dP.
 
     Args:
         q, k: inputs of `forward`; lse: its result.
         grads: of the differentiable results, in their order; each may be None.
-        needs: five flags, of which the last three are read.
+        needs: a flag for each of them, of which those of q and k are not read.
     """
     operands = cpu._prepare(q, k, operands, params)
     dq, dk = output_like(q, q.shape[-1]), output_like(k, k.shape[-1])

@@ -30,7 +30,7 @@ _FORWARD = (
 _GRADS = "Tensor? dentropy, Tensor? dreceived, Tensor? ddistance, Tensor? dlse, Tensor? dpooled"
 _BACKWARD = (
     f"(str backend, Tensor q, Tensor k, Tensor lse, {_GRADS}, {_OPERANDS}, {_PARAMS}, str pool_mode, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"bool[] needs) -> ({', '.join(['Tensor'] * (2 + BIASES))})"
 )
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
@@ -100,24 +100,19 @@ class Kernels:
 
 
 class _Summary(torch.autograd.Function):
-    """The results with gradients to q, k, bias, diag and sinks."""
+    """The results with gradients to q, k and the differentiable operands."""
 
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
-        bias: Tensor | None,
-        diag: Tensor | None,
-        sinks: Tensor | None,
-        lse: Tensor | None,
-        fixed: tuple[Tensor | None, ...],
-        kernels: Any,
-        params: Params,
-        wanted: Wanted,
+        *rest: Any,
     ) -> tuple[Tensor, ...]:
-        results = kernels.forward(q, k, lse, Operands(bias, diag, sinks, *fixed), params, wanted)
-        ctx.save_for_backward(q, k, results.lse, bias, diag, sinks, *fixed)
+        lse, fixed, kernels, params, wanted = rest[BIASES:]
+        operands = Operands(*rest[:BIASES], *fixed)
+        results = kernels.forward(q, k, lse, operands, params, wanted)
+        ctx.save_for_backward(q, k, results.lse, *operands)
         ctx.kernels, ctx.params, ctx.pool_mode = kernels, params, wanted.pool_mode
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results.constant(wanted.pool_mode))
