@@ -25,6 +25,7 @@ from fastattn.weights import attention_weights
 
 _EVERYWHERE = Place("", None)
 _FULL = "for which max_bytes left no room"
+_OTHER_SCORES = "whose scores are not dot products"
 _WATCHED = "made where a transform or a trace looked on"
 
 
@@ -125,6 +126,9 @@ class _Recorder:
         transforms = torch._C._are_functorch_transforms_active()
         if transforms or is_traced(call.q, call.k) or has_tangent(call.q, call.k):
             self.record.missed[_WATCHED] += 1
+            return
+        if getattr(call, "score", "dot") != "dot":  # summaries are of dot products alone
+            self.record.missed[_OTHER_SCORES] += 1
             return
         with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
             for part in sequences(call, lse):
