@@ -136,6 +136,7 @@ def whole_matrix(call: Call) -> Tensor:
         call = replace(call, v=call.k[..., :1], dropout_p=0.0, dropout_seed=None)
         autocast(call)
         validate(call)
+        call = watch.changed(call)
         if call.q.numel() and call.k.numel() and dispatch.choose(call) is cpu:
             weights = cpu.weights_like(call.q, call.k, average=False)
             cpu.forward(call.q, call.k, call.v, *lower(call), need_lse=False, weights=weights)

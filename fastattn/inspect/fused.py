@@ -21,6 +21,8 @@ from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _params
 from fastattn.strides import output_like
 from fastattn.weight_statistics import DIFFERENTIABLE, Results, Wanted
 
+BIASES = 3  # leading fields of Operands that a summary has gradients to: bias, diag and sinks
+
 _WANTED = "SymInt top_k, SymInt pool_rows, SymInt pool_cols, str pool_mode"
 _RESULTS = ", ".join(["Tensor"] * len(Results._fields))
 _FORWARD = (
@@ -35,8 +37,6 @@ _BACKWARD = (
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(f"attention_summary{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"attention_summary_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
-
-BIASES = 3  # leading fields of Operands that a summary has gradients to: bias, diag and sinks
 
 _KERNELS: dict[str, Any] = {cpu_summary.name: cpu_summary}
 
