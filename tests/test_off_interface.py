@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fastattn
-from fastattn.integrations.routes import CALL, stock_class
+from fastattn.integrations.routes import CALL, SHARED_MASK, stock_class
 
 transformers = pytest.importorskip("transformers")
 from off_interface_zoo import DECODERS, OTHERS  # noqa: E402
@@ -293,3 +293,26 @@ def test_saved_whole_and_loaded_by_another_program(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
     run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
     assert run.stdout.strip() == "True fastattn"
+
+
+def test_masks_that_the_interface_shares_with_others():
+    """A model that hands one mask to modules on and off the interface keeps it as both can read it."""
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        attention_type="original_full",
+    )
+    model = prepared(transformers.BigBirdPegasusModel(config))
+    inputs = {"input_ids": IDS, "attention_mask": REAL, "decoder_input_ids": IDS}
+    want = model(**inputs).last_hidden_state
+    report = fastattn.patch(model)
+    assert list(report.replaced) == ["encoder.layers.0.self_attn.self"]
+    assert set(report.left.values()) == {SHARED_MASK}
+    torch.testing.assert_close(model(**inputs).last_hidden_state, want, rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ PROCESSOR = "its attention processor is fastattn's"
 CALL = "its scaled_dot_product_attention is fastattn's"
 WRITTEN_OUT = "its product, softmax and product are one call of fastattn"
 ALREADY = "it is fastattn's already"
+SHARED_MASK = "its model hands the same mask to modules that are not on the attention interface"
 NOT_FOUND = (
     "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a product, a "
     "softmax and a product"
@@ -113,7 +114,24 @@ def _set_interface(work: Work) -> None:
         inside = [name for name in work.modules if _is_inside(name, root)]
         names = [name for name in inside if routing.is_on_interface(work.modules[name])]
         if names:
+            _leave_shared_masks(work, inside, names)
             _set_one_interface(work, model, names)
+
+
+def _leave_shared_masks(work: Work, inside: list[str], names: list[str]) -> None:
+    """Leave modules whose model makes one mask for them and for others, which could not read ours."""
+    from fastattn.integrations.transformers import routing
+
+    models = [name for name in inside if routing.is_model(work.modules[name])]
+    shared = set()
+    for name in inside:
+        if routing.shares_mask(work.modules[name]):
+            nearest: Any = work.modules[max((m for m in models if _is_inside(name, m)), key=len)]
+            shared.add(id(nearest.config))
+    for name in names:
+        module: Any = work.modules[name]
+        if id(module.config) in shared and not routing.is_ours(module):
+            work.left[name] = SHARED_MASK
 
 
 def _set_one_interface(work: Work, model: Any, names: list[str]) -> None:
@@ -125,12 +143,14 @@ def _set_one_interface(work: Work, model: Any, names: list[str]) -> None:
         return
     work.left.update((name, ALREADY) for name in ours)
     names = [name for name in names if name not in ours]
+    names = [name for name in names if work.left.get(name) != SHARED_MASK]
     skipped = [name for name in names if name in work.left]
     if skipped:
         reason = f"attn_implementation is one for the whole model, and skip names {skipped[0]}"
         work.left.update((name, reason) for name in names if name not in skipped)
     elif names:
-        give_back, reason = routing.set_implementation(model)
+        wanted = {id(work.modules[name].config) for name in names}
+        give_back, reason = routing.set_implementation(model, wanted)
         for name in names:
             if routing.is_ours(work.modules[name]):
                 work.replaced[name] = INTERFACE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,9 +27,17 @@ def is_ours(module: Any) -> bool:
     return module.config._attn_implementation == NAME
 
 
-def set_implementation(model: Any) -> tuple[Callable[[], None], str]:
+def shares_mask(module: nn.Module) -> bool:
+    """Whether a module off the interface takes a mask, which its model makes as the interface wants it."""
+    is_off = not is_model(module) and style(module) in ("written out", "call", "opaque")
+    return is_off and any("mask" in name for name in inspect.signature(module.forward).parameters)
+
+
+def set_implementation(model: Any, wanted: set[int]) -> tuple[Callable[[], None], str]:
     """Set attn_implementation="fastattn" on a model and the models in it.
 
+    Args:
+        wanted: ids of the configs to set it on; masks that are made by other configs stay what they are.
     Returns:
         What undoes it, and why modules that do not read "fastattn" after it do not.
     """
@@ -39,10 +48,13 @@ def set_implementation(model: Any) -> tuple[Callable[[], None], str]:
         model.set_attn_implementation(NAME)
     except (ValueError, ImportError) as error:
         reason = str(error)
+    # Outermost first, here and below: setting a config's implementation sets those of its parts too.
+    after = [(config, config._attn_implementation) for config, _ in before]
+    for (config, ours), (_, theirs) in zip(after, before, strict=True):
+        config._attn_implementation = ours if id(config) in wanted else theirs
     model._fastattn = Registered()
 
     def undo() -> None:
-        # Outermost first: setting a config's implementation sets those of its parts too.
         if any(config._attn_implementation == NAME for config, _ in before):
             for config, implementation in before:
                 config._attn_implementation = implementation
