@@ -141,8 +141,12 @@ def test_chosen_keys():
     for mask, of_mask in ((None, True), (fastattn_mask(2, 9, 9), torch.ones(9, 9).tril().bool())):
         got, _ = fastattn_attention(LAYER, q, k, v, mask, indices=indices)
         torch.testing.assert_close(got, heads_last(attention(q, k, v, mask=visible & of_mask)), **EXACT)
-    with pytest.raises(NotImplementedError, match="block_indices must be None"):
-        fastattn_attention(LAYER, q, k, v, None, block_indices=indices)
+
+
+@pytest.mark.parametrize("name", ["block_indices", "cache"])
+def test_what_would_change_the_result_is_refused(name):
+    with pytest.raises(NotImplementedError, match=f"{name} must be None: .* is not supported, use attn_impl"):
+        fastattn_attention(LAYER, *qkv(), None, **{name: object()})
 
 
 def test_learned_queries_of_batch_one():

@@ -37,7 +37,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", pytest.param("Gemma 2", marks=pytest.mark.slow)])
 def test_generate(name, way):
     """Mistral's and Gemma's windows are shorter than the text, so that tokens leave the cache."""
     model, inputs = built(name), left_padded()

@@ -13,6 +13,12 @@ from fastattn.integrations.transformers import arguments
 from fastattn.integrations.transformers.attentions import returned_weights, wants_weights
 from fastattn.masks import Mask
 
+# Arguments that change the result: the name, what it is for, who can do it.
+_UNSUPPORTED = (
+    ("block_indices", "attention over chosen blocks of keys", "eager"),
+    ("cache", "a paged cache (continuous batching)", "sdpa"),
+)
+
 
 def fastattn_attention(
     module: nn.Module,
@@ -54,14 +60,14 @@ def fastattn_attention(
     Returns:
         [B, Lq, Hq, Dv], and the weights after dropout [B, Hq, Lq, Lk] where the caller wants attentions.
     Raises:
-        NotImplementedError: block_indices, which would change the result.
+        NotImplementedError: block_indices or a paged cache, which would change the result.
         ValueError: attentions of more pairs than `register` allows.
     """
-    if kwargs.get("block_indices") is not None:
-        raise NotImplementedError(
-            "block_indices must be None: attention over chosen blocks of keys is not supported, "
-            'use attn_implementation="eager"'
-        )
+    for name, what, instead in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f'{name} must be None: {what} is not supported, use attn_implementation="{instead}"'
+            )
     query, key, value = arguments.same_batch(query, key, value)
     mask, bias = arguments.split_mask(attention_mask, query.dtype)
     if attention_mask is None:
