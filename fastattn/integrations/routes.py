@@ -170,13 +170,13 @@ def _set_processors(work: Work) -> None:
     from fastattn.integrations import diffusers
 
     for name, module in work.open():
-        if work.holds(module):
-            work.replaced[name] = PROCESSOR
-            continue
         before: Any = getattr(module, "processor", None)
         ours = diffusers.processor_for(module)
         if isinstance(before, diffusers.FastAttnProcessor | diffusers.FastAddedKVAttnProcessor):
-            work.left[name] = ALREADY
+            if work.holds(module):
+                work.replaced[name] = PROCESSOR
+            else:
+                work.left[name] = ALREADY
         elif ours is not None:
             module.processor = ours
             work.replaced[name] = PROCESSOR
