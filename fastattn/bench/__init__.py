@@ -1,8 +1,8 @@
 """Timing attention against PyTorch's own, in one process and interleaved: `python -m fastattn bench`.
 
-`work` counts what a call computes, `contenders` makes the calls (with `eager` and `padded` for what PyTorch has
-no function), `measure` times them, `machine` measures the ceilings, `runner` puts rows together, `goals` says
-what is promised, `report` judges it, `table` prints, `plot` draws. The cases are in
+`work` counts what a call computes, `contenders` makes the calls (`eager` and `padded` those for which PyTorch
+has no function), `measure` times them, `machine` measures the ceilings, `runner` puts rows together, `goals`
+says what is promised, `report` judges it, `table` prints, `plot` draws. The cases are in
 `fastattn.testing.bench_cases`.
 """
 
