@@ -64,7 +64,7 @@ def test_the_cases_are_named_once_and_every_goal_has_some():
     # Seconds a call, of PyTorch's: left to the full run.
     assert not_quick == {
         "causal window 256 at L=16384, backward",
-        "block-sparse 10% / dense, backward",
+        "block-sparse 10% against dense, backward",
     }
 
 
@@ -357,7 +357,7 @@ def test_goals_against_our_other_call(report):
     text, name = "softcap / plain call", "softcap-8x512x64"
     assert judged(report, name, text, own=("plain", 0.85)) == (True, "met", pytest.approx(1 / 0.85))
     assert judged(report, name, text, own=("plain", 0.75)) == (False, "MISSED", pytest.approx(1 / 0.75))
-    text, name = "one head, 2 threads / 1 thread, forward", "forward-1x1024x128"
+    text, name = "one head, threads against one, forward", "forward-1x1024x128"
     assert judged(report, name, text, own=("1 thread", 1.8))[0]
     # Without a number of the other call, or with that of another one, there is nothing to judge.
     for other in (None, ("dense", 9.0)):

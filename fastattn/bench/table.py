@@ -127,7 +127,7 @@ def goal_lines(report: Report) -> list[str]:
     goals = report.goals()
     if not goals:
         return []
-    lines = []
+    lines: list[str] = []
     for measure, title in TITLES.items():
         chosen = [_goal_line(goal) for goal in goals if goal["measure"] == measure]
         if chosen:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastattn import masks
-from fastattn.testing.bench_case import BenchCase, against_one_thread, bench_case, grid_shape
+from fastattn.testing.bench_case import BenchCase, Shape, against_one_thread, bench_case, grid_shape
 from fastattn.testing.case import Case
 from fastattn.testing.cases import (
     HALF,
@@ -274,10 +274,11 @@ def small_cases() -> list[BenchCase]:
 
 def module_cases() -> list[BenchCase]:
     """Calls as `nn.MultiheadAttention` makes them: q, k and v are [B, L, H, D] in memory."""
+    shapes: list[Shape] = [(16, 4, 64, 64), (8, 8, 128, 64), (2, 8, 512, 64), (1, 8, 1024, 64)]
     return [
         bench_case(f"multi-head shaped{suffix}", shape, timed, layout="blhd", quick=shape[2] == 128)
         for suffix, timed in (("", "forward"), (" forward+backward", "step"))
-        for shape in ((16, 4, 64, 64), (8, 8, 128, 64), (2, 8, 512, 64), (1, 8, 1024, 64))
+        for shape in shapes
     ]
 
 
