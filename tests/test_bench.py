@@ -63,6 +63,7 @@ def test_the_cases_are_named_once_and_every_goal_has_some():
             not_quick.add(goal.text)
     # Seconds a call, of PyTorch's: left to the full run.
     assert not_quick == {
+        "causal window 256 at L=16384, forward",
         "causal window 256 at L=16384, backward",
         "block-sparse 10% against dense, backward",
     }

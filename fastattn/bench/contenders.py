@@ -16,11 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn.bench.eager import eager
-from fastattn.bench.flex import flex
+from fastattn.bench.flex import band, flex
 from fastattn.bench.machine import thread_count
 from fastattn.bench.padded import packed, padded, sdpa_loop
 from fastattn.bench.work import additive, dense_mask
-from fastattn.masks import Mask, MaskShape
 from fastattn.testing.bench_case import BenchCase
 from fastattn.testing.inputs import Inputs, lay_out, make_inputs
 
@@ -137,12 +136,7 @@ def sdpa(inputs: Inputs) -> Forward:
 
 def is_plain_causal(inputs: Inputs) -> bool:
     """Whether PyTorch's is_causal says all that the mask says."""
-    case = inputs.case
-    if not isinstance(inputs.mask, Mask) or case.bias is not None or case.queries != case.keys:
-        return False
-    mask = inputs.mask.to_dense(MaskShape(case.batch, case.heads, case.queries, case.keys))
-    triangle = torch.ones(case.queries, case.keys, dtype=torch.bool).tril()
-    return bool((mask == triangle).all())
+    return inputs.case.bias is None and band(inputs) == (None, 0)
 
 
 def sdpa_folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

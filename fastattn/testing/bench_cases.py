@@ -170,7 +170,7 @@ def sparse_cases() -> list[BenchCase]:
         bench_case("window 128", (1, 2, 4096, 128), mask=window),
         bench_case("window 128", (1, 2, 4096, 64), tag="both", mask=always(masks.window(64, 63))),
         bench_case("window 128 backward", (1, 2, 4096, 64), "backward", mask=window),
-        bench_case("window 256", (1, 1, 16384, 64), mask=wide, quick=True),
+        bench_case("window 256", (1, 1, 16384, 64), mask=wide),
         bench_case("window 256 backward", (1, 1, 16384, 64), "backward", mask=wide),
         bench_case("documents", (1, 8, 1024, 64), mask=lambda c, g: causal & document_mask(c, g)),
         bench_case("block-sparse 10%", (1, 2, 4096, 64), quick=True, **blocks),
