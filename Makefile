@@ -14,7 +14,7 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help build test test-all test-install test-native bench demo lint format clean
+.PHONY: help build test test-all test-install test-native bench bench-avx2 demo lint format clean
 
 help:
 	@echo "make build         build the native core in place"
@@ -22,6 +22,7 @@ help:
 	@echo "make test          the test suite"
 	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and aarch64 under qemu"
 	@echo "make bench         measure against PyTorch, then guard the floors (BENCH_FLAGS=--quick for the short run)"
+	@echo "make bench-avx2    the same measurement with both sides held to AVX2"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite the sources as lint wants them"
 	@echo "make clean         remove what was built (and not .venv)"
@@ -61,6 +62,11 @@ test-install: $(REQUIREMENTS)
 bench: build
 	$(BIN)/python -m fastattn bench $(BENCH_FLAGS)
 	$(BIN)/python -m pytest -q bench/test_bench_guard.py
+
+# What a processor without AVX-512 would show: both sides held to AVX2.
+bench-avx2: build
+	FASTATTN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  $(BIN)/python -m fastattn bench $(BENCH_FLAGS)
 
 demo: build
 	$(BIN)/python -m fastattn demo

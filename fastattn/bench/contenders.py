@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from fastattn.bench.flex import flex
-from fastattn.bench.work import dense_mask
-from fastattn.biases import Bias
-from fastattn.masks import Mask, MaskShape
-from fastattn.testing.bench_cases import BenchCase
-from fastattn.testing.inputs import Inputs
+from fastattn.bench.eager import eager
+from fastattn.bench.flex import band, flex
+from fastattn.bench.machine import thread_count
+from fastattn.bench.padded import packed, padded, sdpa_loop
+from fastattn.bench.work import additive, dense_mask
+from fastattn.testing.bench_case import BenchCase
+from fastattn.testing.inputs import Inputs, lay_out, make_inputs
 
 OURS = "fastattn"
+# More scores than this in memory, several times over, cannot be PyTorch's fastest path: it is not tried.
+MATH_SCORES = 2**26
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -35,32 +38,68 @@ class Contender:
         name: "fastattn", or PyTorch's path: "sdpa" (its own choice), "sdpa-flash", "sdpa-math", ...
         call: does the timed work once and returns its results, out, or the gradients of q, k and v.
         kernel: PyTorch's kernel that is forced while it is called, or None.
+        threads: the number of threads that it is called with, or None for the run's.
+        compared: turns results into the form that ours have.
     """
 
     name: str
     call: Callable[[], Any]
     kernel: SDPBackend | None = None
+    threads: int | None = None
+    compared: Callable[[Any], Any] = lambda results: results
 
-    def forced(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
         """The context to call in; entered outside the timed part."""
-        return contextlib.nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)
+        with contextlib.ExitStack() as stack:
+            if self.kernel is not None:
+                stack.enter_context(sdpa_kernel(self.kernel))
+            if self.threads is not None:
+                stack.enter_context(thread_count(self.threads))
+            yield
 
 
 def contenders(bench: BenchCase, inputs: Inputs, with_flex: bool = False) -> list[Contender]:
     """Ours first, then PyTorch's paths; which of them take the case is found out by calling them."""
-    torch_call = sdpa(inputs)
-    ways: list[tuple[str, Forward, SDPBackend | None]] = [
-        (OURS, ours(inputs), None),
-        ("sdpa", torch_call, None),
-        ("sdpa-flash", torch_call, SDPBackend.FLASH_ATTENTION),
-        ("sdpa-math", torch_call, SDPBackend.MATH),
-    ]
     case = inputs.case
+    first = Contender(OURS, timed(bench.timed, ours(inputs), inputs))
+    if case.op == "varlen":
+        return [first, *sentence_ways(bench, inputs)]
+    if case.softcap is not None or case.sinks:  # PyTorch's call has no argument for these
+        return [first, Contender("eager", timed(bench.timed, eager(inputs), inputs))]
+    ways = fused_ways(bench.timed, inputs)
     if case.op == "decode" and case.heads > case.num_heads_kv and inputs.mask is None:
-        ways.append(("sdpa-folded", sdpa_folded, None))
+        ways.append(Contender("sdpa-folded", timed(bench.timed, sdpa_folded, inputs)))
     if with_flex and (compiled := flex(bench, inputs)) is not None:
-        ways.append(("flex", compiled, None))
-    return [Contender(name, timed(bench.timed, call, inputs, kernel), kernel) for name, call, kernel in ways]
+        ways.append(Contender("flex", timed(bench.timed, compiled, inputs)))
+    return [first, *ways]
+
+
+def fused_ways(kind: str, inputs: Inputs) -> list[Contender]:
+    """PyTorch's call, as it chooses and with each of its kernels."""
+    call, case = sdpa(inputs), inputs.case
+    kernels = {"sdpa": None, "sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-math": SDPBackend.MATH}
+    if case.batch * case.heads * case.queries * case.keys > MATH_SCORES:
+        del kernels["sdpa-math"]
+    return [Contender(name, timed(kind, call, inputs), kernel) for name, kernel in kernels.items()]
+
+
+def sentence_ways(bench: BenchCase, inputs: Inputs) -> list[Contender]:
+    """PyTorch's ways to compute sequences of different lengths."""
+    batch = padded(inputs)
+    ways = [
+        replace(way, name=way.name.replace("sdpa", "padded"), compared=partial(packed, inputs))
+        for way in fused_ways(bench.timed, batch)
+    ]
+    return [*ways, Contender("loop", timed(bench.timed, sdpa_loop(inputs), inputs))]
+
+
+def own_contender(bench: BenchCase, threads: int) -> Contender | None:
+    """Our other call that the case is measured against with this number of threads, or None."""
+    if bench.own is None or bench.own.threads == threads:
+        return None
+    inputs = make_inputs(bench.own.case)
+    return Contender(bench.own.label, timed(bench.timed, ours(inputs), inputs), threads=bench.own.threads)
 
 
 def ours(inputs: Inputs) -> Forward:
@@ -68,8 +107,9 @@ def ours(inputs: Inputs) -> Forward:
     case = inputs.case
     positional, options = inputs.arguments()
     options.pop("dropout_seed", None)
-    if case.op == "decode":
-        function, more = fastattn.decode_attention, positional[3:]
+    if case.op != "attention":
+        function: Any = {"decode": fastattn.decode_attention, "varlen": fastattn.varlen_attention}[case.op]
+        more = positional[3:]
         return lambda q, k, v: function(q, k, v, *more, **options)
     # No empty dict of keywords where there is nothing to say: tiny calls are measured too.
     if not options:
@@ -88,7 +128,7 @@ def sdpa(inputs: Inputs) -> Forward:
     if is_plain_causal(inputs):
         options["is_causal"] = True
     elif inputs.mask is not None or case.bias is not None:
-        options["attn_mask"] = additive(inputs) if case.bias is not None else dense_mask(inputs)
+        options["attn_mask"] = dense_mask(inputs) if case.bias is None else additive(inputs)
     if not options:
         return F.scaled_dot_product_attention
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
@@ -96,23 +136,7 @@ def sdpa(inputs: Inputs) -> Forward:
 
 def is_plain_causal(inputs: Inputs) -> bool:
     """Whether PyTorch's is_causal says all that the mask says."""
-    case = inputs.case
-    if not isinstance(inputs.mask, Mask) or case.bias is not None or case.queries != case.keys:
-        return False
-    mask = inputs.mask.to_dense(MaskShape(case.batch, case.heads, case.queries, case.keys))
-    triangle = torch.ones(case.queries, case.keys, dtype=torch.bool).tril()
-    return bool((mask == triangle).all())
-
-
-def additive(inputs: Inputs) -> Tensor:
-    """The case's bias as a tensor, -inf where its mask hides."""
-    case = inputs.case
-    bias = inputs.arguments()[1]["bias"]
-    if isinstance(bias, Bias):
-        shape = MaskShape(case.batch, case.heads, case.queries, case.keys)
-        bias = bias.to_dense(shape, "cpu", case.dtype).contiguous()
-    mask = dense_mask(inputs)
-    return bias if mask is None else bias.masked_fill(~mask, -math.inf)
+    return inputs.case.bias is None and band(inputs) == (None, 0)
 
 
 def sdpa_folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,13 +147,15 @@ def sdpa_folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(rows, k, v).view(batch, heads, 1, v.shape[3])
 
 
-def timed(kind: str, function: Forward, inputs: Inputs, kernel: SDPBackend | None) -> Callable[[], Any]:
-    """The timed work: `forward` -> out; `backward` -> (dq, dk, dv); `step` -> (dq, dk, dv), both passes."""
+def timed(kind: str, function: Forward, inputs: Inputs) -> Callable[[], Any]:
+    """The timed work: `forward` and `recorded` -> out; `backward` and `step`, both passes -> (dq, dk, dv)."""
     q, k, v = (inputs.leaves[name] for name in ("q", "k", "v"))
     if kind == "forward":
         return lambda: function(q, k, v)
     leaves = tuple(tensor.detach().requires_grad_() for tensor in (q, k, v))
-    dout = inputs.dout
+    if kind == "recorded":
+        return lambda: function(*leaves)
+    dout = lay_out(inputs.dout, inputs.case.layout)
     if kind == "step":
         return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
     graph: list[Tensor] = []
@@ -148,7 +174,7 @@ def usable(contender: Contender) -> Any:
         warnings.simplefilter("ignore")  # PyTorch says at length why a kernel was not taken
         try:
             with contender.forced():
-                return contender.call()
+                return contender.compared(contender.call())
         except RuntimeError as error:
             if contender.kernel is None or "kernel" not in str(error).lower():
                 raise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import Mask, MaskShape
-from fastattn.testing.bench_cases import BenchCase
+from fastattn.testing.bench_case import BenchCase
 from fastattn.testing.inputs import Inputs
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +53,17 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "fastattn": fastattn.__version__,
     }
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Inside, PyTorch and we compute with `threads` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Ceilings:

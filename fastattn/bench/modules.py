@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.bench.contenders import OURS, Contender
+from fastattn.bench.machine import thread_count
 from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio, rounds_for
 from fastattn.bench.report import geometric_mean
-from fastattn.bench.runner import thread_count
 from fastattn.nn import MultiheadAttention
 
 HEADER = f"{'module call':<40}{'thr':>3}{'fastattn ms':>13}{'PyTorch ms':>12}  ratio [95%]"

@@ -9,39 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastattn.bench.goals import GOALS
 from fastattn.bench.machine import Ceilings
 from fastattn.bench.runner import Result
 
-SCHEMA = 1
+SCHEMA = 2
 QUIET = 0.85  # share of the run's best FMA peak below which a case counts as disturbed
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A promise about some groups: the geometric mean of PyTorch's time over ours, for each thread count.
-
-    Args:
-        text: what is promised.
-        groups: the groups averaged over.
-        at_least: the ratio promised.
-    """
-
-    text: str
-    groups: tuple[str, ...]
-    at_least: float
-
-
-GOALS = (
-    Goal("dense float32 forward, L 64-4096, D 32-128", ("forward",), 1.1),
-    Goal("causal forward", ("causal",), 1.35),
-    Goal("backward", ("backward",), 1.1),
-    Goal("bool mask forward", ("bool mask",), 1.3),
-    Goal("dropout 0.1 forward", ("dropout 0.1",), 4.0),
-    Goal("dropout 0.1 forward+backward", ("dropout 0.1 forward+backward",), 4.0),
-    Goal("window 128 at L=4096, forward", ("window 128",), 8.0),
-    Goal("bfloat16 decode, 8 heads, 8192 keys", ("decode bfloat16",), 4.0),
-    Goal("call on (1, 1, 1, 16): at most 1.5x SDPA's time", ("tiny call",), 1 / 1.5),
-)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -97,24 +70,41 @@ class Report:
         best = {each.threads: max(each.flops, default=0.0) for each in self.ceilings}
         return [r for r in self.results if min(r.fma_peaks, default=math.inf) < QUIET * best[r.threads]]
 
+    def own_groups(self) -> dict[tuple[str, str], dict[int, float]]:
+        """Geometric means of our other call's time over ours: (group, label) -> threads -> mean."""
+        found: dict[tuple[str, str], dict[int, list[float]]] = {}
+        for result in self.results:
+            if result.own is not None:
+                threads = found.setdefault((result.bench.group, result.own.label), {})
+                threads.setdefault(result.threads, []).append(result.own.ratio.value)
+        return {
+            key: {count: geometric_mean(ratios) for count, ratios in threads.items()}
+            for key, threads in found.items()
+        }
+
     def goals(self) -> list[dict[str, Any]]:
         """One entry for each goal and number of threads that the run has cases for."""
         entries = []
         for goal in GOALS:
+            if goal.isa not in (None, self.machine.get("isa")):
+                continue
             for threads in self.threads():
-                ratios = [r.ratio.value for r in self.of(goal.groups, threads)]
-                if ratios:
-                    got = geometric_mean(ratios)
+                chosen = [r for r in self.results if r.threads == threads and goal.covers(r.bench)]
+                numbers = [number for r in chosen if (number := goal.number(r)) is not None]
+                if numbers:
+                    got = geometric_mean(numbers)
                     entries.append(
                         {
                             "goal": goal.text,
+                            "measure": goal.measure,
                             "threads": threads,
-                            "at_least": goal.at_least,
+                            "want": goal.want,
+                            "at_most": goal.at_most,
                             "got": got,
-                            "lowest": min(ratios),
-                            "highest": max(ratios),
-                            "cases": len(ratios),
-                            "met": got >= goal.at_least,
+                            "lowest": min(numbers),
+                            "highest": max(numbers),
+                            "cases": len(numbers),
+                            "met": goal.is_met(got),
                         }
                     )
         return entries
@@ -131,6 +121,11 @@ class Report:
             "groups": [
                 {"group": group, "threads": threads, "ratio": mean}
                 for group, means in self.groups().items()
+                for threads, mean in means.items()
+            ],
+            "own_groups": [
+                {"group": group, "against": label, "threads": threads, "ratio": mean}
+                for (group, label), means in self.own_groups().items()
                 for threads, mean in means.items()
             ],
             "rows": [row for result in self.results for row in result.rows()],

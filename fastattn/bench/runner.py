@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.bench.contenders import OURS, Contender, contenders, usable
-from fastattn.bench.machine import Ceilings
+from fastattn.bench.contenders import OURS, Contender, contenders, own_contender, usable
+from fastattn.bench.machine import Ceilings, thread_count
 from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio, rounds_for
 from fastattn.bench.work import Work, work
-from fastattn.testing.bench_cases import BENCH_CASES, BenchCase
+from fastattn.testing.bench_case import BenchCase
+from fastattn.testing.bench_cases import BENCH_CASES
 from fastattn.testing.inputs import Inputs, make_inputs
 
 # Contenders compute in other orders: that is rounding, of this size relative to the largest result. More is a
 # mistake, and the time of a wrong answer is of no interest.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 HOPELESS = 4.0  # a PyTorch path this many times slower than the fastest is timed once and no more
+SLOW = 0.2  # seconds of a call beyond which one call is enough to choose PyTorch's path by
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Options:
 
     @property
     def budget(self) -> float:
-        return self.seconds if self.seconds is not None else (0.5 if self.quick else 3.0)
+        return self.seconds if self.seconds is not None else (0.25 if self.quick else 1.0)
 
     def cases(self) -> list[BenchCase]:
         """The chosen cases, in order.
@@ -74,6 +75,21 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Our other call of a case, timed in the same rounds.
+
+    Args:
+        label: what it is, see `Own`.
+        timing: its times.
+        ratio: its time over the case's: above 1 the case is the faster one.
+    """
+
+    label: str
+    timing: Timing
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
 class Result:
     """One case with one number of threads.
 
@@ -84,6 +100,7 @@ class Result:
         fma_peaks: FLOP/s just before and after the case, and copy_bandwidth: bytes/s; empty and None where
             unknown.
         difference: the largest difference of results between ours and `best`; None with dropout.
+        own: our other call, where the case has one.
     """
 
     bench: BenchCase
@@ -95,6 +112,7 @@ class Result:
     fma_peaks: tuple[float, ...]
     copy_bandwidth: float | None
     difference: float | None
+    own: Beside | None = None
 
     @property
     def ours(self) -> Timing:
@@ -105,6 +123,11 @@ class Result:
         """Clearly slower than PyTorch: the ratio's whole interval is below one (by more than clocks tell)."""
         return self.ratio.high < 0.99
 
+    @property
+    def of_fma_peak(self) -> float | None:
+        """Our rate as a share of the higher of the two peaks measured next to it."""
+        return self.work.flops / self.ours.median / max(self.fma_peaks) if self.fma_peaks else None
+
     def rows(self) -> list[dict[str, Any]]:
         """One row for each contender, of plain values."""
         return [self._row(name, timing) for name, timing in self.timings.items()]
@@ -113,6 +136,7 @@ class Result:
         low, high = timing.quartiles
         rate = self.work.flops / timing.median
         ours = name == OURS
+        own = self.own if ours else None
         return {
             "case": self.bench.name,
             "group": self.bench.group,
@@ -134,6 +158,10 @@ class Result:
             "ratio": self.ratio.value if ours else None,
             "ratio_interval": [self.ratio.low, self.ratio.high] if ours else None,
             "max_difference": self.difference if ours else None,
+            "own": None if own is None else own.label,
+            "own_ms": None if own is None else own.timing.median * 1e3,
+            "own_ratio": None if own is None else own.ratio.value,
+            "own_ratio_interval": None if own is None else [own.ratio.low, own.ratio.high],
         }
 
 
@@ -165,80 +193,101 @@ def run(
     return results, list(ceilings.values())
 
 
-@contextmanager
-def thread_count(threads: int) -> Iterator[None]:
-    """Inside, PyTorch and we compute with `threads` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_case(bench: BenchCase, inputs: Inputs, ceilings: Ceilings, options: Options) -> Result:
-    """Screen every contender, then time ours against PyTorch's fastest."""
-    firsts = {way: usable(way) for way in contenders(bench, inputs, options.flex)}
-    ways = [way for way, first in firsts.items() if first is not None]
-    screened = screen(ways, options)
-    chosen = fastest_path(bench, inputs, screened, options)
-    [best] = [way for way in ways if way.name == chosen]
-    difference = None if bench.case.dropout_p else disagreement(firsts[ways[0]], firsts[best])
+    """Screen every contender, then time ours, PyTorch's fastest and, where there is one, our other call."""
+    ways, results, firsts = first_calls(contenders(bench, inputs, options.flex))
+    screened = screen(ways, options, () if bench.timed == "backward" else firsts)
+    chosen = fastest_path(bench, inputs, screened, options, firsts)
+    [place] = [number for number, way in enumerate(ways) if way.name == chosen]
+    difference = None if bench.case.dropout_p else disagreement(results[0], results[place])
     if difference is not None and not difference <= TOLERANCE[bench.case.dtype]:
-        raise RuntimeError(f"{bench.name}: {OURS} and {best.name} differ by {difference:.3g}")
-    firsts.clear()
-    pair = [ways[0], best]
-    seconds = [screened[way.name].median for way in pair]
+        raise RuntimeError(f"{bench.name}: {OURS} and {chosen} differ by {difference:.3g}")
+    results.clear()
+    racing = [ways[0], ways[place]]
+    seconds = [screened[way.name].median for way in racing]
+    own = own_contender(bench, ceilings.threads)
+    if own is not None:
+        usable(own)  # warms it up
+        racing.append(own)
+        seconds.append(once(own))
     calls = [calls_for(each, options.min_sample) for each in seconds]
     rounds = rounds_for(seconds, calls, options.budget, options.min_rounds, options.max_rounds)
     fma = [ceilings.measure_fma()]
-    timed = interleave(pair, calls, rounds)
+    timed = interleave(racing, calls, rounds)
     fma.append(ceilings.measure_fma())
     amount = work(inputs, bench.timed)
     return Result(
         bench=bench,
         threads=ceilings.threads,
         work=amount,
-        timings=screened | {way.name: timing for way, timing in zip(pair, timed, strict=True)},
-        best=best.name,
+        timings=screened | {OURS: timed[0], chosen: timed[1]},
+        best=chosen,
         ratio=ratio(timed[1], timed[0]),
         fma_peaks=tuple(peak for peak in fma if peak is not None),
         copy_bandwidth=ceilings.measure_copy() if amount.is_memory_bound or not ceilings.bandwidth else None,
         difference=difference,
+        own=None if own is None else Beside(own.name, timed[2], ratio(timed[2], timed[0])),
     )
 
 
-def fastest_path(bench: BenchCase, inputs: Inputs, screened: dict[str, Timing], options: Options) -> str:
+def first_calls(ways: Sequence[Contender]) -> tuple[list[Contender], list[Any], list[float]]:
+    """The contenders that take the case, the results of their first calls and the seconds these took."""
+    taken, results, seconds = [], [], []
+    for way in ways:
+        start = time.perf_counter()
+        result = usable(way)
+        if result is not None:
+            seconds.append(time.perf_counter() - start)
+            taken.append(way)
+            results.append(result)
+    return taken, results, seconds
+
+
+def fastest_path(
+    bench: BenchCase,
+    inputs: Inputs,
+    screened: dict[str, Timing],
+    options: Options,
+    firsts: Sequence[float] = (),
+) -> str:
     """The name of PyTorch's fastest path; the ratio's samples are taken afresh, so that the choice is fair.
 
     A backward pass alone is compared with that of the path which is fastest over both passes: "sdpa-math"
-    has the forward pass store all probabilities, which is slow, to save the backward pass some work.
+    has the forward pass store all probabilities, which is slow, to save the backward pass some work. The
+    first calls of such a case, which take `firsts` seconds, are of both passes.
     """
     if bench.timed == "backward":
         steps = contenders(replace(bench, timed="step"), inputs)
-        screened = screen([way for way in steps if way.name in screened], options)
+        screened = screen([way for way in steps if way.name in screened], options, firsts)
     return min((name for name in screened if name != OURS), key=lambda name: screened[name].median)
 
 
-def screen(ways: Sequence[Contender], options: Options) -> dict[str, Timing]:
-    """A few rounds of every contender, one sample where it is hopeless; first calls have warmed them up."""
-    firsts = []
-    for way in ways:
-        start = time.perf_counter()
-        with way.forced():
-            way.call()
-        firsts.append(time.perf_counter() - start)
-    limit = HOPELESS * min(firsts[1:])  # ours comes first
-    close = [(way, calls_for(first, options.min_sample)) for way, first in zip(ways, firsts, strict=True)
-             if first <= limit or way.name == OURS]  # fmt: skip
+def once(way: Contender) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    with way.forced():
+        way.call()
+    return time.perf_counter() - start
+
+
+def screen(ways: Sequence[Contender], options: Options, firsts: Sequence[float] = ()) -> dict[str, Timing]:
+    """A few rounds of every contender, ours first; one sample where it is hopeless or slow.
+
+    `firsts` are the seconds that the first calls took, if known: a slow one stands for itself, as warming up
+    is little of it.
+    """
+    known = [*firsts, *[0.0] * (len(ways) - len(firsts))]
+    seconds = [first if first >= SLOW else once(way) for way, first in zip(ways, known, strict=True)]
+    limit = min(SLOW, HOPELESS * min(seconds[1:]))
+    close = [(way, calls_for(each, options.min_sample)) for way, each in zip(ways, seconds, strict=True)
+             if each <= limit]  # fmt: skip
     timings = interleave([way for way, _ in close], [calls for _, calls in close], options.screening_rounds)
     timed = {way.name: timing for (way, _), timing in zip(close, timings, strict=True)}
-    once = {way.name: Timing((first,), 1) for way, first in zip(ways, firsts, strict=True)}
-    return once | timed
+    return {way.name: Timing((each,), 1) for way, each in zip(ways, seconds, strict=True)} | timed
 
 
 def disagreement(one: Any, other: Any) -> float:
     """The largest difference between two contenders' results, relative to the largest magnitude."""
     pairs = [(one, other)] if isinstance(one, Tensor) else list(zip(one, other, strict=True))
-    differences = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
-    return max(differences) / max(float(b.double().abs().max()) for _, b in pairs)
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in pairs]
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(b.abs().max()) for _, b in pairs)

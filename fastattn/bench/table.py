@@ -13,13 +13,22 @@ from fastattn.bench.runner import Result
 
 HEADER = (
     f"{'case':<38}{'thr':>3}{'fastattn ms':>13}{'quartiles':>17}{'GFLOP/s':>9}{'peak':>6}{'GB/s':>6}"
-    f"{'PyTorch ms':>12}{'GFLOP/s':>9}  {'path':<13}ratio [95%]"
+    f"{'PyTorch ms':>12}{'GFLOP/s':>9}  {'path':<13}{'ratio [95%]':<22}other call / ours"
 )
+TITLES = {
+    "torch": "goal: time of PyTorch's best path / ours",
+    "own": "goal: against our own other call",
+    "peak": "goal: share of the FMA peak measured next to it",
+}
 BUSY = 0.7  # one busy process is enough to disturb a run with as many threads as cores
 
 
 def thread_word(threads: int) -> str:
     return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _columns(threads: Sequence[int]) -> str:
+    return "".join(f"{thread_word(n):>12}" for n in threads)
 
 
 def machine_lines(machine: dict[str, Any]) -> list[str]:
@@ -29,6 +38,10 @@ def machine_lines(machine: dict[str, Any]) -> list[str]:
         f"software  fastattn {machine['fastattn']} ({machine['isa']}), torch {machine['torch']} "
         f"({machine['torch_cpu_capability']}), Python {machine['python']}",
     ]
+    if machine["isa"] == "avx2" and machine["torch_cpu_capability"].startswith("AVX512"):
+        lines.append(
+            "warning   PyTorch computes with wider vectors than ours; to hold both to AVX2: make bench-avx2"
+        )
     if (machine["load_at_start"] or 0) > BUSY:
         lines.append(
             f"warning   load average {machine['load_at_start']}: other work is running, times mean little"
@@ -62,9 +75,10 @@ def result_line(result: Result) -> str:
     return (
         f"{result.bench.name:<38}{result.threads:>3}{_ms(ours['ms']):>13}{quartiles:>17}"
         f"{ours['gflops']:>9.1f}{share:>6}{gbs:>6}"
-        f"{_ms(best['ms']):>12}{best['gflops']:>9.1f}  {result.best:<13}{result.ratio}"
+        f"{_ms(best['ms']):>12}{best['gflops']:>9.1f}  {result.best:<13}{result.ratio!s:<22}"
+        f"{'' if result.own is None else f'{result.own.ratio} {result.own.label}'}"
         f"{'  slower' if result.is_slower else ''}"
-    )
+    ).rstrip()
 
 
 def _ms(value: float) -> str:
@@ -75,10 +89,10 @@ def _ms(value: float) -> str:
 def summary_lines(report: Report) -> list[str]:
     """Geometric means by group, and the cases that are clearly slower."""
     threads = report.threads()
-    columns = "".join(f"{thread_word(n):>12}" for n in threads)
-    lines = [f"{'PyTorch time / fastattn time, geometric mean':<46}{columns}"]
+    lines = [f"{'PyTorch time / fastattn time, geometric mean':<46}" + _columns(threads)]
     for group, means in report.groups().items():
         lines.append(f"  {group:<44}" + "".join(f"{means[n]:>11.2f}x" for n in threads))
+    lines += own_lines(report)
     slower = report.slower()
     lines += [
         "",
@@ -96,18 +110,41 @@ def summary_lines(report: Report) -> list[str]:
     return lines
 
 
+def own_lines(report: Report) -> list[str]:
+    """Geometric means by group of our other call's time over ours."""
+    threads = report.threads()
+    if not (groups := report.own_groups()):
+        return []
+    lines = ["", f"{'time of our other call / ours, geometric mean':<46}" + _columns(threads)]
+    for (group, label), means in groups.items():
+        cells = (f"{means[n]:>11.2f}x" if n in means else f"{'-':>12}" for n in threads)
+        lines.append(f"  {f'{group}, against {label}':<44}" + "".join(cells))
+    return lines
+
+
 def goal_lines(report: Report) -> list[str]:
-    """Each goal with its number: met or missed. A tiny call's goal, 1.5x SDPA's time, is a ratio of 0.67."""
+    """Each goal with its number: met or missed; "<=" where it bounds our time over the other's."""
     goals = report.goals()
     if not goals:
         return []
-    lines = [f"{'goal':<50}{'threads':>8}{'want':>8}{'got':>8}   range"]
-    for goal in goals:
-        spread = f"{goal['lowest']:.2f}-{goal['highest']:.2f} of {goal['cases']}"
-        numbers = f"{goal['threads']:>8}{goal['at_least']:>7.2f}x{goal['got']:>7.2f}x"
-        word = "met" if goal["met"] else "MISSED"
-        lines.append(f"{goal['goal']:<50}{numbers}   {spread:<18} {word}")
-    return lines
+    lines: list[str] = []
+    for measure, title in TITLES.items():
+        chosen = [_goal_line(goal) for goal in goals if goal["measure"] == measure]
+        if chosen:
+            lines += [""] if lines else []
+            lines += [f"{title:<50}{'threads':>8}{'want':>11}{'got':>9}   range", *chosen]
+    missed = sum(not goal["met"] for goal in goals)
+    return [*lines, "", f"{len(goals) - missed} of {len(goals)} goals met"]
+
+
+def _goal_line(goal: dict[str, Any]) -> str:
+    def text(value: float) -> str:
+        return f"{value:.0%}" if goal["measure"] == "peak" else f"{value:.2f}x"
+
+    want = f"{'<=' if goal['at_most'] else '>='} {text(goal['want'])}"
+    spread = f"{text(goal['lowest'])}-{text(goal['highest'])} of {goal['cases']}"
+    word = "met" if goal["met"] else "MISSED"
+    return f"{goal['goal']:<50}{goal['threads']:>8}{want:>11}{text(goal['got']):>9}   {spread:<20} {word}"
 
 
 def compare_lines(report: Report, baseline: dict[str, Any]) -> list[str]:

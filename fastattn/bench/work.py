@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastattn.biases import Bias
 from fastattn.masks import Mask, MaskShape
 from fastattn.testing.case import Case
 from fastattn.testing.inputs import Inputs
 
 # The backward pass has five products of size Lq x Lk where the forward pass has two.
-FLOPS_FACTOR = {"forward": 1.0, "backward": 2.5, "step": 3.5}
+FLOPS_FACTOR = {"forward": 1.0, "recorded": 1.0, "backward": 2.5, "step": 3.5}
+PASSES = {"forward": 1, "recorded": 1, "backward": 2, "step": 3}
 
 # Calls that do fewer operations for a byte than this wait for memory: a core that adds and multiplies 32
 # floats a cycle and reads some four bytes in it breaks even near 16.
@@ -47,6 +50,19 @@ def dense_mask(inputs: Inputs) -> Tensor | None:
     return mask
 
 
+def additive(inputs: Inputs) -> Tensor | None:
+    """The case's bias as a tensor, -inf where its mask hides; None where it has neither."""
+    case, mask = inputs.case, dense_mask(inputs)
+    bias = inputs.arguments()[1].get("bias")
+    if isinstance(bias, Bias):
+        shape = MaskShape(case.batch, case.heads, case.queries, case.keys)
+        bias = bias.to_dense(shape, "cpu", case.dtype).contiguous()
+    if mask is None:
+        return bias
+    bias = torch.zeros(mask.shape, dtype=case.dtype) if bias is None else bias
+    return bias.masked_fill(~mask, -math.inf)
+
+
 def visible_pairs(case: Case, mask: Tensor | None) -> int:
     """Visible pairs over batch and query heads.
 
@@ -61,10 +77,12 @@ def visible_pairs(case: Case, mask: Tensor | None) -> int:
 
 
 def work(inputs: Inputs, timed: str) -> Work:
-    """The work of a dense or contiguous-cache case whose cache is full."""
+    """The work of a dense case, a varlen case without a mask, or one with a contiguous cache that is full."""
     case = inputs.case
-    pairs = visible_pairs(case, dense_mask(inputs))
+    if case.op == "varlen":
+        pairs = case.heads * sum(a * b for a, b in zip(case.lengths_q, case.lengths_k, strict=True))
+    else:
+        pairs = visible_pairs(case, dense_mask(inputs))
     flops = 2.0 * (case.head_dim + case.dim_v) * pairs * FLOPS_FACTOR[timed]
     moved = sum(inputs.leaves[name].numel() for name in ("q", "k", "v")) + inputs.dout.numel()
-    passes = {"forward": 1, "backward": 2, "step": 3}[timed]
-    return Work(pairs, flops, passes * moved * case.dtype.itemsize)
+    return Work(pairs, flops, PASSES[timed] * moved * case.dtype.itemsize)

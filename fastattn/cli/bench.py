@@ -30,7 +30,7 @@ from fastattn.cli.options import positive_int, positive_seconds
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's options."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer cases and less time: under two minutes")
+    add("--quick", action="store_true", help="fewer cases and less time: about a minute")
     add(
         "--threads",
         type=positive_int,

@@ -1,111 +1,117 @@
-"""The cases that benchmarks time, in groups; shapes give each about 1 to 100 ms on one core.
+"""The cases that benchmarks time, in groups; shapes give most about 0.1 to 200 ms on one core.
 
+They sample the grid B·H in {1, 8, 64}, L in {17, 64, 128, 512, 1024, 4096}, D in {32, 64, 80, 128, 256}.
 Masks, biases and inputs are those of the tests' cases (`fastattn.testing.cases`), at sizes worth timing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from fastattn import masks
+from fastattn.testing.bench_case import BenchCase, Shape, against_one_thread, bench_case, grid_shape
 from fastattn.testing.case import Case
-from fastattn.testing.cases import MaskFactory, alibi, always, document_mask, random_mask, tensor_bias
+from fastattn.testing.cases import (
+    HALF,
+    MaskFactory,
+    alibi,
+    always,
+    document_mask,
+    random_mask,
+    relative,
+    tensor_bias,
+)
 
-# What is timed: the forward pass without gradient, the backward pass alone, or both with autograd.
-TIMED = ("forward", "backward", "step")
+# (B·H, D) at each length. All head dims meet all lengths; what is left out is heavy or like its neighbours.
+FORWARD = {
+    512: ((8, 32), (8, 64), (8, 80), (8, 128), (8, 256), (1, 64), (64, 64)),
+    1024: ((8, 32), (8, 64), (8, 80), (8, 128), (8, 256), (1, 128), (64, 32)),
+    4096: ((1, 32), (1, 64), (1, 80), (1, 128), (1, 256), (8, 64)),
+}
+SHORT = {
+    17: ((1, 64), (8, 32), (8, 80), (8, 128), (64, 64), (64, 256)),
+    64: ((1, 128), (8, 32), (8, 64), (8, 256), (64, 32), (64, 80)),
+    128: ((1, 64), (8, 32), (8, 64), (8, 80), (8, 128), (8, 256), (64, 64), (64, 128)),
+}
+BACKWARD = {
+    64: ((8, 64), (64, 32)),
+    128: ((8, 32), (8, 64), (8, 128), (64, 64)),
+    512: ((1, 64), (8, 64), (8, 80)),
+    1024: ((1, 64), (1, 128), (8, 32), (8, 64), (8, 128)),
+    4096: ((1, 64), (1, 128)),
+}
+CAUSAL = {
+    64: ((8, 64), (64, 32)),
+    128: ((8, 64), (8, 128)),
+    512: ((8, 32), (8, 64), (8, 128)),
+    1024: ((8, 32), (8, 64), (8, 80), (8, 128), (8, 256)),
+    4096: ((1, 32), (1, 64), (1, 128)),
+}
+CAUSAL_BACKWARD = {
+    128: ((8, 64),),
+    512: ((8, 64), (8, 128)),
+    1024: ((8, 64), (8, 128)),
+    4096: ((1, 64),),
+}
 
-Shape = tuple[int, int, int, int]  # batch, heads, seqlen_q, head_dim
-
-# Heads shrink as the length grows, so that the time does not explode; never one head alone, as PyTorch's
-# backward pass is parallel over batch and heads only.
-GRID: dict[int, tuple[int, int]] = {64: (8, 8), 128: (4, 8), 512: (1, 8), 1024: (1, 8), 4096: (1, 2)}
-GRID_DIMS = (32, 64, 128)
-
-
-@dataclass(frozen=True)
-class BenchCase:
-    """One timed problem.
-
-    Args:
-        group: what the summary averages over.
-        case: the problem; its name is unique among the benchmarks.
-        timed: one of TIMED.
-        quick: whether it belongs to the short run.
-    """
-
-    group: str
-    case: Case
-    timed: str = "forward"
-    quick: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.case.name
-
-    @property
-    def shape(self) -> str:
-        """`(1, 8, 1024, 64) float32`, with key length, key-value heads and value width where they differ."""
-        case = self.case
-        text = f"({case.batch}, {case.heads}, {case.queries}, {case.head_dim})"
-        if case.keys != case.queries:
-            text += f" {case.keys} keys"
-        if case.num_heads_kv != case.heads:
-            text += f" {case.num_heads_kv} kv heads"
-        if case.dim_v != case.head_dim:
-            text += f" dv {case.dim_v}"
-        return f"{text} {str(case.dtype).removeprefix('torch.')}"
-
-
-def grid_shape(length: int, dim: int) -> Shape:
-    return (*GRID[length], length, dim)
-
-
-def bench_case(
-    group: str, shape: Shape, timed: str = "forward", *, quick: bool = False, tag: str = "", **options: Any
-) -> BenchCase:
-    """A case named after its group and shape; `tag` tells it from others of the same group and shape."""
-    batch, heads, seqlen_q, head_dim = shape
-    name = "-".join([group.replace(" ", "-"), *([tag] if tag else []), str(seqlen_q), str(head_dim)])
-    case = Case(name, batch, heads, seqlen_q=seqlen_q, head_dim=head_dim, **options)
-    return BenchCase(group, case, timed, quick)
+# Words and punctuation marks of the first 64 sentences of the chapter "Compound statements" of the Python
+# 3.11 language reference. Written down, so that every machine measures the same calls.
+SENTENCES = (
+    24, 24, 19, 37, 10, 40, 15, 12, 40, 18, 47, 20, 57, 21, 52, 24, 24, 18, 10, 32, 10, 26,
+    24, 37, 14, 34, 19, 20, 17, 32, 15, 17, 20, 19, 21, 33, 49, 61, 46, 11, 25, 25, 35, 48,
+    18, 40, 20, 16, 23, 42, 44, 37, 24, 21, 21, 42, 18, 15, 19, 20, 8, 21, 23, 18,
+)  # fmt: skip
 
 
-def dense_cases() -> list[BenchCase]:
-    """The grid of lengths and head dims, no mask; backward alone on part of it, then both passes together."""
-    cases = [
-        bench_case("forward", grid_shape(length, dim), quick=dim == 64 or length in (128, 1024))
-        for length in GRID
-        for dim in GRID_DIMS
-    ]
-    chosen = [(length, 64) for length in GRID] + [
-        (length, dim) for length in (128, 1024) for dim in (32, 128)
-    ]
-    cases += [
-        bench_case("backward", grid_shape(length, dim), "backward", quick=dim == 64 and length < 4096)
-        for length, dim in sorted(chosen)
-    ]
-    cases += [
-        bench_case("forward+backward", grid_shape(length, 64), "step", quick=length == 512)
-        for length in (128, 512, 1024)
-    ]
+# What the short run takes of the grids: (B·H, L, D).
+QUICK_FORWARD = {(8, 512, 64), (8, 1024, 64), (8, 1024, 128), (1, 1024, 128)}
+QUICK_SHORT = {(8, 17, 32), (64, 64, 32), (8, 128, 64)}
+QUICK_BACKWARD = {(8, 128, 64), (8, 512, 64), (8, 1024, 64), (1, 1024, 64)}
+QUICK_CAUSAL = {(8, 128, 64), (8, 512, 64), (8, 1024, 64), (1, 4096, 64)}
+
+Grid = dict[int, tuple[tuple[int, int], ...]]
+Point = tuple[int, int, int]
+
+
+def grid_cases(
+    group: str, grid: Grid, timed: str = "forward", quick: Iterable[Point] = (), **options: Any
+) -> list[BenchCase]:
+    """A case for each point; that of a single head is measured against itself on one thread too."""
+    cases = []
+    for point in ((rows, length, dim) for length, chosen in grid.items() for rows, dim in chosen):
+        bench = bench_case(group, grid_shape(*point), timed, quick=point in quick, **options)
+        cases.append(against_one_thread(bench) if point[0] == 1 and bench.own is None else bench)
     return cases
 
 
-def causal_cases() -> list[BenchCase]:
-    mask = always(masks.causal())
-    chosen = [(length, 64) for length in GRID] + [
-        (length, dim) for length in (512, 1024) for dim in (32, 128)
-    ]
+CAUSAL_MASK = always(masks.causal())
+
+
+def dense_cases() -> list[BenchCase]:
+    """No mask: forward, backward alone, then both passes together."""
     cases = [
-        bench_case("causal", grid_shape(length, dim), mask=mask, quick=dim == 64 and 64 < length < 4096)
-        for length, dim in sorted(chosen)
+        *grid_cases("forward", FORWARD, quick=QUICK_FORWARD),
+        bench_case("forward", (1, 8, 1024, 64), seqlen_k=77, tag="cross"),
+        *grid_cases("short sequences", SHORT, quick=QUICK_SHORT),
+        *grid_cases("backward", BACKWARD, "backward", QUICK_BACKWARD),
     ]
     return cases + [
-        bench_case("causal backward", grid_shape(length, 64), "backward", mask=mask, quick=length == 1024)
-        for length in (128, 512, 1024, 4096)
+        bench_case("forward+backward", (1, 8, length, 64), "step", quick=length == 512)
+        for length in (128, 512, 1024)
+    ]
+
+
+def causal_cases() -> list[BenchCase]:
+    """The longest are measured against our dense call, of which they compute half."""
+    short = {length: chosen for length, chosen in CAUSAL.items() if length < 4096}
+    long = {length: chosen for length, chosen in CAUSAL.items() if length >= 4096}
+    return [
+        *grid_cases("causal", short, quick=QUICK_CAUSAL, mask=CAUSAL_MASK),
+        *grid_cases("causal", long, quick=QUICK_CAUSAL, mask=CAUSAL_MASK, own=("dense", {"mask": None})),
+        *grid_cases("causal backward", CAUSAL_BACKWARD, "backward", {(8, 1024, 64)}, mask=CAUSAL_MASK),
     ]
 
 
@@ -115,55 +121,74 @@ def tensor_mask_cases() -> list[BenchCase]:
     def holes(*dims: str) -> MaskFactory:
         return random_mask(*dims, p=0.9)
 
+    rows = holes("q", "k")
     cases = [
-        bench_case("bool mask", (1, 8, 512, 64), tag="rows", mask=holes("q", "k"), quick=True),
-        bench_case("bool mask", (1, 8, 1024, 64), tag="rows", mask=holes("q", "k"), quick=True),
-        bench_case("bool mask", (1, 8, 1024, 128), tag="rows", mask=holes("q", "k")),
+        bench_case("bool mask", (1, 8, 512, 64), tag="rows", mask=rows, quick=True),
+        bench_case("bool mask", (1, 8, 1024, 64), tag="rows", mask=rows, quick=True),
+        bench_case("bool mask", (1, 8, 512, 32), tag="rows", mask=rows),
+        bench_case("bool mask", (1, 8, 1024, 128), tag="rows", mask=rows),
         bench_case("bool mask", (2, 8, 512, 64), tag="batch", mask=holes("b", "q", "k")),
+        bench_case("bool mask", (8, 8, 128, 64), tag="batch", mask=holes("b", "q", "k")),
         bench_case("bool mask", (1, 8, 1024, 64), tag="heads", mask=holes("h", "q", "k")),
-        bench_case("bool mask", (1, 2, 4096, 64), tag="rows", mask=holes("q", "k")),
-        bench_case("bool mask backward", (1, 8, 1024, 64), "backward", mask=holes("q", "k"), quick=True),
+        bench_case("bool mask", (1, 1, 4096, 64), tag="rows", mask=rows),
+        bench_case("bool mask backward", (1, 8, 1024, 64), "backward", mask=rows, quick=True),
     ]
     bias, fixed = tensor_bias("h", "q", "k"), tensor_bias("q", "k")
     return cases + [
         bench_case("float bias", (1, 8, 1024, 64), tag="heads", bias=bias, quick=True),
         bench_case("float bias", (1, 8, 512, 128), tag="rows", bias=fixed),
-        bench_case("float bias", (1, 8, 1024, 64), tag="alibi", bias=alibi()),
+        bench_case("float bias", (8, 8, 128, 32), tag="batch", bias=tensor_bias("b", "q", "k")),
+        bench_case("float bias", (1, 8, 512, 64), tag="keys", bias=tensor_bias("b", "k")),
     ]
 
 
+def key_lengths(case: Case, generator: torch.Generator) -> Any:
+    """Padding of lengths spread evenly from a quarter to the whole."""
+    return masks.padding(torch.linspace(case.keys / 4, case.keys, case.batch).long())
+
+
+def sparse_layout(case: Case, generator: torch.Generator, size: int = 64, density: float = 0.1) -> Any:
+    """Blocks on the diagonal, so that no row is empty, and as many others drawn at random, for each head."""
+    side = case.queries // size
+    scores = torch.rand(case.heads, side, side, generator=generator)
+    scores.diagonal(dim1=1, dim2=2).fill_(1.0)
+    kept = scores.flatten(1).topk(round(density * side * side)).indices
+    layout = torch.zeros(case.heads, side * side, dtype=torch.bool).scatter_(1, kept, True)
+    return masks.blocks(layout.view(1, case.heads, side, side), size)
+
+
 def sparse_cases() -> list[BenchCase]:
-    """Masks of which whole tiles are hidden: padding, windows, packed documents."""
-
-    def padding(case: Case, generator: torch.Generator) -> Any:
-        # Lengths spread evenly from a quarter to the whole.
-        return masks.padding(torch.linspace(case.keys / 4, case.keys, case.batch).long())
-
-    causal, window = masks.causal(), always(masks.causal() & masks.window(127, 0))
+    """Masks of which whole tiles are hidden: padding, windows, packed documents, blocks."""
+    causal = masks.causal()
+    window, wide = always(causal & masks.window(127, 0)), always(causal & masks.window(255, 0))
+    blocks: dict[str, Any] = {"mask": sparse_layout, "own": ("dense", {"mask": None})}
     return [
-        bench_case("padding", (8, 8, 128, 64), mask=padding),
-        bench_case("padding", (8, 4, 512, 64), mask=padding, quick=True),
+        bench_case("padding", (8, 8, 128, 64), mask=key_lengths),
+        bench_case("padding", (8, 4, 512, 64), mask=key_lengths, quick=True),
+        bench_case("padding", (4, 4, 1024, 128), mask=key_lengths),
         bench_case("window 128", (1, 2, 4096, 64), mask=window, quick=True),
-        bench_case("window 128", (1, 8, 4096, 64), tag="heads", mask=window),
         bench_case("window 128", (1, 2, 4096, 128), mask=window),
         bench_case("window 128", (1, 2, 4096, 64), tag="both", mask=always(masks.window(64, 63))),
         bench_case("window 128 backward", (1, 2, 4096, 64), "backward", mask=window),
+        bench_case("window 256", (1, 1, 16384, 64), mask=wide),
+        bench_case("window 256 backward", (1, 1, 16384, 64), "backward", mask=wide),
         bench_case("documents", (1, 8, 1024, 64), mask=lambda c, g: causal & document_mask(c, g)),
+        bench_case("block-sparse 10%", (1, 2, 4096, 64), quick=True, **blocks),
+        bench_case("block-sparse 10%", (1, 1, 4096, 128), **blocks),
+        bench_case("block-sparse 10%", (1, 8, 2048, 64), **blocks),
+        bench_case("block-sparse 10% backward", (1, 1, 4096, 64), "backward", **blocks),
     ]
 
 
 def dropout_cases() -> list[BenchCase]:
-    mask = always(masks.causal())
-    return [
-        bench_case("dropout 0.1", (1, 8, 128, 64), dropout_p=0.1),
-        bench_case("dropout 0.1", (1, 8, 512, 64), dropout_p=0.1, quick=True),
-        bench_case("dropout 0.1", (1, 8, 1024, 64), dropout_p=0.1),
-        bench_case("dropout 0.1", (1, 8, 1024, 128), dropout_p=0.1),
-        bench_case("dropout 0.1", (1, 8, 512, 64), tag="causal", dropout_p=0.1, mask=mask),
-        bench_case("dropout 0.1 forward+backward", (1, 8, 128, 64), "step", dropout_p=0.1),
-        bench_case("dropout 0.1 forward+backward", (1, 8, 512, 64), "step", dropout_p=0.1, quick=True),
-        bench_case("dropout 0.1 forward+backward", (1, 8, 1024, 64), "step", dropout_p=0.1),
+    dropout: dict[str, Any] = {"dropout_p": 0.1, "own": ("no dropout", {"dropout_p": 0.0})}
+    shapes = [(8, 512, 32), (8, 128, 64), (8, 512, 64), (8, 1024, 64), (8, 512, 128)]
+    cases = [
+        bench_case(group, grid_shape(*point), timed, quick=point[1] == 512 and point[2] < 128, **dropout)
+        for group, timed in (("dropout 0.1", "forward"), ("dropout 0.1 forward+backward", "step"))
+        for point in shapes
     ]
+    return [*cases, bench_case("dropout 0.1", (1, 8, 512, 64), tag="causal", mask=CAUSAL_MASK, **dropout)]
 
 
 def head_cases() -> list[BenchCase]:
@@ -171,15 +196,15 @@ def head_cases() -> list[BenchCase]:
     shared: dict[str, Any] = {"heads_kv": 8}
     cases = [
         bench_case("gqa", (1, 32, 512, 64), **shared, quick=True),
-        bench_case("gqa", (1, 32, 512, 128), **shared, tag="causal", mask=always(masks.causal())),
+        bench_case("gqa", (1, 32, 512, 128), **shared, tag="causal", mask=CAUSAL_MASK),
         bench_case("gqa", (1, 32, 512, 64), "step", tag="step", **shared),
     ]
     keys = 8192
     cache: dict[str, Any] = {"op": "decode", "seqlen_k": keys, "lengths_k": (keys,), "heads_kv": 8}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, *HALF):
         label = str(dtype).removeprefix("torch.")
         for heads in (8, 32):
-            quick = dtype != torch.float16 and (heads == 8 or dtype == torch.bfloat16)
+            quick = dtype == torch.bfloat16 or (dtype == torch.float32 and heads == 8)
             shape = (1, heads, 1, 128)
             group = f"decode {label}" + (" gqa" if heads > 8 else "")
             cases.append(bench_case(group, shape, dtype=dtype, quick=quick, **cache))
@@ -188,30 +213,72 @@ def head_cases() -> list[BenchCase]:
 
 def half_cases() -> list[BenchCase]:
     cases = []
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in HALF:
         label = str(dtype).removeprefix("torch.")
-        brief = dtype == torch.bfloat16
+        half: dict[str, Any] = {"dtype": dtype, "own": ("float32", {"dtype": torch.float32})}
         cases += [
-            bench_case(label, (1, 8, 1024, 64), dtype=dtype, quick=brief),
-            bench_case(label, (1, 8, 512, 128), dtype=dtype),
-            bench_case(label, (1, 8, 512, 64), tag="causal", dtype=dtype, mask=always(masks.causal())),
-            bench_case(f"{label} backward", (1, 8, 512, 64), "backward", dtype=dtype),
+            bench_case(label, (1, 8, 512, 64), quick=True, **half),
+            bench_case(label, (1, 8, 1024, 64), **half),
+            bench_case(label, (1, 8, 512, 128), **half),
+            bench_case(label, (8, 8, 128, 64), **half),
+            bench_case(label, (1, 8, 512, 64), tag="causal", mask=CAUSAL_MASK, **half),
+            bench_case(f"{label} backward", (1, 8, 512, 64), "backward", **half),
         ]
     return cases
 
 
-def small_cases() -> list[BenchCase]:
-    """Calls that are mostly overhead, and many short sequences."""
+def option_cases() -> list[BenchCase]:
+    """Scores that are capped, have a sink beside them, or a bias of the distance: against the plain call."""
+    options: dict[str, tuple[str, Any]] = {
+        "softcap": ("softcap", 30.0),
+        "sinks": ("sinks", True),
+        "alibi": ("bias", alibi()),
+        "relative bias": ("bias", relative(32)),
+    }
+    nothing = {"softcap": None, "sinks": False, "bias": None}
+    cases = []
+    for group, (field, value) in options.items():
+        chosen: dict[str, Any] = {field: value, "own": ("plain", {field: nothing[field]})}
+        cases += [
+            bench_case(group, (1, 8, 512, 64), quick=True, **chosen),
+            bench_case(group, (1, 8, 512, 128), **chosen),
+            bench_case(group, (1, 8, 1024, 64), tag="causal", mask=CAUSAL_MASK, **chosen),
+        ]
+    return cases
+
+
+def sentence_cases() -> list[BenchCase]:
+    """A batch of sentences, each with its own length."""
+    packed: dict[str, Any] = {"op": "varlen", "lengths_q": SENTENCES, "lengths_k": SENTENCES}
+    many: dict[str, Any] = {"op": "varlen", "lengths_q": 4 * SENTENCES, "lengths_k": 4 * SENTENCES}
+    longest = max(SENTENCES)
     return [
-        bench_case("tiny call", (1, 1, 1, 16), quick=True),
-        bench_case("tiny call forward+backward", (1, 1, 1, 16), "step", quick=True),
-        bench_case("small", (1, 8, 16, 64), quick=True),
-        bench_case("small", (1, 8, 64, 64)),
-        bench_case("small forward+backward", (1, 8, 16, 64), "step", quick=True),
-        bench_case("short sequences", (64, 4, 16, 32)),
-        bench_case("short sequences", (32, 8, 32, 64), quick=True),
-        bench_case("short sequences", (8, 8, 64, 32)),
-        bench_case("short sequences", (1, 8, 1024, 64), seqlen_k=77, tag="cross"),
+        bench_case("sentences", (len(SENTENCES), 8, longest, 64), quick=True, **packed),
+        bench_case("sentences", (4 * len(SENTENCES), 4, longest, 32), tag="many", **many),
+        bench_case(
+            "sentences forward+backward", (len(SENTENCES), 8, longest, 64), "step", **packed, quick=True
+        ),
+    ]
+
+
+def small_cases() -> list[BenchCase]:
+    """Calls that are mostly overhead."""
+    cases = [bench_case("small", (1, 8, 64, 64))]
+    for suffix, timed in (("", "forward"), (" with gradient", "recorded"), (" forward+backward", "step")):
+        cases += [
+            bench_case(f"tiny call{suffix}", shape, timed, quick=True)
+            for shape in ((1, 1, 1, 16), (1, 8, 16, 64))
+        ]
+    return cases
+
+
+def module_cases() -> list[BenchCase]:
+    """Calls as `nn.MultiheadAttention` makes them: q, k and v are [B, L, H, D] in memory."""
+    shapes: list[Shape] = [(16, 4, 64, 64), (8, 8, 128, 64), (2, 8, 512, 64), (1, 8, 1024, 64)]
+    return [
+        bench_case(f"multi-head shaped{suffix}", shape, timed, layout="blhd", quick=shape[2] == 128)
+        for suffix, timed in (("", "forward"), (" forward+backward", "step"))
+        for shape in shapes
     ]
 
 
@@ -224,7 +291,10 @@ def all_bench_cases() -> list[BenchCase]:
         dropout_cases,
         head_cases,
         half_cases,
+        option_cases,
+        sentence_cases,
         small_cases,
+        module_cases,
     )
     return [case for build in builders for case in build()]
 
