@@ -23,6 +23,10 @@ DOUBLE_BACKWARD = (
     "fastattn's kernels have no double backward: call with backend='reference', "
     "which has derivatives of every order"
 )
+BATCHED_GRADS = (
+    "fastattn's backward pass takes one gradient at a time: call it without is_grads_batched (in jacobian, with "
+    "vectorize=False), use torch.func's vmap and vjp, or call with backend='reference'"
+)
 FORWARD_MODE = (
     "fastattn's kernels have no forward-mode derivative: call with backend='reference', which has it"
 )
@@ -167,7 +171,7 @@ class Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # not always the memory of the forward pass: hooks may have moved it
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             return *cpu.small_backward(ctx.scale, dout, *saved), None, None
 
         def gradients(*tensors: Any) -> Gradients:
@@ -182,6 +186,8 @@ plain: Callable[..., Tensor] = super(torch.autograd.Function, Plain).apply
 
 def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:
     """gradients(*tensors), whose own gradients raise: create_graph=True leaves a node that says why."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(BATCHED_GRADS)
     if torch.is_grad_enabled():
         return _OneBackward.apply(gradients, *tensors)
     return gradients(*tensors)

@@ -24,7 +24,7 @@ constexpr int64_t kMaxChunks = 8;
 constexpr int64_t kMinChunkKeys = 256;
 constexpr int64_t kLocalBytes = 1 << 20;         // of dQ that a task keeps to itself: it stays in L2
 constexpr int64_t kPartialBytes = 4 << 20;       // of partial dQ at a time, for each thread: they stay in L3
-constexpr int64_t kMostPartialBytes = 64 << 20;  // for all threads
+constexpr int64_t kMostPartialBytes = 64 << 20;  // for all threads, or one head's
 
 // Query heads [head_begin, head_end) of one key-value head of one batch entry.
 struct Unit {
@@ -33,6 +33,7 @@ struct Unit {
   int64_t chunk_keys, num_chunks;
   bool first, last;  // whether the group's heads begin, and end, with these
   bool local;        // whether the only chunk finishes dQ itself
+  int64_t parts;     // of its first chunk, within the wave
 
   int64_t heads() const { return head_end - head_begin; }
   bool whole() const { return first && last; }
@@ -55,6 +56,7 @@ template <class T>
 struct BackwardScratch {
   GradScratch<T> tile;
   Buffer<T> dk, dv, dq, sum;
+  Buffer<T> pair_dk, pair_dw;
 };
 
 template <class T>
@@ -68,34 +70,37 @@ class Backward {
         width_v_(round_to_lanes<T>(p.head_dim_v)),
         dw_(p.head_dim) {}
 
-  // Units go in waves whose partial dQ fit in the limit; at least one unit a wave.
+  // Units go in waves: as many as keep all threads busy, and then as many as stay in L3; at least one.
   void run() {
-    const int64_t limit = std::min<int64_t>(kMostPartialBytes, p_.num_threads * kPartialBytes);
-    int64_t bytes = 0;
+    const int64_t least_tasks = 3 * p_.num_threads, limit = p_.num_threads * kPartialBytes;
+    int64_t bytes = 0, tasks = 0;
+    const auto finish_wave = [&] {
+      run_wave();
+      bytes = tasks = 0;
+    };
     for (int64_t b = 0; b < p_.batch; ++b)
       for (int64_t h = 0; h < p_.num_heads_kv; ++h) {
         Unit u = make_unit(b, h);
-        const int64_t head_bytes = u.num_chunks * u.seq.len_q * width_q_ * static_cast<int64_t>(sizeof(T));
+        const int64_t head_bytes = most_head_bytes(u);
         u.local = u.num_chunks == 1 && group_ * head_bytes <= kLocalBytes;
         const int64_t heads =
-            u.local ? group_ : std::clamp<int64_t>(limit / std::max<int64_t>(1, head_bytes), 1, group_);
+            u.local ? group_
+                    : std::clamp<int64_t>(kMostPartialBytes / std::max<int64_t>(1, head_bytes), 1, group_);
         for (int64_t g = 0; g < group_; g += heads) {
           u.head_begin = h * group_ + g;
           u.head_end = std::min((h + 1) * group_, u.head_begin + heads);
           u.first = g == 0;
           u.last = g + heads >= group_;
           const int64_t more = u.local ? 0 : u.heads() * head_bytes;
-          // Parts of a group add to the same dK and dV, one after the other: each has a wave of its own.
-          const bool alone = heads < group_;
-          if (alone || bytes + more > limit) {
-            run_wave();
-            bytes = 0;
-          }
+          if (!u.whole() || bytes + more > (tasks < least_tasks ? kMostPartialBytes : limit)) finish_wave();
           units_.push_back(u);
-          bytes += alone ? limit + 1 : more;
+          bytes += more;
+          tasks += u.num_chunks;
+          // Parts of a group add to the same dK and dV, one after the other: each has a wave of its own.
+          if (!u.whole()) finish_wave();
         }
       }
-    run_wave();
+    finish_wave();
     if (p_.dscore_weights != nullptr) finish_score_weights();
   }
 
@@ -112,6 +117,30 @@ class Backward {
     return u;
   }
 
+  // The rows of head h's dQ that see keys of chunk n: whole tiles, as run_query_tile adds to every row of a
+  // tile that any of its rows reaches.
+  KeyRange rows_of(const Unit& u, int64_t h, int64_t n) const {
+    const int64_t begin = n * u.chunk_keys, end = std::min(u.seq.len_k, begin + u.chunk_keys);
+    const KeyRange rows = ScoreRules<T>(p_, u.batch, h, u.seq).visiting_rows(begin, end);
+    if (rows.empty()) return {0, 0};
+    return {rows.begin / kMaskTile * kMaskTile,
+            std::min(u.seq.len_q, (rows.end + kMaskTile - 1) / kMaskTile * kMaskTile)};
+  }
+
+  // Of partial dQ, for the head of the unit's group that needs most.
+  int64_t most_head_bytes(const Unit& u) const {
+    int64_t most = 0;
+    for (int64_t h = u.head_kv * group_; h < (u.head_kv + 1) * group_; ++h) {
+      int64_t rows = 0;
+      for (int64_t n = 0; n < u.num_chunks; ++n) {
+        const KeyRange range = rows_of(u, h, n);
+        rows += range.end - range.begin;
+      }
+      most = std::max(most, rows);
+    }
+    return most * width_q_ * static_cast<int64_t>(sizeof(T));
+  }
+
   void run_wave() {
     plan();
     parallel_tasks(p_.num_threads, static_cast<int64_t>(chunks_.size()),
@@ -125,18 +154,15 @@ class Backward {
     chunks_.clear();
     parts_.clear();
     int64_t rows = 0, keys = 0;
-    for (const Unit& u : units_) {
+    for (Unit& u : units_) {
+      u.parts = static_cast<int64_t>(parts_.size());
       if (!u.whole()) keys = u.seq.len_k;
       for (int64_t n = 0; n < u.num_chunks; ++n) {
         const int64_t begin = n * u.chunk_keys, end = std::min(u.seq.len_k, begin + u.chunk_keys);
         chunks_.push_back({&u, begin, end, static_cast<int64_t>(parts_.size())});
         int64_t local_rows = 0;
         for (int64_t h = u.head_begin; h < u.head_end; ++h) {
-          KeyRange range = ScoreRules<T>(p_, u.batch, h, u.seq).visiting_rows(begin, end);
-          if (range.empty()) range = {0, 0};
-          // Whole tiles: run_query_tile adds to every row of a tile that any of its rows reaches.
-          range.begin = range.begin / kMaskTile * kMaskTile;
-          range.end = std::min(u.seq.len_q, (range.end + kMaskTile - 1) / kMaskTile * kMaskTile);
+          const KeyRange range = rows_of(u, h, n);
           int64_t& first = u.local ? local_rows : rows;
           parts_.push_back({range, first});
           first += range.end - range.begin;
@@ -158,7 +184,7 @@ class Backward {
     T* dq = u.local ? scratch.dq.ensure(rows * width_q_) : partial_dq_.data() + parts[0].first * width_q_;
     std::fill(dq, dq + rows * width_q_, T{0});
     if (p_.score != Score::kDot)
-      std::fill_n(partial_dw_.data() + c.parts * width_q_, u.heads() * width_q_, T{0});
+      std::fill_n(partial_dw_.data() + c.parts * width_q_, u.heads() * width_q_, 0.0);
     Vector<GradTile<T>> heads;
     heads.reserve(u.heads());
     for (int64_t h = u.head_begin; h < u.head_end; ++h)
@@ -186,24 +212,63 @@ class Backward {
     for (int64_t n = 0; n < u.heads(); ++n) {
       GradTile<T>& tile = heads[n];
       tile.set_keys(j0, j1);
-      T* head_dq = dq + (parts[n].first - parts[0].first - parts[n].rows.begin) * width_q_;
+      T* head_dq = dq + (parts[n].first - parts[0].first) * width_q_;
       tile.rules().for_each_query_tile(j0, j1, [&](int64_t query_tile, const int32_t* tile_bits) {
         const int64_t i0 = query_tile * kMaskTile, i1 = std::min(u.seq.len_q, i0 + kMaskTile);
         const KeyRange hull = tile.rules().rows_keys(i0, i1);
         if (std::max(hull.begin, j0) >= std::min(hull.end, j1)) return;
         if (!packed) tile.pack_keys();
         packed = true;
-        run_query_tile(tile, tile_bits, i0, i1, head_dq, dk, partial_dw_.data() + (c.parts + n) * width_q_);
+        T* tile_dq = head_dq + (i0 - parts[n].rows.begin) * width_q_;
+        if (p_.score == Score::kDot)
+          run_query_tile(tile, tile_bits, i0, i1, tile_dq);
+        else
+          run_pair_tile(tile, tile_bits, i0, i1, tile_dq, dk, partial_dw_.data() + (c.parts + n) * width_q_,
+                        scratch);
         add_key_gradients(tile, i0, i1, j0, j1, dk, dv);
       });
     }
     if (u.last) finish_keys(u, j0, j1, dk, dv);
   }
 
-  // P and dS of one tile, and dQ += dS K; where the scores are sums over pairs, all that comes of dS.
-  void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq, T* dk,
-                      T* dw) {
+  // P and dS of one tile, and dQ += dS K.
+  void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq) {
     const Block<T>& keys = tile.key_block();
+    for_each_group(tile, tile_bits, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
+      gemm<T, false>(rows, width_q_, columns.end - columns.begin,
+                     tile.gradients() + r * kKeyTile + columns.begin, kKeyTile,
+                     keys.data + columns.begin * keys.stride, keys.stride, dq + r * width_q_, width_q_, true);
+    });
+  }
+
+  // P and dS of one tile where scores are sums over pairs, and all that comes of dS. A tile's dK and dw are
+  // added up by themselves, as the products of gemm are: one chain of float over all pairs would lose their
+  // last digits.
+  void run_pair_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq, T* dk,
+                     double* dw, BackwardScratch<T>& scratch) {
+    T* tile_dk = scratch.pair_dk.ensure(kKeyTile * width_q_);
+    T* tile_dw = scratch.pair_dw.ensure(width_q_);
+    std::fill_n(tile_dk, kKeyTile * width_q_, T{0});
+    std::fill_n(tile_dw, width_q_, T{0});
+    const Block<T>& keys = tile.key_block();
+    KeyRange reached{kKeyTile, 0};
+    for_each_group(tile, tile_bits, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
+      const Block<T>& queries = tile.query_block();
+      pair_gradients<T>(
+          p_.score,
+          {tile.gradients() + r * kKeyTile, queries.data + r * queries.stride, keys.data, queries.stride,
+           keys.stride, dq + r * width_q_, tile_dk, tile_dw, width_q_, kKeyTile},
+          rows, columns.begin, columns.end);
+      reached = {std::min(reached.begin, columns.begin), std::max(reached.end, columns.end)};
+    });
+    for (int64_t n = reached.begin * width_q_; n < reached.end * width_q_; ++n) dk[n] += tile_dk[n];
+    for (int64_t d = 0; d < width_q_; ++d) dw[d] += static_cast<double>(tile_dw[d]);
+  }
+
+  // Calls visit(first row of the tile, rows, columns) for each group of rows, with its P and dS in the tile.
+  template <class Visit>
+  void for_each_group(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1,
+                      const Visit& visit) {
     tile.load_queries(i0, i1);
     for (int64_t i = i0; i < i1; i += kGradGroup) {
       const int64_t rows = std::min(kGradGroup, i1 - i);
@@ -213,18 +278,7 @@ class Backward {
         continue;
       }
       tile.compute(tile_bits, i, rows, columns, false);
-      if (p_.score != Score::kDot) {
-        const Block<T>& queries = tile.query_block();
-        pair_gradients<T>(
-            p_.score,
-            {tile.gradients() + (i - i0) * kKeyTile, queries.data + (i - i0) * queries.stride, keys.data,
-             queries.stride, keys.stride, dq + i * width_q_, dk, dw, width_q_, kKeyTile},
-            rows, columns.begin, columns.end);
-        continue;
-      }
-      gemm<T, false>(rows, width_q_, columns.end - columns.begin,
-                     tile.gradients() + (i - i0) * kKeyTile + columns.begin, kKeyTile,
-                     keys.data + columns.begin * keys.stride, keys.stride, dq + i * width_q_, width_q_, true);
+      visit(i - i0, rows, columns);
     }
   }
 
@@ -265,32 +319,31 @@ class Backward {
   void finish_queries() {
     struct RowBlock {
       const Unit* unit;
-      int64_t chunk, head, begin, end;
+      int64_t head, begin, end;
     };
     Vector<RowBlock> blocks;
-    int64_t chunk = 0;
-    for (const Unit& u : units_) {
+    for (const Unit& u : units_)
       if (!u.local)
         for (int64_t h = u.head_begin; h < u.head_end; ++h)
           for (int64_t i = 0; i < u.seq.len_q; i += kMaskTile)
-            blocks.push_back({&u, chunk, h, i, std::min(u.seq.len_q, i + kMaskTile)});
-      chunk += u.num_chunks;
-    }
+            blocks.push_back({&u, h, i, std::min(u.seq.len_q, i + kMaskTile)});
     parallel_tasks(p_.num_threads, static_cast<int64_t>(blocks.size()), [&](int, int64_t n) {
       const RowBlock& block = blocks[n];
-      const Part* parts = parts_.data() + chunks_[block.chunk].parts + block.head - block.unit->head_begin;
+      const Unit& u = *block.unit;
+      const Part* parts = u.num_chunks == 0 ? nullptr : parts_.data() + u.parts + block.head - u.head_begin;
       Vector<T> sum(width_q_);
       for (int64_t i = block.begin; i < block.end; ++i)
-        finish_query(*block.unit, parts, block.head, i, partial_dq_.data(), sum.data());
+        finish_query(u, parts, block.head, i, partial_dq_.data(), sum.data());
     });
   }
 
   // Row i of dQ of head h. parts: of its first chunk; those of the next lie one unit's heads further.
   void finish_query(const Unit& u, const Part* parts, int64_t h, int64_t i, const T* partial, T* sum) {
     std::fill(sum, sum + width_q_, T{0});
-    for (int64_t n = 0; n < u.num_chunks; ++n, parts += u.heads()) {
-      if (i < parts->rows.begin || i >= parts->rows.end) continue;
-      const T* part = partial + (parts->first + i - parts->rows.begin) * width_q_;
+    for (int64_t n = 0; n < u.num_chunks; ++n) {
+      const Part& p = parts[n * u.heads()];
+      if (i < p.rows.begin || i >= p.rows.end) continue;
+      const T* part = partial + (p.first + i - p.rows.begin) * width_q_;
       for (int64_t d = 0; d < width_q_; ++d) sum[d] += part[d];
     }
     if (!all_finite(sum, width_q_)) exact_dq(p_, rows_, u.batch, h, i, sum);
@@ -305,7 +358,7 @@ class Backward {
     for (const Unit& u : units_) {
       for (int64_t n = 0; n < u.heads(); ++n)
         for (int64_t c = 0; c < u.num_chunks; ++c)
-          dw_.add(T{1}, partial_dw_.data() + (chunk[c].parts + n) * width_q_);
+          dw_.add(1.0, partial_dw_.data() + (chunk[c].parts + n) * width_q_);
       chunk += u.num_chunks;
     }
   }
@@ -329,8 +382,8 @@ class Backward {
   Vector<Part> parts_;
   Buffer<T> dk_, dv_;  // of a unit that is not whole, which has a wave of its own
   Buffer<T> partial_dq_;
-  Buffer<T> partial_dw_;  // of each Part, in their order
-  ExactSum dw_;           // of all waves so far
+  Buffer<double> partial_dw_;  // of each Part, in their order
+  ExactSum dw_;                // of all waves so far
 };
 
 // d lse / d sink = exp(sink - lse), and every probability falls in proportion: dsink = -sum exp(sink - lse)

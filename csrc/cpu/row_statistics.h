@@ -96,7 +96,8 @@ class TopLinks {
         lane[n] = lane[n] > lane[n + count / 2] ? lane[n] : lane[n + count / 2];
     T least = lane[0];
     for (int64_t n = 1; n < count; ++n) least = lane[n] < least ? lane[n] : least;
-    return std::nextafter(least, -kInfinity<T>);
+    // Below it by no less than a normal number: a smaller one is 0 where the processor flushes.
+    return std::min(std::nextafter(least, -kInfinity<T>), least - std::numeric_limits<T>::min());
   }
 
   void insert(T score, int32_t key) const {

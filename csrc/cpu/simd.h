@@ -212,9 +212,16 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
                                    1.0};
     for (double c : kInverse) p = p * r + 2.0 * c;
   } else {
-    // The fused product is exact; log2 e beyond float's digits joins in a second step. Minimax, 2e-9.
+#if defined(__FMA__) || defined(__aarch64__)
+    // The fused product is exact; log2 e beyond float's digits joins in a second step.
     constexpr float kLog2eLo = 1.92596301e-8f;
     const Vec<T> r = clamped * kLog2eLo + (clamped * kLog2e - n);
+#else
+    // n times the first of ln 2's two parts is exact, and so is the difference.
+    constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+    const Vec<T> r = ((clamped - n * kLn2Hi) - n * kLn2Lo) * kLog2e;
+#endif
+    // Minimax, 2e-9.
     p = splat<T>(static_cast<T>(3.0706724e-4));
     constexpr float kCoefficient[] = {2.679775e-3f,    1.92368738e-2f, 1.110066473e-1f,
                                       4.804529548e-1f, 1.3862943649f,  2.0f};
