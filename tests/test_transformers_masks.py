@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -170,6 +172,38 @@ def test_mask_tensors_pass_for_bool_tensors():
         got = reads(mask)
         assert type(got) is torch.Tensor and torch.equal(got, reads(dense))
     assert "documents" in repr(mask)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.logical_and_(torch.zeros(m.shape, dtype=torch.bool)),
+        lambda m: m.fill_(False),
+        lambda m: m.__setitem__((0,), False),
+        lambda m: m.__iand__(torch.zeros(m.shape, dtype=torch.bool)),
+        lambda m: torch.logical_not(torch.ones(m.shape, dtype=torch.bool), out=m),
+    ],
+)
+def test_writes_into_a_mask_are_refused(write):
+    """They would go to a tensor that nothing reads."""
+    mask = fastattn_mask(BATCH, 6, 6)
+    with pytest.raises(NotImplementedError, match=r"cannot be written in place.*to_dense"):
+        write(mask)
+    read = torch.ones(mask.shape, dtype=torch.bool).logical_and_(mask)  # reading one is another matter
+    assert torch.equal(read, mask.to_dense())
+
+
+def test_mask_tensors_leave_torch():
+    attention_mask = torch.tensor([[False, True, True], [True, True, True]])
+    mask = fastattn_mask(2, 3, 3, attention_mask=attention_mask)
+    dense, copied = mask.to_dense(), copy.deepcopy(mask)
+    attention_mask.fill_(False)
+    assert isinstance(copied, MaskTensor) and torch.equal(copied.to_dense(), dense)
+    mask = copied
+    assert mask.tolist() == dense.tolist() and (mask.numpy() == dense.numpy()).all()
+    assert not mask.numpy().flags.writeable
+    with pytest.raises(NotImplementedError, match=r"to_dense\(\)\.share_memory_"):
+        mask.share_memory_()
 
 
 def test_a_layer_that_adds_its_mask_is_refused():

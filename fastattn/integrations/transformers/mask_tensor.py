@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class MaskTensor(Tensor):
     """A bool tensor [B, 1, Lq, Lk] of which only the mask exists that says what is in it.
 
     Models hand their mask on from layer to layer, which costs nothing. What reads the tensor itself (slices
-    it, inverts it) gets what it reads built at that moment, True = visible.
+    it, inverts it) gets what it reads built at that moment, True = visible. Nothing can be written into it.
     """
 
     mask: Mask
@@ -51,8 +52,32 @@ class MaskTensor(Tensor):
                 "a layer puts attention_mask into its scores itself, not through the attention function: its "
                 "model is not on transformers' attention interface; attn_implementation must be 'eager'"
             )
+        if _writes_into_a_mask(func, args, kwargs):
+            raise _read_only(func)
         args, kwargs = pytree.tree_map_only(MaskTensor, MaskTensor.to_dense, (args, kwargs))
         return func(*args, **kwargs)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _read_only("mask[...] = ...")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskTensor:
+        result = MaskTensor(copy.deepcopy(self.mask, memo), self._space(), self.device)
+        memo[id(self)] = result
+        return result
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The tensor itself as an array, which cannot be written either."""
+        array = self.to_dense().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def tolist(self) -> Any:
+        return self.to_dense().tolist()
+
+    def share_memory_(self) -> Any:
+        raise NotImplementedError(
+            "a mask of fastattn has no memory to share: share its tensor, mask.to_dense().share_memory_()"
+        )
 
     def moved(self, device: torch.device | None) -> MaskTensor:
         """The same mask on another device."""
@@ -86,3 +111,22 @@ class MaskTensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"MaskTensor({self.mask!r}, shape={list(self.shape)})"
+
+
+def _writes_into_a_mask(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a MaskTensor is among the arguments that an operation changes."""
+    if not func._schema.is_mutable:
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            if any(isinstance(leaf, MaskTensor) for leaf in pytree.tree_leaves(given)):
+                return True
+    return False
+
+
+def _read_only(what: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"a mask of fastattn cannot be written in place, got {what}: make another (mask = mask & other), "
+        "or write into its tensor, mask.to_dense()"
+    )
