@@ -132,6 +132,14 @@ def test_packed_sequences(extra):
     want = torch.cat([attention(*part, mask=window(2, 0)) for part in parts], 2)
     got, _ = fastattn_attention(DECODER, q, k, v, sliding, **packed, **extra)
     torch.testing.assert_close(got, heads_last(want), **EXACT)
+    # Chunks are documents too, but other ones than the sequences.
+    chunks = fastattn_mask(1, 12, 12, mask_function=lambda b, h, q, k: (k <= q) & (k // 6 == q // 6))
+    seen = torch.ones(12, 12).tril().bool()
+    at = torch.arange(12)
+    for ids in (at // 6, torch.bucketize(at, starts[1:], right=True)):
+        seen &= ids[:, None] == ids
+    got, _ = fastattn_attention(DECODER, q, k, v, chunks, **packed, **extra)
+    torch.testing.assert_close(got, heads_last(attention(q, k, v, mask=seen)), **EXACT)
 
 
 def test_chosen_keys():

@@ -10,7 +10,6 @@ from fastattn.integrations.transformers.mask_tensor import MaskTensor
 from fastattn.integrations.transformers.position_bias import BiasTensor
 from fastattn.masks import Mask, as_mask, causal, dense, documents, window
 from fastattn.masks.band import Band
-from fastattn.masks.documents import Documents
 
 
 def same_batch(*tensors: Tensor) -> list[Tensor]:
@@ -64,10 +63,8 @@ def chosen_keys(indices: Tensor, seqlen_k: int) -> Mask:
 
 def packed(
     mask: Mask | Tensor | None, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, seqlens: tuple[int, int]
-) -> Mask | Tensor:
-    """The mask within the sequences that begin at cu_seq_lens; as it is where it tells them apart."""
-    if isinstance(mask, Mask) and _tells_documents(mask):
-        return mask
+) -> Mask:
+    """The mask within the sequences that begin at cu_seq_lens."""
     ids = [
         torch.bucketize(torch.arange(length, device=starts.device), starts[1:].long(), right=True)
         for starts, length in zip((cu_seq_lens_q, cu_seq_lens_k), seqlens, strict=True)
@@ -78,10 +75,6 @@ def packed(
 def is_local(mask: Mask | Tensor | None) -> bool:
     """Whether it says of each packed sequence what it says of their concatenation."""
     return mask is None or isinstance(mask, Band)
-
-
-def _tells_documents(mask: Mask) -> bool:
-    return isinstance(mask, Documents) or any(map(_tells_documents, mask._parts()))
 
 
 def _as_bias(tensor: Tensor, dtype: torch.dtype) -> Tensor:
