@@ -67,6 +67,7 @@ def states(length, batch=2):
     return torch.randn(batch, 2, length, 4), torch.randn(batch, 2, length, 3)
 
 
+@torch.no_grad()
 def test_tokens_are_appended_in_place():
     """A token costs its own size: the buffer stays where it is until it is full, then doubles."""
     layer = FastLayer()
@@ -86,6 +87,7 @@ def test_tokens_are_appended_in_place():
     assert reserved.keys.data_ptr() == address
 
 
+@torch.no_grad()
 def test_sliding_layers_forget():
     """As transformers' own, token for token; the buffer stays two windows long."""
     ours, theirs = FastSlidingLayer(6), transformers.cache_utils.DynamicSlidingWindowLayer(6)
@@ -150,6 +152,69 @@ def test_training_through_a_cache():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_training_of_queries_alone():
+    """Keys that need no gradient are still wanted by the queries' backward, as they were."""
+    model = built("Llama").double().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.requires_grad_(True)
+    ids = right_padded()["input_ids"][:1]
+    gradients = []
+    for cache in (FastCache(model.config, capacity=30), DynamicCache(config=model.config)):
+        model.zero_grad()
+        total = model(ids[:, :6], past_key_values=cache).logits.sin().sum()
+        cache.crop(-2)
+        for part in (ids[:, 4:7], ids[:, 7:]):
+            total = total + model(part, past_key_values=cache).logits.sin().sum()
+        total.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_recording", [False, True])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([-1])),
+    ],
+    ids=["reorder", "repeat", "select"],
+)
+@torch.no_grad()
+def test_sliding_layers_choose_what_they_recorded(choose, is_recording):
+    ours, theirs = FastSlidingLayer(5), transformers.cache_utils.DynamicSlidingWindowLayer(5)
+    first, second = states(6), states(3)
+    for layer in (ours, theirs):
+        layer.update(*first)
+        if is_recording:
+            layer.activate_past_recording()
+        layer.update(*second)
+        choose(layer)
+    new = states(1, batch=theirs.keys.shape[0])
+    for _ in range(2):
+        for got, want in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(got, want)
+        if is_recording:
+            ours.crop(-1), theirs.crop(-1)
+            choose(ours), choose(theirs)
+            new = states(2, batch=theirs.keys.shape[0])
+
+
+@torch.no_grad()
+def test_keys_that_were_handed_out_stay_what_they_were():
+    layer = FastLayer(capacity=20)
+    keys, _ = layer.update(*states(6))
+    before = keys.clone()
+    layer.crop(-2)
+    for _ in range(2):
+        longer, _ = layer.update(*states(2))
+        assert torch.equal(keys, before) and torch.equal(longer[:, :, :4], before[:, :, :4])
+    address = layer.keys.data_ptr()
+    layer.update(*states(1))
+    assert layer.keys.data_ptr() == address  # copied once only
 
 
 @pytest.mark.parametrize("capacity, error", [(-1, ValueError), (1.5, TypeError)])

@@ -28,6 +28,7 @@ class KVCache:
         self.static = check_bool("static", static)
         self._reserved = check_int("capacity", capacity, 0)
         self.length = 0
+        self._is_cut = False  # whether tokens were handed out from where the next ones come
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -67,6 +68,8 @@ class KVCache:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in n more tokens; returns the keys and values of all tokens, as views.
 
+        What was returned before keeps its values. Where autograd records, each call makes new tensors.
+
         Args:
             keys: [B, Hkv, n, D].
             values: [B, Hkv, n, Dv], of the same dtype and device.
@@ -79,8 +82,9 @@ class KVCache:
             self._keys, self._values, self.length = keys, values, keys.shape[2]
             return keys, values
         begin, self.length = self.length, self.length + keys.shape[2]
-        self._keys = _grown(self._keys, keys, begin, self._reserved)
-        self._values = _grown(self._values, values, begin, self._reserved)
+        self._keys = _grown(self._keys, keys, begin, self._reserved, self._is_cut)
+        self._values = _grown(self._values, values, begin, self._reserved, self._is_cut)
+        self._is_cut = False
         return self.keys, self.values
 
     def truncate(self, length: int) -> None:
@@ -91,6 +95,7 @@ class KVCache:
         """
         if check_int("length", length, 0) > self.length:
             raise ValueError(f"length must be at most the {self.length} tokens held, got {length}")
+        self._is_cut |= length < self.length
         self.length = length
 
     def reorder(self, index: Tensor) -> None:
@@ -101,6 +106,7 @@ class KVCache:
         """
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+            self._is_cut = False
 
     def _filled(self, tensor: Tensor | None) -> Tensor:
         if tensor is None:
@@ -130,12 +136,17 @@ def _leading(tensor: Tensor) -> str:
     return ", ".join(map(str, tensor.shape[:3]))
 
 
-def _grown(held: Tensor | None, new: Tensor, begin: int, reserved: int) -> Tensor:
-    """`held` with `new` at positions begin and on; where autograd records, a new tensor each time."""
+def _grown(held: Tensor | None, new: Tensor, begin: int, reserved: int, is_cut: bool) -> Tensor:
+    """`held` with `new` at positions begin and on: in place, where there is room that nobody has seen.
+
+    Where autograd records it is a new tensor each time, even if keys need no gradient: that of the queries
+    needs the keys as they were.
+    """
     end = begin + new.shape[2]
-    if torch.is_grad_enabled() and (new.requires_grad or (held is not None and held.requires_grad)):
+    if torch.is_grad_enabled():
         return new if held is None else torch.cat((held[:, :, :begin], new), 2)
-    if held is None or held.shape[2] < end or held.is_inference() != new.is_inference():
+    is_other = held is not None and held.is_inference() != new.is_inference()
+    if held is None or held.shape[2] < end or is_cut or is_other:
         batch, heads, _, dim = new.shape
         wider = new.new_empty(batch, heads, max(end, 2 * begin, reserved), dim)
         if held is not None:

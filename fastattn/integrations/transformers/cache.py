@@ -152,6 +152,13 @@ class FastSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
             # From here on the tensors are concatenated, so they may as well be whole.
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
 
+    def _choose(self, index: Tensor) -> None:
+        if not self.record_past:
+            super()._choose(index)
+        elif self.is_initialized:  # tokens that the buffer does not hold
+            index = index.to(self.keys.device)
+            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+
     def _restart(self, keys: Tensor, values: Tensor) -> None:
         """A fresh buffer that holds these tokens alone."""
         self.cache, self.first = KVCache(capacity=2 * self.sliding_window), 0
