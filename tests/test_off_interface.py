@@ -229,6 +229,24 @@ def test_an_implementation_set_since_is_kept():
     assert model.config._attn_implementation == "eager"
 
 
+def test_an_implementation_set_since_on_a_part_is_kept():
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16
+        ),
+        text_config=llama().config,
+        image_token_index=63,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    parts = [config.text_config, config.vision_config]
+    before = config.text_config._attn_implementation
+    report = fastattn.patch(model)
+    assert [part._attn_implementation for part in parts] == ["fastattn", "fastattn"]
+    model.set_attn_implementation({"vision_config": "eager"})
+    report.undo()
+    assert [part._attn_implementation for part in parts] == [before, "eager"]
+
+
 def test_the_interface_cannot_skip_a_module():
     model = llama()
     report = fastattn.patch(model, skip=["model.layers.0.self_attn"])

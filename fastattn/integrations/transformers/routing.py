@@ -55,9 +55,10 @@ def set_implementation(model: Any, wanted: set[int]) -> tuple[Callable[[], None]
     model._fastattn = Registered()
 
     def undo() -> None:
-        if any(config._attn_implementation == NAME for config, _ in before):
-            for config, implementation in before:
-                config._attn_implementation = implementation
+        # What was set since is not ours to take back.
+        present = [config._attn_implementation for config, _ in before]
+        for (config, theirs), now in zip(before, present, strict=True):
+            config._attn_implementation = theirs if now == NAME else now
         vars(model).pop("_fastattn", None)
 
     return undo, reason
