@@ -82,7 +82,7 @@ def keep_tables() -> None:
             layer = getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
         except (ImportError, AttributeError):  # a version of transformers without it
             continue
-        if not hasattr(layer.compute_bias, "__wrapped__"):
+        if not hasattr(layer.compute_bias, "_keeps_table"):
             layer.compute_bias = _with_table(layer.compute_bias, bidirectional)
 
 
@@ -104,6 +104,7 @@ def _with_table(original: Any, bidirectional: bool | None) -> Any:
         )
         return BiasTensor(bias, query_length, key_length)
 
+    compute_bias._keeps_table = True  # type: ignore[attr-defined]
     return compute_bias
 
 
