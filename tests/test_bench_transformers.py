@@ -65,5 +65,5 @@ def test_without_transformers():
         "from fastattn.cli import main\nsys.exit(main(['bench', '--transformers']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "needs transformers 5 or newer" in done.stdout and "pip install 'fastattn[hf]'" in done.stdout
+    assert "needs transformers 5.16 or newer" in done.stdout and "pip install 'fastattn[hf]'" in done.stdout
     assert done.returncode == 1 and "transformers is not installed" in done.stderr

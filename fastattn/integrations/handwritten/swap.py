@@ -120,7 +120,8 @@ def _wants_weights(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[
     if asked:
         return True
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    collector = capturing._active_collector.get() if capturing is not None else None
+    active = getattr(capturing, "_active_collector", None)
+    collector = active.get() if active is not None else None
     return collector is not None and any("attentions" in key for key in collector)
 
 

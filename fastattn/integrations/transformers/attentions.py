@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import output_capturing
 
 from fastattn import dispatch
 from fastattn.call import Call
 from fastattn.head_weights import dropped_weights
+
+try:  # private: without it only the models that tell their layers get weights
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:
+    _active_collector = None
 
 
 @dataclass
@@ -28,9 +32,9 @@ def wants_weights(kwargs: dict[str, Any]) -> bool:
     """Whether the model was called for attentions: it says so to its layers, or collects what they return."""
     if kwargs.get("output_attentions"):
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _active_collector is None:
         return False
-    collected = output_capturing._active_collector.get()
+    collected = _active_collector.get()
     return bool(collected) and any(name.endswith("attentions") for name in collected)
 
 
