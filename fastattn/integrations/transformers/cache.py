@@ -101,6 +101,7 @@ class FastLayer(_InPlace):
         return self.keys, self.values
 
     def reset(self) -> None:
+        self.is_initialized = False  # else older versions keep the tokens, as zeros
         super().reset()
         self.cache = KVCache(capacity=self.capacity)
 
@@ -138,6 +139,7 @@ class FastSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
         return found
 
     def reset(self) -> None:
+        self.is_initialized = False  # else older versions keep the tokens, as zeros
         super().reset()
         self.cache, self.first = KVCache(capacity=2 * self.sliding_window), 0
 
