@@ -33,7 +33,7 @@ def kernel_attention(
 
     K(u) is exp(-u^2 / 2) (gaussian), 1 for u <= 1 (boxcar), 1 - u^2 for u < 1 (epanechnikov), 1 - u for u < 1
     (triangular), else 0, or 1 everywhere (constant). Memory is that of the arguments: a hundred thousand keys
-    are no trouble. Coordinates are first shifted by the median of the keys, which changes no distance, so that
+    are no trouble. Coordinates are first shifted by the keys' median, which changes no distance, so that
     data far from 0 keep their digits. What is then rounded is a coordinate's distance from the median: of two
     points near to each other, but x widths from the median, u is right to about x times 1e-7 (float32).
 

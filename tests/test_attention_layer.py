@@ -386,3 +386,19 @@ BAD = {
 def test_errors(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_a_mask_of_the_batch_beside_heads():
+    x, mask = torch.randn(3, 2, 5, 8), torch.rand(3, 5, 5) < 0.6
+    assert torch.equal(Attention()(x, mask=mask), Attention()(x, mask=mask[:, None]))
+    lens = torch.tensor([5, 2, 3])
+    assert torch.equal(
+        Attention()(x, None, None, lens, mask), Attention()(x, None, None, lens, mask[:, None])
+    )
+
+
+def test_options_that_do_not_fit_are_named():
+    with pytest.raises(TypeError, match=r"options must fit the score 'dot': .*temperature"):
+        Attention("dot", temperature=2.0)
+    with pytest.raises(TypeError, match="must be a name or a module, got the class"):
+        Attention(ProductScore)

@@ -410,3 +410,16 @@ def test_padding_far_away_costs_no_digits():
     for b, n in enumerate((100, 50)):
         want = dense(x[b].double(), x[b, :n].double(), x[b, :n].double() - 1e4, "gaussian", 0.05)
         torch.testing.assert_close(got[b].double(), want, rtol=0, atol=2e-6)
+
+
+def test_an_estimator_across_dtypes_and_modes():
+    x = torch.linspace(0, 6, 50)
+    with torch.no_grad():
+        model = KernelRegression(learn_width=True).fit(x, x.sin())
+    assert model.width < 0.9, "it has learned"
+    want = model.predict([0.5, 2.0])
+    got = copy.deepcopy(model).double().predict(torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(got, want.double(), rtol=0, atol=1e-5)
+    assert "width=?" in repr(KernelRegression(device="meta"))
+    with pytest.raises(ValueError, match="x must be finite, got 1 numbers that are not"):
+        KernelRegression().fit([1.0, math.nan], [1.0, 2.0])

@@ -65,7 +65,12 @@ class Attention(AttentionLayer):
         if isinstance(score, str):
             if score not in SCORES:
                 raise ValueError(f"score must be one of {', '.join(SCORES)}, or a module, got {score!r}")
-            score = SCORES[score](**options)
+            try:
+                score = SCORES[score](**options)
+            except TypeError as error:
+                raise TypeError(f"options must fit the score {score!r}: {error}") from error
+        elif isinstance(score, type):
+            raise TypeError(f"score must be a name or a module, got the class {score.__name__}: make one")
         elif options:
             raise TypeError(f"options must go with a score's name, got {', '.join(options)} beside a module")
         elif not callable(score):

@@ -129,6 +129,8 @@ def visible_keys(
         TypeError: valid_lens are no integers.
         ValueError: valid_lens of another shape.
     """
+    if isinstance(mask, Tensor) and mask.dim() == 3 and queries.dim() == 4:
+        mask = mask.unsqueeze(1)  # [B, Lq, Lk], the same for all heads
     if valid_lens is None:
         return mask
     lens = as_tensor("valid_lens", valid_lens, queries.device)
