@@ -99,6 +99,39 @@ class _Backward(torch.autograd.Function):
         return _vmap(call, info.batch_size, in_dims[3:], tensors, params, heads=7, foldable=foldable)
 
 
+def hard_index(kernels: Any, q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tensor:
+    """The key that each row of a lowered call attends to; no gradient comes from it."""
+    return _HardIndex.apply(kernels, params, q, k, *operands)[0]
+
+
+class _HardIndex(torch.autograd.Function):
+    @staticmethod
+    def forward(kernels: Any, params: Params, q: Tensor, k: Tensor, *operands: Any) -> tuple[Tensor]:
+        if is_traced(q, k):
+            return (ops.hard_index(kernels.name, q, k, Operands(*operands), params),)
+        return (kernels.hard_index(q, k, Operands(*operands), params),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None, None, None, *(None,) * _COUNT
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return (None,)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], kernels: Any, params: Params, *tensors: Any) -> Any:
+        def call(*args: Any) -> tuple[Any, ...]:
+            return _HardIndex.apply(kernels, params, *args)
+
+        foldable = tensors[2 + _SEED] is None  # draws go by the batch index
+        return _vmap(call, info.batch_size, in_dims[2:], tensors, params, heads=2, foldable=foldable)
+
+
 def _vmap(
     call: Callable[..., tuple[Any, ...]],
     size: int,

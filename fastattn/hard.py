@@ -86,7 +86,11 @@ def hard_attention(
     log_prob = None
     if gradient == "reinforce":
         log_prob = _log_probability(call, index)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (call.q, call.k, call.v)):
+    elif torch.is_grad_enabled() and (
+        any(t.requires_grad for t in (call.q, call.k, call.v))
+        # A map's tensors do not tell whether a gradient is taken around it.
+        or torch._C._are_functorch_transforms_active()
+    ):
         out = _StraightThrough.apply(functional.run(call), out.detach())
     results = [leading.unfold(out, lead)]
     results += [t.reshape(*lead, t.shape[-1]) for t in (log_prob,) if t is not None]
@@ -108,6 +112,10 @@ def choose_keys(call: Call, seed: Tensor | None) -> Tensor:
         return reference.hard_index(call.q, call.k, mask=call.mask, scale=call.scale_value(), seed=seed)
     operands, params = lower(call)
     operands = operands._replace(seed=seed)
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        from fastattn import functorch
+
+        return functorch.hard_index(cpu, call.q, call.k, operands, params)
     if torch.compiler.is_compiling() or autograd.is_traced(call.q, call.k):
         return ops.hard_index(cpu.name, call.q, call.k, operands, params)
     return cpu.hard_index(call.q, call.k, operands, params)

@@ -11,8 +11,9 @@ from fastattn import leading
 from fastattn.call import Call
 from fastattn.leading import leading_dimensions
 from fastattn.masks import Mask
+from fastattn.masks.ranges import KeyRange
 from fastattn.spec import DISTANCE_SCORES, FLOAT_DTYPES, dtype_name
-from fastattn.validation import check_number, check_tensor
+from fastattn.validation import broadcasts, check_number, check_tensor
 
 KERNELS = (*DISTANCE_SCORES, "constant")
 
@@ -32,8 +33,9 @@ def kernel_attention(
 
     K(u) is exp(-u^2 / 2) (gaussian), 1 for u <= 1 (boxcar), 1 - u^2 for u < 1 (epanechnikov), 1 - u for u < 1
     (triangular), else 0, or 1 everywhere (constant). Memory is that of the arguments: a hundred thousand keys
-    are no trouble. Coordinates are first shifted by the middle of the keys' range, which changes no distance,
-    so that data far from 0 lose nothing when they are divided by the width.
+    are no trouble. Coordinates are first shifted by the keys' median, which changes no distance, so that
+    data far from 0 keep their digits. What is then rounded is a coordinate's distance from the median: of two
+    points near to each other, but x widths from the median, u is right to about x times 1e-7 (float32).
 
     >>> x = torch.linspace(0, 5, 50)[:, None]
     >>> y = kernel_attention(x, x, torch.sin(x), width=0.1)
@@ -99,7 +101,7 @@ def kernel_call(
     if kernel == "constant":  # all keys within reach, at no distance
         kernel, q, k = "boxcar", 0 * q[..., :1], 0 * k[..., :1]
     else:
-        middle = _middle(k)
+        middle = _middle(k, mask)
         q, k = (q - middle) / width, (k - middle) / width
     call.q, call.k, call.v, call.score = q, k, v, kernel
     return call
@@ -121,16 +123,43 @@ def _check_width(width: Any, q: Tensor) -> float | Tensor:
     return width.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
 
 
-def _middle(k: Tensor) -> Tensor:
-    """The middle of the range of each feature over the keys, [..., 1, D].
+def _middle(k: Tensor, mask: Mask | Tensor | None) -> Tensor:
+    """The median of each feature over the keys, [..., 1, D].
 
-    Not their mean, whose bits depend on the order of the sum; and no shift is better for the largest rounding
-    error. What is not finite plays no part: it may be masked.
+    A median, as one far key must not move what is near to where it rounds; and its bits do not depend on the
+    keys' order. Keys hidden from all queries by a tensor or by padding play no part, nor what is not finite.
     """
+    k = k.detach()
     if k.numel() == 0:
         return k.new_zeros(k.shape[-1])
-    k = k.detach()
-    finite = k.isfinite()
-    low = torch.where(finite, k, torch.inf).amin(-2, keepdim=True)
-    high = torch.where(finite, k, -torch.inf).amax(-2, keepdim=True)
-    return torch.where(low <= high, low / 2 + high / 2, 0.0)
+    counts = k.isfinite()
+    seen = _seen(mask, k)
+    if seen is not None:
+        counts = counts & seen.unsqueeze(-1)
+    return torch.where(counts, k, torch.nan).nanmedian(-2, keepdim=True).values.nan_to_num(0.0)
+
+
+def _seen(mask: Mask | Tensor | None, k: Tensor) -> Tensor | None:
+    """Which keys [..., Lk] some query may see, as far as that is told without the pairs; None for all."""
+    lead = k.dim() - 2
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() >= 2:
+        seen = mask.any(-2)
+    elif isinstance(mask, KeyRange):
+        j = torch.arange(k.shape[-2], device=k.device)
+        ends, starts = (
+            None if bound is None else torch.as_tensor(bound, device=k.device).unsqueeze(-1).flatten(1)
+            for bound in (mask.ends, mask.starts)
+        )
+        if ends is None or ends.numel() == 0:
+            return None
+        seen = j < ends.amax(1, keepdim=True)
+        seen = seen if starts is None else seen & (j >= starts.amin(1, keepdim=True))
+        seen = seen.reshape(-1, *(1,) * max(lead - 1, 0), k.shape[-2])  # its first dimension is the batch
+    else:
+        return None
+    while seen.dim() > lead + 1:  # what shares its keys shares their middle
+        seen = seen.any(0)
+    for dim in range(-seen.dim(), -1):
+        if k.shape[dim - 1] == 1:
+            seen = seen.any(dim, keepdim=True)
+    return seen if broadcasts(seen.shape, k.shape[:-1]) else None  # what does not fit is refused later

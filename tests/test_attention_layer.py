@@ -186,6 +186,52 @@ def test_biases(name):
     torch.testing.assert_close(layer(q, k, v, bias=-0.5 * distance), out)
 
 
+def test_weights_are_those_of_the_call_though_learned_inputs_change():
+    layer, x = Attention("dot"), torch.randn(2, 5, 8)
+    queries, bias = torch.nn.Parameter(torch.randn(3, 8)), torch.nn.Parameter(torch.randn(3, 5))
+    optimizer = torch.optim.SGD([queries, bias], lr=10.0)
+    with torch.inference_mode():
+        layer(queries.expand(2, 3, 8), x, x, bias=bias)
+        assert not layer.attention_weights.requires_grad
+    out = layer(queries.expand(2, 3, 8), x, x, bias=bias)
+    weights, scores = layer.attention_weights, layer.attention_scores
+    out.square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.attention_weights, weights) and torch.equal(layer.attention_scores, scores)
+
+
+@pytest.mark.parametrize("changed", ["queries", "keys", "mask", "bias"])
+def test_weights_of_inputs_changed_in_place_are_refused(changed):
+    layer = Attention("dot")
+    x = {"queries": torch.randn(2, 3, 8), "keys": torch.randn(2, 5, 8)}
+    x |= {"mask": torch.ones(3, 5, dtype=torch.bool), "bias": torch.zeros(3, 5)}
+    layer(**x)
+    layer.attention_weights  # noqa: B018
+    x[changed].zero_()
+    with pytest.raises(RuntimeError, match=f"need the {changed} of the last call"):
+        layer.attention_weights  # noqa: B018
+    if changed in ("queries", "keys"):
+        with pytest.raises(RuntimeError, match=f"attention_scores need the {changed}"):
+            layer.attention_scores  # noqa: B018
+    layer(**x)
+    assert layer.attention_weights is not None
+
+
+def test_weights_of_a_call_under_autocast_are_told_outside():
+    layer, x = Attention("bilinear", query_size=8), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).sum().backward()
+        inside = layer.attention_weights
+    assert torch.equal(layer.attention_weights, inside)
+
+
+def test_an_additive_score_beside_a_bias_is_fused(monkeypatch):
+    layer, x, bias = Attention("additive", query_size=8), torch.randn(2, 5, 8), torch.randn(2, 5, 5)
+    want = torch.softmax(layer.score(x, x) + bias, -1) @ x
+    monkeypatch.setattr(type(layer.score), "forward", None)
+    torch.testing.assert_close(layer(x, bias=bias), want)
+
+
 @pytest.mark.parametrize("name", ["cosine", "learned", "additive", "module"])
 def test_weights_are_those_of_the_call_though_parameters_change(name):
     layer = build(name)
@@ -340,3 +386,19 @@ BAD = {
 def test_errors(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_a_mask_of_the_batch_beside_heads():
+    x, mask = torch.randn(3, 2, 5, 8), torch.rand(3, 5, 5) < 0.6
+    assert torch.equal(Attention()(x, mask=mask), Attention()(x, mask=mask[:, None]))
+    lens = torch.tensor([5, 2, 3])
+    assert torch.equal(
+        Attention()(x, None, None, lens, mask), Attention()(x, None, None, lens, mask[:, None])
+    )
+
+
+def test_options_that_do_not_fit_are_named():
+    with pytest.raises(TypeError, match=r"options must fit the score 'dot': .*temperature"):
+        Attention("dot", temperature=2.0)
+    with pytest.raises(TypeError, match="must be a name or a module, got the class"):
+        Attention(ProductScore)

@@ -304,3 +304,39 @@ def test_layer_masks_and_reinforce():
     assert abs(log_prob[0, 0].item()) < 1e-15  # one visible key is certain
     with pytest.raises(ValueError, match="mode must be one of"):
         HardAttention("hard")
+
+
+def gradient(call, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(call(x), x)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_transforms(backend):
+    """torch.func: maps, gradients, and both around each other."""
+    x = randn(3, 2, 5, 4)
+
+    def call(x):
+        return fastattn.hard_attention(x, x, x, backend=backend)
+
+    def loss(x):
+        return call(x).square().sum()
+
+    assert torch.equal(torch.vmap(call)(x), call(x))
+    want = gradient(loss, x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), want, **EXACT)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x), want, **EXACT)
+    around = torch.func.grad(lambda x: torch.vmap(call)(x).square().sum())
+    torch.testing.assert_close(around(x), want, **EXACT)
+
+
+@needs_native
+def test_draws_under_a_map():
+    q = torch.zeros(1, 400, 4)
+    x = torch.zeros(2, 1, 400, 4)
+
+    def draw(k):
+        return fastattn.hard_attention(q, k, k, mode="sample", return_index=True)[1]
+
+    same, different = (torch.vmap(draw, randomness=how)(x) for how in ("same", "different"))
+    assert torch.equal(same[0], same[1]) and not torch.equal(different[0], different[1])

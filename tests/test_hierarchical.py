@@ -128,6 +128,15 @@ def test_it_learns_which_vector_tells():
     assert (pool.attention_weights.argmax(1) == at).float().mean() > 0.95
 
 
+def test_weights_are_those_of_the_call_though_the_query_learns():
+    pool, x = AttentionPooling(8), torch.randn(2, 5, 8)
+    out = pool(x)
+    weights = pool.attention_weights
+    out.square().sum().backward()
+    torch.optim.SGD(pool.parameters(), lr=10.0).step()
+    assert torch.equal(pool.attention_weights, weights)
+
+
 def test_copies_and_repr():
     layer = build()
     x, lens = pad_documents(documents())

@@ -381,3 +381,45 @@ def test_the_example_learns(tmp_path):
     curve = dict(re.findall(r"^  (\w+) +(\d\.\d+)", done.stdout, re.M))
     assert float(curve["epanechnikov"]) < 0.3 < float(curve["constant"])
     assert (tmp_path / "kernel_regression.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "boxcar", "epanechnikov"])
+@pytest.mark.parametrize(
+    "mask", [masks.padding([3]), torch.tensor([[True, True, True, False]])], ids=["padding", "bool"]
+)
+def test_a_masked_key_far_away_moves_nothing(kernel, mask):
+    k = torch.tensor([[0.0], [1.0], [2.0], [1e30]])
+    got = fastattn.kernel_attention(k[:3], k, k, kernel=kernel, width=0.3, mask=mask)
+    want = fastattn.kernel_attention(k[:3], k[:3], k[:3], kernel=kernel, width=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "triangular"])
+def test_an_outlier_costs_the_others_no_digits(kernel):
+    x = torch.rand(200, 1, generator=torch.Generator().manual_seed(1)) + 1e4
+    k = torch.cat([x, torch.zeros(1, 1)])
+    got = fastattn.kernel_attention(x, k, k - 1e4, kernel=kernel, width=0.05)
+    want = dense(x.double(), k.double(), k.double() - 1e4, kernel, 0.05)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
+
+
+def test_padding_far_away_costs_no_digits():
+    x = torch.rand(2, 100, 1, generator=torch.Generator().manual_seed(1)) + 1e4
+    k = torch.cat([x, torch.zeros(2, 300, 1)], 1)
+    got = fastattn.kernel_attention(x, k, k - 1e4, width=0.05, mask=masks.padding([100, 50]))
+    for b, n in enumerate((100, 50)):
+        want = dense(x[b].double(), x[b, :n].double(), x[b, :n].double() - 1e4, "gaussian", 0.05)
+        torch.testing.assert_close(got[b].double(), want, rtol=0, atol=2e-6)
+
+
+def test_an_estimator_across_dtypes_and_modes():
+    x = torch.linspace(0, 6, 50)
+    with torch.no_grad():
+        model = KernelRegression(learn_width=True).fit(x, x.sin())
+    assert model.width < 0.9, "it has learned"
+    want = model.predict([0.5, 2.0])
+    got = copy.deepcopy(model).double().predict(torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(got, want.double(), rtol=0, atol=1e-5)
+    assert "width=?" in repr(KernelRegression(device="meta"))
+    with pytest.raises(ValueError, match="x must be finite, got 1 numbers that are not"):
+        KernelRegression().fit([1.0, math.nan], [1.0, 2.0])

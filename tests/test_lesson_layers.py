@@ -215,3 +215,13 @@ def test_compiles(kind):
 def test_sentence_errors(words, vectors, kind, message):
     with pytest.raises(kind, match=message):
         SentenceEncoder().encode(words, vectors)
+
+
+def test_sentences_of_the_wrong_shape_are_refused():
+    encoder = SentenceEncoder()
+    with pytest.raises(ValueError, match="x must be"):
+        encoder(torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"valid_lens must be \[1\]"):
+        encoder(torch.ones(1, 3, 4), [[1, 2, 3]])
+    assert torch.equal(encoder(torch.ones(1, 0, 4)), torch.zeros(1, 4))
+    torch.testing.assert_close(encoder(torch.ones(1, 3, 4), [7]), torch.ones(1, 4))

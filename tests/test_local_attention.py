@@ -168,3 +168,13 @@ def test_lengths_of_zero(centre):
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         call()
+
+
+def test_the_largest_score_under_transforms():
+    layer, x = LocalAttention(1, "argmax"), torch.randn(3, 2, 5, 4)
+    torch.testing.assert_close(
+        torch.vmap(lambda x: layer(x, x, x))(x), torch.stack([layer(y, y, y) for y in x])
+    )
+    y = x[0].clone().requires_grad_()
+    (want,) = torch.autograd.grad(layer(y, y, y).square().sum(), y)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x, x, x).square().sum())(x[0]), want)

@@ -162,3 +162,36 @@ BAD = {
 def test_errors(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_generate_remembers_the_whole_alignment():
+    model = RecurrentSeq2Seq(10, 12, 8)
+    src, lens = torch.randint(10, (2, 5)), torch.tensor([5, 3])
+    tokens = model.generate(src, 4, 0, lens)
+    got = model.attention_weights
+    model(src, torch.cat([torch.zeros(2, 1, dtype=torch.int64), tokens[:, :-1]], 1), lens)
+    torch.testing.assert_close(got, model.attention_weights)
+
+
+@pytest.mark.parametrize(
+    "call, kind, message",
+    [
+        (lambda m, x: m(x, x, [5, 2]), TypeError, "src_lengths"),
+        (
+            lambda m, x: m(x, x, torch.tensor([0, 2])),
+            ValueError,
+            "src_lengths must be from 1 to 5, got 0 to 2",
+        ),
+        (
+            lambda m, x: m(x, x, torch.tensor([9, 2])),
+            ValueError,
+            "src_lengths must be from 1 to 5, got 2 to 9",
+        ),
+        (lambda m, x: m(x, x[:1]), ValueError, "tgt must have the source's batch size 2, got 1"),
+        (lambda m, x: m(x.float(), x), TypeError, "src must be int64 or int32, got float32"),
+        (lambda m, x: m.generate(x, 3, 12), ValueError, "start must be below 12, got 12"),
+    ],
+)
+def test_wrong_tokens_are_named(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(RecurrentSeq2Seq(10, 12, 8), torch.randint(10, (2, 5)))

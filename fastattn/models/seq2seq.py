@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,6 +14,8 @@ from fastattn.checks import check_bool, check_int
 from fastattn.masks import Mask, padding
 from fastattn.nn.layer import AttentionLayer
 from fastattn.nn.recurrent import read_padded
+from fastattn.spec import dtype_name
+from fastattn.validation import check_tensor
 
 Kind = Literal["simple", "contextualised", "soft_align"]
 
@@ -110,15 +113,22 @@ class RecurrentSeq2Seq(AttentionLayer):
 
     def encode(self, src: Tensor, src_lengths: Tensor | None = None) -> tuple[Memory, Tensor]:
         """(memory, first state of the decoder [B, hidden]) of a source."""
-        if src.dim() != 2 or 0 in src.shape:
+        if check_tensor("src", src).dim() != 2 or 0 in src.shape:
             raise ValueError(f"src must be [B, Ls] with at least one token, got shape {list(src.shape)}")
+        _check_tokens("src", src)
         x, hidden = self.src_embedding(src), self.hidden_size
         if src_lengths is None:
             states, mask = self.encoder(x)[0], None
             last = states[:, -1, :hidden]
         else:
+            src_lengths = _check_tokens("src_lengths", src_lengths)
             if src_lengths.shape != src.shape[:1]:
                 raise ValueError(f"src_lengths must be [{len(src)}], got shape {list(src_lengths.shape)}")
+            low, high = src_lengths.aminmax()
+            if low < 1 or high > src.shape[1]:
+                raise ValueError(
+                    f"src_lengths must be from 1 to {src.shape[1]}, got {int(low)} to {int(high)}"
+                )
             states, mask = read_padded(self.encoder, x, src_lengths), padding(src_lengths)
             last = states[torch.arange(len(src), device=src.device), src_lengths - 1, :hidden]
         context = torch.cat([last, states[:, 0, hidden:]], -1)  # backwards, the first token is the last
@@ -127,8 +137,11 @@ class RecurrentSeq2Seq(AttentionLayer):
 
     def decode(self, tgt: Tensor, memory: Memory, state: Tensor) -> tuple[Tensor, Tensor]:
         """(logits [B, Lt, tgt_vocab_size], last state [B, hidden]) of some target tokens, from a state on."""
-        if tgt.dim() != 2 or 0 in tgt.shape:
+        if check_tensor("tgt", tgt).dim() != 2 or 0 in tgt.shape:
             raise ValueError(f"tgt must be [B, Lt] with at least one token, got shape {list(tgt.shape)}")
+        _check_tokens("tgt", tgt)
+        if len(tgt) != len(state):
+            raise ValueError(f"tgt must have the source's batch size {len(state)}, got {len(tgt)}")
         x = self.tgt_embedding(tgt)
         if self.kind == "soft_align":
             return self._align(x, memory, state)
@@ -165,9 +178,22 @@ class RecurrentSeq2Seq(AttentionLayer):
             start: the start symbol.
         """
         check_int("max_len", max_len, 1)
+        if check_int("start", start, 0) >= self.tgt_embedding.num_embeddings:
+            raise ValueError(f"start must be below {self.tgt_embedding.num_embeddings}, got {start}")
         memory, state = self.encode(src, src_lengths)
-        tokens = [src.new_full((len(src), 1), start)]
+        tokens, steps = [src.new_full((len(src), 1), start)], []
         for _ in range(max_len):
             logits, state = self.decode(tokens[-1], memory, state)
             tokens.append(logits.argmax(-1))
+            steps.append(self._last)
+        if isinstance(self._last, Call):  # the whole alignment, not that of the last step
+            queries = [step.q for step in steps if isinstance(step, Call)]
+            self._remember(replace(self._last, q=torch.cat(queries, 1)))
         return torch.cat(tokens[1:], 1)
+
+
+def _check_tokens(name: str, tokens: Any) -> Tensor:
+    check_tensor(name, tokens)
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {dtype_name(tokens.dtype)}")
+    return tokens

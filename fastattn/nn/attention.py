@@ -12,7 +12,16 @@ from fastattn import leading
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.masks import Mask, MaskShape
-from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, is_transformed, visible_keys
+from fastattn.nn.layer import (
+    AttentionLayer,
+    ValidLens,
+    check_ranks,
+    check_versions,
+    is_transformed,
+    kept,
+    versions,
+    visible_keys,
+)
 from fastattn.nn.scores import SCORES, AdditiveScore, ProductScore
 from fastattn.validation import check_number
 from fastattn.weights import attention_weights
@@ -49,13 +58,19 @@ class Attention(AttentionLayer):
     """
 
     _seen: tuple[Tensor, Tensor] | None = None  # the last call's queries and keys
+    _seen_versions: dict[str, list[tuple[Tensor, int]]] | None = None
 
     def __init__(self, score: str | Score = "scaled_dot", dropout: float = 0.0, **options: Any) -> None:
         super().__init__()
         if isinstance(score, str):
             if score not in SCORES:
                 raise ValueError(f"score must be one of {', '.join(SCORES)}, or a module, got {score!r}")
-            score = SCORES[score](**options)
+            try:
+                score = SCORES[score](**options)
+            except TypeError as error:
+                raise TypeError(f"options must fit the score {score!r}: {error}") from error
+        elif isinstance(score, type):
+            raise TypeError(f"score must be a name or a module, got the class {score.__name__}: make one")
         elif options:
             raise TypeError(f"options must go with a score's name, got {', '.join(options)} beside a module")
         elif not callable(score):
@@ -96,7 +111,10 @@ class Attention(AttentionLayer):
         call = self._call(queries, keys, valid_lens, mask, bias)
         call.v = values
         call.dropout_p = float(self.dropout) if self.training else 0.0
-        self._seen = None if is_transformed() else (queries.detach(), keys.detach())
+        self._seen = self._seen_versions = None
+        if not is_transformed():
+            self._seen = kept(queries), kept(keys)
+            self._seen_versions = versions(dict(zip(("queries", "keys"), self._seen, strict=True)))
         return leading.run(self._remember(call))
 
     def scores(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -139,6 +157,7 @@ class Attention(AttentionLayer):
         """The last call's scores without bias, mask and gradient, by the score as it is now; or None."""
         if self._seen is None:
             return None
+        check_versions(self._seen_versions, "attention_scores")
         with torch.no_grad():
             return self.scores(*self._seen)
 
@@ -157,7 +176,7 @@ class Attention(AttentionLayer):
         )
         if fused and isinstance(self.score, ProductScore):
             call.q, call.k, call.scale = self.score.operands(queries, keys)
-        elif fused and isinstance(self.score, AdditiveScore) and bias is None:
+        elif fused and isinstance(self.score, AdditiveScore):
             call.q, call.k, call.score_weights = self.score.operands(queries, keys)
             call.score = "additive"
         else:
@@ -170,7 +189,8 @@ class Attention(AttentionLayer):
         return call
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_seen"}
+        seen = ("_seen", "_seen_versions")
+        return {name: value for name, value in super().__getstate__().items() if name not in seen}
 
 
 def _sum(scores: Tensor, bias: Bias | Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class AttentionPooling(AttentionLayer):
         q = self.query.to(k.dtype).expand(x.shape[0], 1, -1)
         visible = visible_keys(None if mask is None else mask[:, None], valid_lens, x)
         call = Call("attention", q, k, x, mask=visible, scale=1.0, names=_NAMES)
-        return leading.run(self._remember(call)).squeeze(1)
+        self._remember(replace(call, q=q.detach().clone()))  # of the parameter, which optimizers change
+        return leading.run(call).squeeze(1)
 
     @property
     def attention_weights(self) -> Tensor | None:

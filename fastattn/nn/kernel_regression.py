@@ -116,6 +116,8 @@ class KernelRegression(AttentionLayer):
         check_int("rows", rows, 1)
         self.x, y = self._points("x", x), as_tensor("y", y, self.log_width.device)
         y = (y if y.is_floating_point() else y.to(self.x.dtype)).to(self.x)
+        if not self.x.is_meta and not self.x.isfinite().all():
+            raise ValueError(f"x must be finite, got {int((~self.x.isfinite()).sum())} numbers that are not")
         if len(self.x) == 0:
             raise ValueError(f"x must have at least one point, got shape {list(self.x.shape)}")
         if y.dim() not in (1, 2) or len(y) != len(self.x):
@@ -126,10 +128,11 @@ class KernelRegression(AttentionLayer):
                 self.log_width.copy_(self._rule_of_thumb().log())
         if self.learn_width and len(y) > 1:
             optimizer = torch.optim.Adam([self.log_width], lr=lr)
-            for _ in range(steps):
-                optimizer.zero_grad()
-                self._loss(rows).backward()
-                optimizer.step()
+            with torch.enable_grad():  # fitting is learning, whatever it is called within
+                for _ in range(steps):
+                    optimizer.zero_grad()
+                    self._loss(rows).backward()
+                    optimizer.step()
         return self
 
     def predict(self, x: Any) -> Tensor:
@@ -138,13 +141,13 @@ class KernelRegression(AttentionLayer):
         A point that no training point's kernel reaches gets the mean of the training values.
 
         Args:
-            x: [M] or [M, D].
+            x: [M] or [M, D]; taken in the training points' dtype.
         Raises:
             RuntimeError: before `fit`.
         """
         if self.x is None or self.y is None:
             raise RuntimeError("predict needs training points: call fit(x, y) first")
-        points, mean = self._points("x", x), self.y.mean(0)
+        points, mean = self._points("x", x).to(self.x.dtype), self.y.mean(0)
         if points.shape[1] != self.x.shape[1]:
             raise ValueError(f"x must have {self.x.shape[1]} features, got {points.shape[1]}")
         values = self.y - mean  # so that 0, the answer of an empty support, stands for the mean
@@ -206,4 +209,5 @@ class KernelRegression(AttentionLayer):
         self.x, self.y = (None if t is None else t.to(device) for t in (state["x"], state["y"]))
 
     def extra_repr(self) -> str:
-        return f"kernel={self.kernel!r}, width={self.width.item():.4g}, learn_width={self.learn_width}"
+        width = "?" if self.log_width.is_meta else f"{self.width.item():.4g}"
+        return f"kernel={self.kernel!r}, width={width}, learn_width={self.learn_width}"
