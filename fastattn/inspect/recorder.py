@@ -15,7 +15,7 @@ from fastattn import watch
 from fastattn.autograd import has_tangent, is_traced
 from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
-from fastattn.inspect.modules import Place, RunningModules, check_patterns, is_match
+from fastattn.inspect.modules import NOT_SEEN, RunningModules, check_patterns, is_match
 from fastattn.inspect.recorded import Record, RecordedCall
 from fastattn.inspect.sequences import sequences
 from fastattn.inspect.summary import AttentionSummary, summarize
@@ -23,7 +23,6 @@ from fastattn.inspect.tokens import Labels, Tokens
 from fastattn.spec import accumulate_dtype
 from fastattn.weights import attention_weights
 
-_EVERYWHERE = Place("", None)
 _FULL = "for which max_bytes left no room"
 _WATCHED = "made where a transform or a trace looked on"
 _NO_PRODUCT = "whose scores are no products of q and k (their layers have attention_weights)"
@@ -118,8 +117,8 @@ class _Recorder:
         return call
 
     def note(self, call: Call, lse: Tensor | None) -> None:
-        place = _EVERYWHERE if self.running is None else self.running.place()
-        if place is None or not self._is_wanted(place.path):
+        path = "" if self.running is None else self.running.path()
+        if path is None or not self._is_wanted(path):
             return
         if torch._C._current_graph_task_id() != -1:  # in backward: a checkpoint repeats what was recorded
             return
@@ -130,17 +129,17 @@ class _Recorder:
         if call.score != "dot":
             self.record.missed[_NO_PRODUCT] += 1
             return
+        here = 0 if self.running is None else self.running.position(call).first_query
         with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
             for part in sequences(call, lse):
-                first = part.first_query if part.first_query is not None else place.first_query
-                self._add(place.path, part.call, part.lse, first or 0, part.number)
+                first = here if part.first_query is None else part.first_query
+                self._add(path, part.call, part.lse, first, part.number)
 
     def warn(self) -> None:
         """Say what is not in the record."""
         if not self.record.calls and not self.record.missed:
             warnings.warn(
-                "record found no attention call: none of fastattn's ran in the model (fastattn.integrations."
-                "torch.replace_modules and override_sdpa bring PyTorch's there)",
+                f"record found no attention call: none of fastattn's ran in the model ({NOT_SEEN})",
                 stacklevel=4,
             )
         for reason, count in self.record.missed.items():
