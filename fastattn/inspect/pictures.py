@@ -372,7 +372,7 @@ def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[lis
                 color="white" if share > 0.7 else INK,
             )
             left += size + 0.3
-    ax.set_xlim(0, max(width, max(sum(_width(tokens[n]) + 1 for n in line) for line in lines)))
+    ax.set_xlim(0, max(width, *(sum(_width(tokens[n]) + 1 for n in line) for line in lines)))
     ax.set_ylim(len(lines), 0)
     ax.set_axis_off()
 
