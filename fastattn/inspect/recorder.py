@@ -69,6 +69,7 @@ def record(
             `max_bytes` counts the numbers then, not what autograd saves for them.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
+        NotImplementedError: keep_graph and a layer that is checkpointed, when it is called.
     """
     check_int("weights_up_to", weights_up_to, 0)
     check_int("max_bytes", max_bytes, 0)
@@ -129,6 +130,12 @@ class _Recorder:
         if call.score != "dot":
             self.record.missed[_NO_PRODUCT] += 1
             return
+        if self.keep_graph and torch.is_grad_enabled() and _is_checkpointed():
+            raise NotImplementedError(
+                f"keep_graph must be False where layers are checkpointed, got a call in {path!r}: their pass "
+                "is repeated in backward, where summaries are not made again; switch checkpointing "
+                "off, or leave them out by layers="
+            )
         here = 0 if self.running is None else self.running.position(call).first_query
         with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
             for part in sequences(call, lse):
@@ -177,6 +184,12 @@ class _Recorder:
             else:
                 self.without_weights += 1
         self.record.calls.append(added)
+
+
+def _is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint keeps what is saved for backward now, to compute it again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _on_cpu(summary: AttentionSummary) -> AttentionSummary:
