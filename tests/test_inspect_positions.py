@@ -177,3 +177,18 @@ def test_empty_lists_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         with knockout(fastattn.nn.MultiheadAttention(8, 2), **arguments):
             pass
+
+
+def test_shared_modules_have_all_their_names():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = fastattn.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.b(self.a(x)[0])[0]
+
+    model = Shared()
+    with record(model, layers="b") as rec, knockout(model, heads={"b": [1]}):
+        model(torch.randn(1, 3, 8))
+    assert rec.paths == ["a"] and rec.weights("a")[1].abs().max() == 0

@@ -39,6 +39,10 @@ class RunningModules:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         # What torch.compile wraps keeps its name.
         self.names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+        # A module that stands in several places has its calls under the first of their names.
+        self._aliases: dict[str, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._aliases.setdefault(self.names[module], []).append(name.replace("_orig_mod.", ""))
         self._stack = _Stack()
 
     @contextmanager
@@ -56,6 +60,14 @@ class RunningModules:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def all_names(self) -> list[str]:
+        """Every name of every module."""
+        return [name for names in self._aliases.values() for name in names]
+
+    def is_match(self, path: str, pattern: str) -> bool:
+        """Whether a pattern names the module at a path, by any of its names."""
+        return any(is_match(name, pattern) for name in self._aliases[path])
 
     def path(self) -> str | None:
         """Of the innermost module that runs in the calling thread; None outside the model, which is ""."""

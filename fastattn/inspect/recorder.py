@@ -77,7 +77,7 @@ def record(
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     running = None if model is None else RunningModules(model)
     if patterns is not None:
-        check_patterns("layers", patterns, [""] if running is None else running.names.values())
+        check_patterns("layers", patterns, [""] if running is None else running.all_names())
     found = Record(labels=Labels.of(tokens, target_tokens))
     options = {"top_k": top_k, "pool": pool}
     _check_summary_options(options)
@@ -158,7 +158,10 @@ class _Recorder:
             )
 
     def _is_wanted(self, path: str) -> bool:
-        return self.patterns is None or any(is_match(path, pattern) for pattern in self.patterns)
+        if self.patterns is None:
+            return True
+        matches = is_match if self.running is None else self.running.is_match
+        return any(matches(path, pattern) for pattern in self.patterns)
 
     def _add(self, path: str, call: Call, lse: Tensor | None, first_query: int, number: int | None) -> None:
         if self.is_full:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastattn import watch
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.inspect.modules import NOT_SEEN, RunningModules, check_patterns, is_match
+from fastattn.inspect.modules import NOT_SEEN, RunningModules, check_patterns
 from fastattn.inspect.positions import Position
 from fastattn.masks import Mask, as_mask, dense, links, predicate
 
@@ -59,7 +59,7 @@ def knockout(
     removal = _Removal(running, _checked_heads(heads), _checked_edges(edges))
     if not removal.heads and not removal.edges:
         raise ValueError("heads or edges must name something to remove, got neither")
-    paths = running.names.values()
+    paths = running.all_names()
     check_patterns("heads", removal.heads, paths)
     check_patterns("edges", removal.edges, paths)
     for module, path in running.names.items():
@@ -100,7 +100,11 @@ class _Removal:
 
     def heads_of(self, path: str) -> tuple[int, ...]:
         """The heads to remove in the module at a path."""
-        return tuple(sorted({h for pattern, hs in self.heads.items() if is_match(path, pattern) for h in hs}))
+        return tuple(
+            sorted(
+                {h for pattern, hs in self.heads.items() if self.running.is_match(path, pattern) for h in hs}
+            )
+        )
 
     def unused(self) -> list[tuple[str, str]]:
         """The arguments and patterns that no call ran under."""
@@ -126,7 +130,9 @@ class _Removal:
         if path is None:
             return call
         for argument, patterns in (("heads", self.heads), ("edges", self.edges)):
-            self._used |= {(argument, pattern) for pattern in patterns if is_match(path, pattern)}
+            self._used |= {
+                (argument, pattern) for pattern in patterns if self.running.is_match(path, pattern)
+            }
         masks = [] if call.mask is None else [as_mask(call.mask)]
         if heads := self.heads_of(path):
             masks.append(self._without_heads(call, path, heads))
@@ -155,7 +161,7 @@ class _Removal:
         return self._masks[key]
 
     def _without_edges(self, call: Call, path: str) -> Mask | None:
-        patterns = [pattern for pattern in self.edges if is_match(path, pattern)]
+        patterns = [pattern for pattern in self.edges if self.running.is_match(path, pattern)]
         if not patterns:
             return None
         at = self.running.position(call)

@@ -155,6 +155,7 @@ def summarize(
         pool_mode: "mean", "sum" or "max"; the maximum carries no gradient.
         lse: [B, Hq, Lq], what `attention` returned with return_lse for these arguments, which saves its
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
+            One of another call raises, but where |lse| is 16 or more it is not checked.
         backend: "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
