@@ -21,6 +21,7 @@ from fastattn.inspect import (
     pictures,
     received_map,
     record,
+    show_heatmaps,
     summarize,
     to_bertviz,
 )
@@ -274,3 +275,28 @@ def test_to_bertviz_wants_one_shape(rec):
         to_bertviz(long_record(40, weights_up_to=8))
     with pytest.raises(ValueError, match="record must hold calls, got none"):
         to_bertviz(Record())
+
+
+@pytest.mark.parametrize("count", [8, 60, 400])
+def test_received_map_has_every_box_within(count):
+    axes = received_map(torch.ones(count), ["token"] * count)
+    edges = [patch.get_x() + patch.get_width() for patch in axes.patches]
+    assert len(edges) == count and max(edges) <= axes.get_xlim()[1]
+
+
+def test_received_map_of_one_long_token():
+    axes = received_map(torch.ones(2), ["x" * 300, "y"])
+    assert max(patch.get_x() + patch.get_width() for patch in axes.patches) <= axes.get_xlim()[1]
+
+
+@pytest.mark.parametrize("text", ["$\\frac$", "$5", "$a^$", "\n\n", "\x00", "\ud800"])
+def test_labels_are_no_formulas(text):
+    """What would be mathematics, or nothing at all, is drawn as it reads."""
+    for axes in (
+        heatmap([[1.0]], [text], [text], title=text),
+        received_map([1.0], [text], title=text),
+        alignment_map([[1.0]], [text], [text], title=text),
+        show_heatmaps([[[[1.0]]]], text, text, [text]).axes[0],
+    ):
+        axes.figure.canvas.draw()
+    assert heatmap([[1.0]], ["a\n"], ["$"]).get_yticklabels()[0].get_text() == "a\\n"

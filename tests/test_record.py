@@ -322,6 +322,21 @@ def test_checkpointed_layers_count_once(x):
     assert [call.path for call in rec] == ["inner"]
 
 
+def test_checkpointed_layers_keep_no_graph(x):
+    model = Block(fastattn.attention)
+    outer = nn.Module()
+    outer.inner = model
+    outer.forward = lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    with pytest.raises(NotImplementedError, match="keep_graph must be False where layers are checkpointed"):
+        with record(outer, keep_graph=True):
+            outer(x)
+    with torch.no_grad(), record(outer, keep_graph=True) as rec:
+        outer(x)
+    assert len(rec) == 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), record(model, keep_graph=True):
+        model(x)
+
+
 def test_transforms_are_told_apart(x):
     model = Block(fastattn.attention)
     with pytest.warns(UserWarning, match="record lacks 1 attention calls, made where a transform or a trace"):

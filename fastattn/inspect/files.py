@@ -1,4 +1,4 @@
-"""Records in files: one safetensors file, with JSON in its header and a checksum of every tensor."""
+"""Records in files: one safetensors file, with JSON in its header and checksums of it and of every tensor."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from torch import Tensor
 from fastattn.inspect.recorded import Record, RecordedCall
 from fastattn.inspect.summary import AttentionSummary
 from fastattn.inspect.tokens import Labels
+from fastattn.weight_statistics import POOL_MODES
 
-_KEY, _VERSION = "fastattn.inspect.Record", 1
+_KEY, _VERSION = "fastattn.inspect.Record", 2
 _REQUIRED = ("entropy", "max_weight", "max_index", "received", "distance", "lse")
 
 
 def save(record: Record, path: Path) -> None:
     """See `Record.save`."""
     _need_safetensors()
-    from safetensors.torch import save_file
-
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be the name of a file, got a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} must be in a folder that exists, got none named {path.parent}")
     tensors: dict[str, Tensor] = {}
     calls = []
     for n, call in enumerate(record.calls):
@@ -50,9 +53,26 @@ def save(record: Record, path: Path) -> None:
         "missed": dict(record.missed),
         "labels": record.labels.by_pattern,
     }
-    partial = path.with_name(path.name + ".partial")  # so that the file is never there in part
-    save_file(tensors, partial, {_KEY: json.dumps(facts, ensure_ascii=False)})
-    partial.replace(path)
+    facts["checksum"] = _header_checksum(facts, tensors)
+    _write(path, tensors, json.dumps(facts, ensure_ascii=False))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], facts: str) -> None:
+    """The file at once, or none of it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask wants it, which safetensors does not ask
+        save_file(tensors, partial, {_KEY: facts})
+        partial.chmod(mode)
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Record:
@@ -68,15 +88,42 @@ def load(path: Path) -> Record:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no record: {error}") from None
-    record = Record(missed=Counter(_field(path, facts, "missed", dict)))
+    if facts.pop("checksum", None) != _header_checksum(facts, tensors):
+        raise ValueError(f"{path} is damaged: its header is not the one saved")
+    record = Record(missed=Counter(_missed(path, facts)))
     for n, about in enumerate(_field(path, facts, "calls", list)):
         record.calls.append(_call(path, n, about, tensors))
-    try:
-        by_pattern = tuple((str(p), list(q), list(k)) for p, q, k in _field(path, facts, "labels", list))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is damaged: its labels are not as Record.save writes them") from None
-    record.labels = Labels(by_pattern)
+    record.labels = _labels(path, facts)
     return record
+
+
+def _missed(path: Path, facts: dict[str, Any]) -> dict[str, int]:
+    missed: dict[str, int] = _field(path, facts, "missed", dict)
+    if not all(type(count) is int and count >= 0 for count in missed.values()):
+        raise ValueError(f"{path} is damaged: 'missed' must hold numbers of calls, got {missed!r}"[:300])
+    return missed
+
+
+def _labels(path: Path, facts: dict[str, Any]) -> Labels:
+    found: list[tuple[str, list[list[str]], list[list[str]]]] = []
+    for item in _field(path, facts, "labels", list):
+        if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str)):
+            break
+        if not all(_is_texts(lists) for lists in item[1:]):
+            break
+        found.append((item[0], item[1], item[2]))
+    else:
+        return Labels(tuple(found))
+    raise ValueError(f"{path} is damaged: its labels are not as Record.save writes them")
+
+
+def _is_texts(lists: Any) -> bool:
+    """Whether these are lists of texts, one at least."""
+    return (
+        isinstance(lists, list)
+        and len(lists) > 0
+        and all(isinstance(row, list) and all(isinstance(text, str) for text in row) for row in lists)
+    )
 
 
 def _need_safetensors() -> None:
@@ -126,6 +173,12 @@ def _call(path: Path, n: int, about: Any, tensors: dict[str, Tensor]) -> Recorde
         raise ValueError(f"{path} is damaged: call {n} has unknown tensors {sorted(found)}") from None
     sequence = None if about.get("sequence") is None else _field(path, about, "sequence", int)
     first_query = _field(path, about, "first_query", int)
+    if first_query < 0 or (sequence is not None and sequence < 0):
+        raise ValueError(
+            f"{path} is damaged: call {n}'s positions must be >= 0, got {first_query} and {sequence}"
+        )
+    if summary.pool_mode not in POOL_MODES:
+        raise ValueError(f"{path} is damaged: call {n} has the unknown pool_mode {summary.pool_mode!r}")
     return RecordedCall(_field(path, about, "path", str), summary, weights, first_query, sequence)
 
 
@@ -135,6 +188,12 @@ def _check_shapes(path: Path, n: int, found: dict[str, Tensor]) -> None:
         want = shape[:2] if name in ("received", "pooled") else shape
         if len(shape) != 3 or len(keys) != 1 or list(tensor.shape[: len(want)]) != want:
             raise ValueError(f"{path} is damaged: call {n}'s {name} has shape {list(tensor.shape)}")
+
+
+def _header_checksum(facts: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of the JSON, and of what safetensors says of each tensor beside its numbers."""
+    kinds = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    return zlib.crc32(json.dumps([facts, kinds], sort_keys=True).encode())
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -7,30 +7,24 @@ import fnmatch
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastattn.models.cache import DecoderCache, LayerCache
-from fastattn.nn.cache import KVCache
+from fastattn.call import Call
+from fastattn.inspect.positions import Frame, Growth, Position, entered
 
-
-class Place(NamedTuple):
-    """Where a call was made.
-
-    Args:
-        path: of the innermost module that was running, as `model.named_modules()` has it; "" is the model.
-        first_query: position of the call's first query, which a cache further out tells; None without one.
-    """
-
-    path: str
-    first_query: int | None
+NOT_SEEN = (  # why a block met no call
+    "fastattn.integrations.torch.replace_modules and override_sdpa bring PyTorch's there; calls of threads "
+    "other than the block's own, DataParallel's among them, are not seen"
+)
 
 
 class _Stack(threading.local):
     def __init__(self) -> None:
-        self.places: list[Place] = []
+        self.frames: list[Frame] = []
+        self.growth = Growth()
 
 
 class RunningModules:
@@ -45,6 +39,10 @@ class RunningModules:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         # What torch.compile wraps keeps its name.
         self.names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+        # A module that stands in several places has its calls under the first of their names.
+        self._aliases: dict[str, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._aliases.setdefault(self.names[module], []).append(name.replace("_orig_mod.", ""))
         self._stack = _Stack()
 
     @contextmanager
@@ -63,28 +61,29 @@ class RunningModules:
             for handle in handles:
                 handle.remove()
 
-    def place(self) -> Place | None:
-        """Of the calling thread; None outside the model."""
-        return self._stack.places[-1] if self._stack.places else None
+    def all_names(self) -> list[str]:
+        """Every name of every module."""
+        return [name for names in self._aliases.values() for name in names]
+
+    def is_match(self, path: str, pattern: str) -> bool:
+        """Whether a pattern names the module at a path, by any of its names."""
+        return any(is_match(name, pattern) for name in self._aliases[path])
+
+    def path(self) -> str | None:
+        """Of the innermost module that runs in the calling thread; None outside the model, which is ""."""
+        return self._stack.frames[-1].path if self._stack.frames else None
+
+    def position(self, call: Call) -> Position:
+        """Where the queries and keys of a call stand that is made now; to be asked once for each call."""
+        frames = self._stack.frames
+        return self._stack.growth.position(frames[-1], call) if frames else Position(0)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        places = self._stack.places
-        first = _held(kwargs.get("cache"))
-        if first is None and places:
-            first = places[-1].first_query
-        places.append(Place(self.names[module], first))
+        frames = self._stack.frames
+        frames.append(entered(module, self.names[module], kwargs, frames[-1] if frames else None))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._stack.places.pop()
-
-
-def _held(cache: Any) -> int | None:
-    """How many tokens of the query's own sequence a cache holds."""
-    if isinstance(cache, LayerCache):
-        return cache.self_attn.length
-    if isinstance(cache, DecoderCache) or (isinstance(cache, KVCache) and not cache.static):
-        return cache.length
-    return None
+        self._stack.frames.pop()
 
 
 def is_match(path: str, pattern: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.inspect.fonts import families_for
-from fastattn.inspect.plots import MOST_LABELS, as_floats, heatmap, inches_of
+from fastattn.inspect.plots import MOST_LABELS, as_floats, heatmap, inches_of, plain, write_title
 from fastattn.inspect.recorded import Record
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def attention_map(
         ax = _axes(ax, (6.5, 6))
         first = calls[0].first_query
         _image(ax, pooled, (0, seqlen_k, first + seqlen_q, first))
-        ax.set_title(title, fontfamily=families_for([title]))
+        write_title(ax, title)
         label = f"{calls[0].summary.pool_mode} weight in a cell"
     if is_new:
         ax.figure.colorbar(ax.images[-1], ax=ax, label=label)
@@ -127,13 +127,15 @@ def head_grid(
     ax.set_ylim(len(maps), 0)
     ax.set_aspect("equal")
     ax.set_xticks([n + 0.5 for n in range(columns)], [str(n) for n in range(columns)])
-    ax.set_yticks([n + 0.5 for n in range(len(maps))], [path or "model" for path in paths])
+    ax.set_yticks(
+        [n + 0.5 for n in range(len(maps))], [plain(path or "model") for path in paths], parse_math=False
+    )
     ax.tick_params(length=0)
     ax.set_xlabel("head")
     for spine in ax.spines.values():
         spine.set_visible(False)
     if title:
-        ax.set_title(title, fontfamily=families_for([title]))
+        write_title(ax, title)
     return ax
 
 
@@ -168,11 +170,11 @@ def entropy_map(record: Record, ax: Axes | None = None, *, title: str | None = N
             color = "black" if value > 0.55 * top else "white"
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     ax.set_xticks(range(columns))
-    ax.set_yticks(range(len(values)), [path or "model" for path in record.paths])
+    ax.set_yticks(range(len(values)), [plain(path or "model") for path in record.paths], parse_math=False)
     ax.tick_params(length=0)
     ax.set_xlabel("head")
     if title:
-        ax.set_title(title, fontfamily=families_for([title]))
+        write_title(ax, title)
     if is_new:
         ax.figure.colorbar(image, ax=ax, label="entropy, nats")
     return ax
@@ -201,15 +203,17 @@ def received_map(
         want = "[keys]" if tokens is None else f"[{len(tokens)}], one for each token,"
         raise ValueError(f"received must be {want} and not empty, got shape {list(values.shape)}")
     is_written = tokens is not None and len(tokens) <= LONGEST_TEXT
-    lines = _lines(tokens, _line_width(ax)) if tokens is not None and is_written else []
+    texts = [plain(token) for token in tokens] if tokens is not None and is_written else []
+    width = _line_width(ax)
+    lines = _lines(texts, width)
     if ax is None:
         ax = _axes(None, (9, 0.5 + 0.24 * len(lines)) if is_written else (9, 3))
-    if tokens is not None and is_written:
-        _write_text(ax, values, tokens, lines)
+    if is_written:
+        _write_text(ax, values, texts, lines, width)
     else:
         _draw_curve(ax, values)
     if title:
-        ax.set_title(title, fontfamily=families_for([title]), loc="left" if is_written else "center")
+        write_title(ax, title, loc="left" if is_written else "center")
     return ax
 
 
@@ -235,10 +239,19 @@ def alignment_map(
     """
     values, is_new = as_floats(weights), ax is None
     ax = heatmap(values, target, source, ax, title=title, cmap=WEIGHTS, vmax=_top(values))
+    if max(values.shape) > MOST_LABELS:
+        ax.images[-1].set_norm(_square_roots(values))
     if is_new:
         ax.figure.colorbar(ax.images[-1], ax=ax, label="weight")
     best = values.nan_to_num(0).argmax(1).tolist()
-    ax.scatter(best, range(len(best)), s=12, color="#D55E00", zorder=3, linewidths=0)
+    ax.scatter(
+        best,
+        range(len(best)),
+        s=12 if max(values.shape) <= MOST_LABELS else 2,
+        color="#D55E00",
+        zorder=3,
+        linewidths=0,
+    )
     ax.set_xlabel("source, read")
     ax.set_ylabel("target, written")
     return ax
@@ -335,14 +348,13 @@ def _lines(tokens: Sequence[str], width: int) -> list[list[int]]:
     return lines
 
 
-def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[list[int]]) -> None:
+def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[list[int]], width: int) -> None:
     import matplotlib
     from matplotlib.patches import Rectangle
 
     colors = matplotlib.colormaps[STRENGTH]
     top = _top(values)
     fonts = families_for(tokens)
-    width = _line_width(ax)
     for row, line in enumerate(lines):
         left = 0.0
         for n in line:
@@ -356,10 +368,11 @@ def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[lis
                 va="center",
                 fontsize=8,
                 fontfamily=fonts,
+                parse_math=False,
                 color="white" if share > 0.7 else INK,
             )
             left += size + 0.3
-    ax.set_xlim(0, width)
+    ax.set_xlim(0, max(width, *(sum(_width(tokens[n]) + 1 for n in line) for line in lines)))
     ax.set_ylim(len(lines), 0)
     ax.set_axis_off()
 

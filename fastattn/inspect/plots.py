@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST_LABELS = 60  # on a side with a label for each
 MOST_INCHES = 12.0
+_HIDDEN = ("Cc", "Zl", "Zp", "Cs")  # Unicode categories: control, line and paragraph ends, half a pair
 
 
 def show_heatmaps(
@@ -54,7 +56,7 @@ def show_heatmaps(
 
     from matplotlib import pyplot
 
-    fonts = families_for([xlabel, ylabel, *(titles or ())])
+    fonts = families_for(plain(text) for text in (xlabel, ylabel, *(titles or ())))
     figure, grid = pyplot.subplots(
         rows, columns, figsize=figsize, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
@@ -63,11 +65,11 @@ def show_heatmaps(
         axes = grid[row, column]
         image = axes.imshow(values[row, column].numpy(), cmap=cmap, vmin=low, vmax=high)
         if row == rows - 1:
-            axes.set_xlabel(xlabel, fontfamily=fonts)
+            axes.set_xlabel(plain(xlabel), fontfamily=fonts, parse_math=False)
         if column == 0:
-            axes.set_ylabel(ylabel, fontfamily=fonts)
+            axes.set_ylabel(plain(ylabel), fontfamily=fonts, parse_math=False)
         if titles:
-            axes.set_title(titles[column], fontfamily=fonts)
+            axes.set_title(plain(titles[column]), fontfamily=fonts, parse_math=False)
     figure.colorbar(image, ax=grid, shrink=0.6)
     return figure
 
@@ -130,8 +132,19 @@ def heatmap(
         ax.grid(which="minor", color="white", linewidth=1)
         ax.tick_params(which="minor", length=0)
     if title:
-        ax.set_title(title, fontfamily=families_for([title]))
+        write_title(ax, title)
     return ax
+
+
+def plain(text: str) -> str:
+    """A label that is drawn as it reads: control characters and line ends as their escapes, such as \\n."""
+    return "".join(repr(char)[1:-1] if unicodedata.category(char) in _HIDDEN else char for char in text)
+
+
+def write_title(ax: Axes, title: str, loc: Literal["left", "center"] = "center") -> None:
+    """A title in any script, in which $ is a dollar."""
+    title = "\n".join(map(plain, title.split("\n")))
+    ax.set_title(title, fontfamily=families_for([title]), loc=loc, parse_math=False)
 
 
 def label_axis(ax: Axes, side: Literal["x", "y"], labels: Sequence[str] | None, count: int) -> None:
@@ -150,11 +163,17 @@ def label_axis(ax: Axes, side: Literal["x", "y"], labels: Sequence[str] | None, 
     room = count if count <= MOST_LABELS else max(1, int(inches_of(ax)[side == "y"] / 0.13))
     step = max(1, -(-count // room))
     places = range(0, count, step)
+    labels = [plain(label) for label in labels]
     fonts = families_for(labels)
     upright = side == "x" and max(map(len, labels)) > 2
     size = None if step == 1 and count <= MOST_LABELS else 7
     axis.set_ticks(
-        places, [labels[n] for n in places], rotation=90 if upright else 0, fontfamily=fonts, fontsize=size
+        places,
+        [labels[n] for n in places],
+        rotation=90 if upright else 0,
+        fontfamily=fonts,
+        fontsize=size,
+        parse_math=False,
     )
     ax.tick_params(axis=side, length=0 if step == 1 else 2)
 

@@ -176,6 +176,7 @@ class Record:
         """Write the record to one file: tensors as safetensors, everything else as JSON in its header.
 
         Raises:
+            OSError: its folder does not exist, or it cannot be written; nothing is left behind.
             ModuleNotFoundError: safetensors is not installed.
         """
         from fastattn.inspect.files import save
@@ -227,7 +228,10 @@ class Record:
                 "are finished leave a batch, so record the decoding of one at a time"
             )
         if not 0 <= batch < sizes[0]:
-            raise IndexError(f"batch must be from 0 to {sizes[0] - 1}, got {batch}")
+            hint = ""
+            if calls[0].sequence is not None:
+                hint = ": of packed or cached batches each sequence is a run of its own, chosen by run"
+            raise IndexError(f"batch must be from 0 to {sizes[0] - 1}, got {batch}{hint}")
         return calls
 
 

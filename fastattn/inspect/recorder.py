@@ -15,7 +15,7 @@ from fastattn import watch
 from fastattn.autograd import has_tangent, is_traced
 from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
-from fastattn.inspect.modules import Place, RunningModules, check_patterns, is_match
+from fastattn.inspect.modules import NOT_SEEN, RunningModules, check_patterns, is_match
 from fastattn.inspect.recorded import Record, RecordedCall
 from fastattn.inspect.sequences import sequences
 from fastattn.inspect.summary import AttentionSummary, summarize
@@ -23,7 +23,6 @@ from fastattn.inspect.tokens import Labels, Tokens
 from fastattn.spec import accumulate_dtype
 from fastattn.weights import attention_weights
 
-_EVERYWHERE = Place("", None)
 _FULL = "for which max_bytes left no room"
 _WATCHED = "made where a transform or a trace looked on"
 _NO_PRODUCT = "whose scores are no products of q and k (their layers have attention_weights)"
@@ -70,6 +69,7 @@ def record(
             `max_bytes` counts the numbers then, not what autograd saves for them.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
+        NotImplementedError: keep_graph and a layer that is checkpointed, when it is called.
     """
     check_int("weights_up_to", weights_up_to, 0)
     check_int("max_bytes", max_bytes, 0)
@@ -77,7 +77,7 @@ def record(
     patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     running = None if model is None else RunningModules(model)
     if patterns is not None:
-        check_patterns("layers", patterns, [""] if running is None else running.names.values())
+        check_patterns("layers", patterns, [""] if running is None else running.all_names())
     found = Record(labels=Labels.of(tokens, target_tokens))
     options = {"top_k": top_k, "pool": pool}
     _check_summary_options(options)
@@ -118,8 +118,8 @@ class _Recorder:
         return call
 
     def note(self, call: Call, lse: Tensor | None) -> None:
-        place = _EVERYWHERE if self.running is None else self.running.place()
-        if place is None or not self._is_wanted(place.path):
+        path = "" if self.running is None else self.running.path()
+        if path is None or not self._is_wanted(path):
             return
         if torch._C._current_graph_task_id() != -1:  # in backward: a checkpoint repeats what was recorded
             return
@@ -130,17 +130,23 @@ class _Recorder:
         if call.score != "dot":
             self.record.missed[_NO_PRODUCT] += 1
             return
+        if self.keep_graph and torch.is_grad_enabled() and _is_checkpointed():
+            raise NotImplementedError(
+                f"keep_graph must be False where layers are checkpointed, got a call in {path!r}: their pass "
+                "is repeated in backward, where summaries are not made again; switch checkpointing "
+                "off, or leave them out by layers="
+            )
+        here = 0 if self.running is None else self.running.position(call).first_query
         with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
             for part in sequences(call, lse):
-                first = part.first_query if part.first_query is not None else place.first_query
-                self._add(place.path, part.call, part.lse, first or 0, part.number)
+                first = here if part.first_query is None else part.first_query
+                self._add(path, part.call, part.lse, first, part.number)
 
     def warn(self) -> None:
         """Say what is not in the record."""
         if not self.record.calls and not self.record.missed:
             warnings.warn(
-                "record found no attention call: none of fastattn's ran in the model (fastattn.integrations."
-                "torch.replace_modules and override_sdpa bring PyTorch's there)",
+                f"record found no attention call: none of fastattn's ran in the model ({NOT_SEEN})",
                 stacklevel=4,
             )
         for reason, count in self.record.missed.items():
@@ -152,7 +158,10 @@ class _Recorder:
             )
 
     def _is_wanted(self, path: str) -> bool:
-        return self.patterns is None or any(is_match(path, pattern) for pattern in self.patterns)
+        if self.patterns is None:
+            return True
+        matches = is_match if self.running is None else self.running.is_match
+        return any(matches(path, pattern) for pattern in self.patterns)
 
     def _add(self, path: str, call: Call, lse: Tensor | None, first_query: int, number: int | None) -> None:
         if self.is_full:
@@ -178,6 +187,12 @@ class _Recorder:
             else:
                 self.without_weights += 1
         self.record.calls.append(added)
+
+
+def _is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint keeps what is saved for backward now, to compute it again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _on_cpu(summary: AttentionSummary) -> AttentionSummary:

@@ -43,7 +43,7 @@ class AttentionSummary:
     Attributes:
         entropy: [B, Hq, Lq], -sum_j p_ij ln p_ij in nats, from 0 (one key) to ln(number of visible keys).
         max_weight: [B, Hq, Lq], the largest weight of each query.
-        max_index: [B, Hq, Lq], its key; the first of equal ones; -1 where the weight is 0.
+        max_index: [B, Hq, Lq], its key; the first of equal scores; -1 where the weight is 0.
         received: [B, Hq, Lk], sum_i p_ij: how much attention each key gets. Their sum is Lq where every
             query sees a key and there are no sinks.
         distance: [B, Hq, Lq], sum_j p_ij |i + Lk - Lq - j|: how far away a query looks, in tokens, with the
@@ -51,8 +51,8 @@ class AttentionSummary:
         lse: [B, Hq, Lq], as `attention` returns it.
         topk_weights: [B, Hq, Lq, top_k], the largest weights of each query, descending; 0 where it gives
             weight to fewer keys. None where top_k is 0.
-        topk_indices: [B, Hq, Lq, top_k], their keys; the lower index first among equal weights; -1 where the
-            weight is 0.
+        topk_indices: [B, Hq, Lq, top_k], their keys; the lower index first among equal scores (scores that
+            differ may round to one weight: the greater score is first then); -1 where the weight is 0.
         pooled: [B, Hq, rows, cols], the weights on a coarser grid: query i falls into row
             floor(i * rows / Lq), keys likewise, and a cell holds the mean (or sum, or maximum) of its pairs,
             hidden pairs counting as 0. None without pool.
@@ -155,6 +155,7 @@ def summarize(
         pool_mode: "mean", "sum" or "max"; the maximum carries no gradient.
         lse: [B, Hq, Lq], what `attention` returned with return_lse for these arguments, which saves its
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
+            One of another call raises, but where |lse| is 16 or more it is not checked.
         backend: "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
