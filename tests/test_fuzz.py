@@ -30,12 +30,10 @@ def test_many_random_problems():
     assert not report.failures, "\n".join(f"{n}: {message}" for n, message in report.failures.items())
 
 
-def of_op(op: str) -> int:
-    """The first example of an operation that computes something."""
+def of_op(op: str) -> list[int]:
+    """Examples of an operation that compute something."""
     cases = ((n, random_case(n)) for n in range(100))
-    return next(
-        n for n, case in cases if case.op == op and case.score == "dot" and case.batch * case.queries > 5
-    )
+    return [n for n, case in cases if case.op == op and case.batch * case.queries > 5][:3]
 
 
 def test_an_example_is_one_problem():
@@ -64,8 +62,9 @@ def test_a_wrong_result_is_found(op):
         return out + 0.1, lse
 
     functions = SimpleNamespace(**{**vars(KERNELS), name: bent})
-    with pytest.raises(AssertionError, match=r"out: .*"):
-        check_example(of_op(op), functions)
+    with pytest.raises(AssertionError, match="out: error"):
+        for example in of_op(op):  # of which one may be of hard attention
+            check_example(example, functions)
 
 
 def crash(example: int) -> None:

@@ -71,8 +71,9 @@ def _length(rng: Random) -> int:
 
 
 def _options(rng: Random, case: Case) -> dict[str, Any]:
+    softcap = rng.choice((None, None, rng.uniform(0.3, 20)))
     drawn: dict[str, Any] = {
-        "softcap": rng.choice((None, None, rng.uniform(0.3, 20))),
+        "softcap": None if case.score in DISTANCE_SCORES else softcap,  # no public call has both
         "sinks": rng.random() < 0.3,
         "dropout_p": rng.choice((0.0, 0.0, 0.1, 0.5, 0.9, 1.0)),
         "mask": _mask(rng, case),
