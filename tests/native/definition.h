@@ -145,6 +145,7 @@ class Row {
 };
 
 inline void define(Problem<double>& x) {
+  x.weights = x.scores = Array<double>(x.c.batch, x.c.num_heads, x.c.seqlen_q, x.c.seqlen_k);
   for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks, &x.dw, &x.dbias})
     std::fill(array->data.begin(), array->data.end(), 0.0);
   for (int64_t b = 0; b < x.c.batch; ++b)
@@ -153,6 +154,10 @@ inline void define(Problem<double>& x) {
         Row row(x, b, h, i);
         row.forward();
         row.backward();
+        for (int64_t j = 0; j < x.c.len_k(b); ++j) {
+          x.weights.at(b, h, i, j) = row.weight(j);
+          x.scores.at(b, h, i, j) = x.sees(b, h, i, j) ? row.score(j) : -kInfinity;
+        }
       }
 }
 

@@ -106,6 +106,7 @@ struct Problem {
   Array<A> lse, dlse, sinks, dsinks, w, dw, bias, dbias;
   Array<uint8_t> visible;  // [B, Hq, Lq, Lk] by the mask alone, without the band and the lengths
   Array<int32_t> starts, ends;
+  Array<A> weights, scores;  // [B, Hq, Lq, Lk], of the definition alone: after dropout; -inf where hidden
   BlockLists blocks;
   int64_t seed = 0x0123456789abcdef;
 
@@ -113,10 +114,11 @@ struct Problem {
     allocate();
     std::mt19937 random(7);
     std::normal_distribution<double> normal;
+    // Numbers that every type holds: one definition serves them all.
     for (Array<T>* array : {&q, &k, &v, &dout})
-      for (T& x : array->data) x = T(normal(random));
+      for (T& x : array->data) x = T(BFloat16(normal(random)));
     for (Array<A>* array : {&dlse, &sinks, &w, &bias})
-      for (A& x : array->data) x = static_cast<A>(normal(random));
+      for (A& x : array->data) x = static_cast<A>(BFloat16(normal(random)));
     make_mask(random);
   }
 
