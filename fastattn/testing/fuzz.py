@@ -158,7 +158,7 @@ def check_hard(inputs: Inputs, rng: Random) -> None:
 
 def _each_isa() -> Any:
     """Switches to one instruction set after the other, and back at the end."""
-    from fastattn import _C
+    from fastattn import _C  # type: ignore[attr-defined]
 
     before, threads = _C.info()["isa"], torch.get_num_threads()
     try:

@@ -29,7 +29,7 @@ def magnitudes(inputs: Inputs, exact: Results) -> dict[str, float]:
     case, leaves = inputs.case, inputs.leaves
     v, dout = _largest(leaves["v"], norm=True), _largest(inputs.dout, norm=True)
     distance = max(case.queries, case.keys)
-    bias = {"slopes": distance, "bias": 1, "table": 1}[case.bias.leaf] if case.bias else 0
+    bias: float = {"slopes": distance, "bias": 1, "table": 1}[case.bias.leaf] if case.bias else 0
     bias *= _largest(leaves[case.bias.leaf]) if case.bias else 0
     s, by_q, by_k, unit = _score(inputs, exact)
     s = s if case.softcap is None else min(s, case.softcap)

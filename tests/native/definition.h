@@ -46,7 +46,7 @@ struct Pair {
       slope = 2 / value;
     } else if (kernel == Score::kTriangular) {
       value = 1 - r;
-      slope = 1 / (r * value);
+      slope = r > 0 ? 1 / (r * value) : 0;  // at r = 0, where there is no derivative, as the kernels
     } else if (kernel == Score::kBoxcar) {
       value = r <= 1 ? 1 : 0;
       slope = 0;
