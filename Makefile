@@ -14,13 +14,14 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help build test test-all test-install test-native bench bench-avx2 demo lint format clean
+.PHONY: help build test test-all test-install test-native sanitize bench bench-avx2 demo lint format clean
 
 help:
 	@echo "make build         build the native core in place"
 	@echo "make demo          learn English to Chinese with fastattn, compare with PyTorch, look at the result"
 	@echo "make test          the test suite"
 	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and aarch64 under qemu"
+	@echo "make sanitize      the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench         measure against PyTorch, then guard the floors (BENCH_FLAGS=--quick for the short run)"
 	@echo "make bench-avx2    the same measurement with both sides held to AVX2"
 	@echo "make lint          ruff, mypy, clang-format"
@@ -50,11 +51,14 @@ build: $(INSTALLED)
 test: build
 	$(BIN)/python -m pytest
 
-test-all: build test-native test-install
+test-all: build test-native sanitize test-install
 	$(BIN)/python -m pytest -m ''
 
 test-native: $(REQUIREMENTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test_native.sh
+
+sanitize: $(REQUIREMENTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/sanitize.sh
 
 test-install: $(REQUIREMENTS)
 	bash scripts/check_install.sh

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import fastattn
 from fastattn.masks import (
     LoweredMask,
     Mask,
@@ -917,3 +918,20 @@ def test_built_masks_trace() -> None:
     torch._dynamo.reset()
     # Without fullgraph the builder runs in eager.
     assert torch.compile(count, backend="eager")(q, causal() | prefix(3)) == count(q, built)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda zeros: ~padding(zeros(7)[:, 0]),
+        lambda zeros: causal() | padding(zeros(5), zeros(5)),
+        lambda zeros: causal() | prefix(zeros(7)[:, 0]),
+        lambda zeros: documents(zeros(5), zeros(7)),
+        lambda zeros: global_tokens(zeros(7).bool()) & window(3, None),
+    ],
+)
+def test_masks_of_an_empty_batch(make):
+    mask = make(lambda length: torch.zeros(0, length, dtype=torch.int64))
+    q, k = torch.zeros(0, 2, 5, 8), torch.zeros(0, 2, 7, 8)
+    assert fastattn.attention(q, k, k, mask=mask).shape == q.shape
+    assert mask.lower(MaskShape(0, 2, 5, 7)).block.row_tiles.numel() == 0

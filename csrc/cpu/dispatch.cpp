@@ -7,17 +7,23 @@
 
 namespace fastattn {
 
-#if defined(__x86_64__)
+// FASTATTN_HAS_<name> says which instruction sets this build has (CMakeLists.txt).
+#if defined(FASTATTN_HAS_baseline)
 namespace baseline {
 extern const CpuKernels kKernels;
 }
+#endif
+#if defined(FASTATTN_HAS_avx2)
 namespace avx2 {
 extern const CpuKernels kKernels;
 }
+#endif
+#if defined(FASTATTN_HAS_avx512)
 namespace avx512 {
 extern const CpuKernels kKernels;
 }
-#else
+#endif
+#if defined(FASTATTN_HAS_generic)
 namespace generic {
 extern const CpuKernels kKernels;
 }
@@ -33,17 +39,22 @@ struct Implementation {
 // From the least to the most demanding: the last that runs here is the default. F16C, which the last two also
 // use, is not asked for: no processor has AVX2 without it, and not every compiler knows its name.
 const Implementation kImplementations[] = {
-#if defined(__x86_64__)
+#if defined(FASTATTN_HAS_baseline)
     {&baseline::kKernels, [] { return true; }},
+#endif
+#if defined(FASTATTN_HAS_generic)
+    {&generic::kKernels, [] { return true; }},
+#endif
+#if defined(FASTATTN_HAS_avx2)
     {&avx2::kKernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+#if defined(FASTATTN_HAS_avx512)
     {&avx512::kKernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("fma");
      }},
-#else
-    {&generic::kKernels, [] { return true; }},
 #endif
 };
 

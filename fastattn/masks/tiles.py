@@ -151,10 +151,11 @@ def build_block_mask(
     # Declared lengths may exceed every sequence's; of the empty tiles beyond, only pointers need to tell.
     rows = -(-_longest(shape.seqlen_q, shape.seqlens_q) // TILE)
     cols = -(-_longest(shape.seqlen_k, shape.seqlens_k) // TILE)
-    total = batch * heads * rows
+    # Tensors of an empty batch have no entry that could stand for all, and there is nothing to look at.
+    total = batch * heads * rows if cols and shape.batch and shape.heads else 0
     strips = []
     step = max(1, STRIP_TILES // max(cols, 1))
-    for start in range(0, total if cols else 0, step):
+    for start in range(0, total, step):
         flat = torch.arange(start, min(start + step, total), device=device)
         strips.append(_build_strip(tiler, shape, flat, heads, rows, cols))
     empty = torch.zeros(0, dtype=torch.int64, device=device)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYOUTS = ("bhld", "blhd", "sliced", "padded_rows", "expanded_kv", "expanded_batch")
+LAYOUTS = (
+    "bhld", "blhd", "sliced", "padded_rows", "expanded_kv", "expanded_batch", "reversed", "stepped",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Case:
         layout: strides of q, k, v; see `fastattn.testing.inputs`.
         lengths_q, lengths_k: lengths of a varlen call's sequences; of a cache's, lengths_k alone.
         page_size: keys in a page, for a paged cache.
+        score: one of fastattn.spec.SCORES; scale is then None, unless it is "dot".
         grads: whether gradients are compared.
         slow: left to `make test-all`.
     """
@@ -65,6 +68,7 @@ class Case:
     lengths_q: tuple[int, ...] = ()
     lengths_k: tuple[int, ...] = ()
     page_size: int | None = None
+    score: str = "dot"
     grads: bool = True
     slow: bool = False
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.spec import accumulate_dtype
+from fastattn.spec import DISTANCE_SCORES, accumulate_dtype
 from fastattn.testing.case import LAYOUTS, Case
 
 GUARD = 16  # elements around a sliced tensor, and beyond the end of a padded row
@@ -22,7 +22,7 @@ class Inputs:
     """A case's tensors.
 
     Args:
-        leaves: q, k, v and whichever of bias, slopes, table, sinks the case has.
+        leaves: q, k, v and whichever of bias, slopes, table, sinks, w the case has.
         fixed: positional integer arguments: cu_seqlens_q and cu_seqlens_k, or lengths.
         mask: the `mask=` argument, or None.
         options: further keyword arguments.
@@ -44,6 +44,8 @@ class Inputs:
             keywords["mask"] = self.mask
         if "sinks" in self.leaves:
             keywords["sinks"] = self.leaves["sinks"]
+        if self.case.score != "dot":
+            keywords |= {"score": self.case.score, "score_weights": self.leaves.get("w")}
         if self.case.bias is not None:
             keywords["bias"] = self.case.bias.build(self.leaves[self.case.bias.leaf])
         return [*(self.leaves[name] for name in ("q", "k", "v")), *self.fixed], keywords
@@ -65,7 +67,8 @@ def lay_out(x: Tensor, layout: str, is_kv: bool = False) -> Tensor:
 
     "blhd": a transposed [B, L, H, D]. "sliced": the middle of a larger tensor in every dimension.
     "padded_rows": rows further apart than D. "expanded_kv": one head of k and v shared by all.
-    "expanded_batch": one batch entry shared by all.
+    "expanded_batch": one batch entry shared by all. "reversed": the first dimension innermost. "stepped":
+    every second element of each outer dimension.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -75,6 +78,14 @@ def lay_out(x: Tensor, layout: str, is_kv: bool = False) -> Tensor:
         return x[:, :1].expand_as(x) if is_kv else x
     if layout == "expanded_batch":
         return x[:1].expand_as(x)
+    if layout == "reversed":
+        order = list(range(x.dim()))[::-1]
+        return x.permute(order).contiguous().permute(order)
+    if layout == "stepped":
+        outer = x.dim() - 1
+        whole = x.new_full((*(2 * n for n in x.shape[:-1]), x.shape[-1]), torch.nan)
+        stepped = whole[(slice(1, None, 2),) * outer]
+        return stepped.copy_(x)
     if layout == "padded_rows":
         return torch.nn.functional.pad(x, [0, GUARD], value=torch.nan)[..., : x.shape[-1]]
     if layout == "sliced":
@@ -114,6 +125,16 @@ def _table(case: Case, generator: torch.Generator) -> Tensor:
     return torch.where(torch.arange(per_sequence) < used.view(-1, 1), table, 2**30)
 
 
+def _coordinates(case: Case, x: Tensor, name: str) -> Tensor:
+    """Of a distance score, q and k such that most distances are below 2, and exact: multiples of 1/64.
+
+    Whether a key is within reach is then no question of rounding.
+    """
+    if case.score not in DISTANCE_SCORES or name == "v":
+        return x
+    return (x * (0.6 * 64 / (2 * case.head_dim) ** 0.5)).round() / 64
+
+
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Fill a case with numbers that depend on its name and `seed` alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
@@ -122,7 +143,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         return torch.randn(shape, generator=generator).to(case.dtype)
 
     shapes = _shapes(case)
-    leaves = {name: lay_out(randn(*shape), case.layout, name != "q") for name, shape in shapes.items()}
+    numbers = {name: _coordinates(case, randn(*shape), name) for name, shape in shapes.items()}
+    leaves = {name: lay_out(x, case.layout, name != "q") for name, x in numbers.items()}
+    if case.score == "additive":
+        leaves["w"] = randn(case.head_dim) * (4 / case.head_dim) ** 0.5
     if case.bias is not None:
         leaves[case.bias.leaf] = case.bias.make(case, generator)
     if case.sinks:
