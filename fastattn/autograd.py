@@ -24,8 +24,8 @@ DOUBLE_BACKWARD = (
     "which has derivatives of every order"
 )
 BATCHED_GRADS = (
-    "fastattn's backward pass takes one gradient at a time: call it without is_grads_batched (in jacobian, with "
-    "vectorize=False), use torch.func's vmap and vjp, or call with backend='reference'"
+    "fastattn's backward pass takes one gradient at a time: call it without is_grads_batched (in jacobian, "
+    "with vectorize=False), use torch.func's vmap and vjp, or call with backend='reference'"
 )
 FORWARD_MODE = (
     "fastattn's kernels have no forward-mode derivative: call with backend='reference', which has it"
