@@ -171,7 +171,7 @@ class Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # not always the memory of the forward pass: hooks may have moved it
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        if not (torch.is_grad_enabled() or _is_batched(dout)):
             return *cpu.small_backward(ctx.scale, dout, *saved), None, None
 
         def gradients(*tensors: Any) -> Gradients:
@@ -184,9 +184,13 @@ class Plain(torch.autograd.Function):
 plain: Callable[..., Tensor] = super(torch.autograd.Function, Plain).apply
 
 
+# Whether autograd.grad(is_grads_batched=True) made the tensor, of which there is no memory to read.
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
 def without_double_backward(gradients: Callable[..., Gradients], *tensors: Tensor | None) -> Gradients:
     """gradients(*tensors), whose own gradients raise: create_graph=True leaves a node that says why."""
-    if torch._C._are_functorch_transforms_active():
+    if any(t is not None and _is_batched(t) for t in tensors):
         raise NotImplementedError(BATCHED_GRADS)
     if torch.is_grad_enabled():
         return _OneBackward.apply(gradients, *tensors)

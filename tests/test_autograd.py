@@ -267,3 +267,11 @@ def test_saved_tensors_may_move():
         out = fastattn.attention(q, k, v)
     for grad, want in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), plain, strict=True):
         assert torch.equal(grad, want)
+
+
+def test_batched_gradients_say_what_to_do():
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    for options in ({}, {"mask": causal()}):
+        out = fastattn.attention(q, q, q, **options)
+        with pytest.raises(NotImplementedError, match=r"one gradient at a time.*backend='reference'"):
+            torch.autograd.grad(out, q, torch.ones(2, *out.shape), is_grads_batched=True)

@@ -206,3 +206,8 @@ def test_hand_worked_kernels():
 def test_finite_differences(score):
     leaves = [t.requires_grad_() for t in leaves_of(score, (1, 2, 1, 3, 5, 2, 2), torch.float64, spread=0.4)]
     assert torch.autograd.gradcheck(lambda *t: call_kernels(score, list(t)), leaves)
+
+
+def test_gradients_over_many_pairs():
+    """A million pairs add to each element of dw: tiles are added up by themselves, as products are."""
+    check("additive", leaves_of("additive", (1, 1, 1, 4000, 255, 4, 3), torch.float32))

@@ -186,3 +186,20 @@ def test_block_lists_of_declared_lengths_end_in_empty_rows():
     assert torch.equal(got.to_dense()[:, :, :70, :70], exact.to_dense())
     for pointers in (got.row_ptr, got.col_ptr):
         assert (pointers[..., 2:] == pointers[..., 2:3]).all()
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.parametrize("empty", ["first", "last"])
+def test_a_sequence_without_keys_beside_one_that_fills_a_wave(empty, use_threads):
+    """The backward pass takes sequences in waves, of which one may have no keys at all."""
+    lengths = [(5, 0), (2100, 2304)][:: 1 if empty == "first" else -1]
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths, strict=True))
+    q, k, v = (randn(n, 1, 128).requires_grad_() for n in (2105, 2304, 2304))
+    use_threads(1)
+    out = fastattn.varlen_attention(q, k, v, cu_q, cu_k)
+    got = torch.autograd.grad(out.square().sum(), (q, k, v))
+    at = slice(5, None) if empty == "first" else slice(2100)
+    alone = [t.detach()[None].transpose(1, 2).requires_grad_() for t in (q[at], k, v)]
+    want = torch.autograd.grad(fastattn.attention(*alone).square().sum(), alone)
+    assert torch.equal(got[0][at], want[0][0].transpose(0, 1))
+    assert torch.equal(got[1], want[1][0].transpose(0, 1)) and torch.equal(got[2], want[2][0].transpose(0, 1))
