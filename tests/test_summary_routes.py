@@ -10,8 +10,8 @@ from call_support import EXACT, NATIVE, qkv, randn
 
 from fastattn.biases import ALiBi
 from fastattn.call import Call
-from fastattn.inspect import fused, summarize  # noqa: F401  (registers its ops)
-from fastattn.lowering import DIFFERENTIABLE, lower
+from fastattn.inspect import fused, summarize
+from fastattn.lowering import lower
 from fastattn.masks import causal, padding, prefix
 from fastattn.ops import _flat
 
@@ -100,7 +100,7 @@ def test_opcheck_without_extras_and_of_backward():
     torch.library.opcheck(torch.ops.fastattn.attention_summary, op_arguments(q, k, lse, mask=causal()))
     rest = op_arguments(q, k, mask=causal(), sinks=randn(4), bias=randn(4, 5, 7))[4:-4]
     grads = randn(2, 4, 5), None, None, randn(2, 4, 5), randn(2, 4, 2, 3)
-    arguments = "cpu", q, k, lse, *grads, *rest, "mean", [True] * (2 + DIFFERENTIABLE)
+    arguments = "cpu", q, k, lse, *grads, *rest, "mean", [True] * (2 + fused.BIASES)
     torch.library.opcheck(torch.ops.fastattn.attention_summary_backward, arguments)
 
 
