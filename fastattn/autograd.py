@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn.backends import cpu
+from fastattn.backends.common import lse_like
 from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
@@ -162,7 +163,7 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, views: cpu.Views, scale: float) -> Tensor:
-        lse = cpu.lse_like(q)
+        lse = lse_like(q)
         out = cpu.small(q, views, scale, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale

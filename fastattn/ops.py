@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.autograd import DOUBLE_BACKWARD
 from fastattn.backends import cpu
+from fastattn.backends.common import lse_like
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 from fastattn.strides import output_like
 
@@ -119,7 +120,7 @@ def _hard_index_fake(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
 
 
 def _forward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return output_like(q, v.shape[-1]), cpu.lse_like(q)
+    return output_like(q, v.shape[-1]), lse_like(q)
 
 
 def _backward_fake(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

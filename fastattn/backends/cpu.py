@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.lowering import BLOCK_FIELDS, DIFFERENTIABLE, NO_OPERANDS, Operands, Params
-from fastattn.spec import SCORES, AttentionSpec
+from fastattn.backends.common import empty_lse, extra_gradients, finish_gradients, lse_like, no_keys, prepare
+from fastattn.lowering import BLOCK_FIELDS, NO_OPERANDS, Operands, Params
+from fastattn.spec import SCORES, AttentionSpec, accumulate_dtype
 from fastattn.strides import dense_last, output_like, resolved
-from fastattn.validation import check_cache_values, check_cu_seqlens_values
 
 try:
     from fastattn import _C  # type: ignore[attr-defined]
@@ -54,18 +54,10 @@ def supports(spec: AttentionSpec) -> str | None:
     return "; ".join(reasons) or None
 
 
-def lse_like(q: Tensor) -> Tensor:
-    """Uninitialised lse: [B, Hq, Lq], or [Hq, total_q] of a packed q."""
-    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    if q.dtype is torch.float32 or q.dtype is torch.float64:
-        return q.new_empty(shape)
-    return q.new_empty(shape, dtype=torch.float32)
-
-
 def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
     """Uninitialised weights: [B, Hq, Lq, Lk], or [B, 1, Lq, Lk] for their average over the heads."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((q.shape[0], 1 if average else q.shape[1], q.shape[2], k.shape[2]), dtype=dtype)
+    shape = (q.shape[0], 1 if average else q.shape[1], q.shape[2], k.shape[2])
+    return q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
 
 
 def small(q: Tensor, views: Views, scale: float, lse: Tensor | None = None) -> Tensor:
@@ -120,15 +112,15 @@ def forward(
     Raises:
         ValueError: lengths, offsets or pages that point outside their tensors.
     """
-    operands = _prepare(q, k, operands, params)
+    operands = prepare(q, k, operands, params)
     out = output_like(q, v.shape[-1])
     lse = lse_like(q) if need_lse else None
     if 0 in q.shape[:-1]:
         return out, lse
-    if _no_keys(k, v, operands):
+    if no_keys(k, v, operands):
         if weights is not None:
             weights.zero_()
-        return out.zero_(), _empty_lse(lse, operands)
+        return out.zero_(), empty_lse(lse, operands)
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     seq = _Layout(q, k, operands, params)
     options = seq.options(operands, params)
@@ -172,15 +164,15 @@ def backward(
     Raises:
         ValueError: as `forward`.
     """
-    operands = _prepare(q, k, operands, params)
+    operands = prepare(q, k, operands, params)
     dout = dout.to(q.dtype)  # whatever autocast made of it: the kernels read bare memory
     dlse = None if dlse is None else resolved(dlse)
     dq, dk, dv = (output_like(t, t.shape[-1]) for t in (q, k, v)) if into is None else into
-    extra = _extra_gradients(operands, needs)
-    if 0 in q.shape[:-1] or _no_keys(k, v, operands):
+    extra = extra_gradients(operands, needs)
+    if 0 in q.shape[:-1] or no_keys(k, v, operands):
         for grad in (dq, dk, dv):
             grad.zero_()
-        return dq, dk, dv, *_finish(extra, operands, dlse)
+        return dq, dk, dv, *finish_gradients(extra, operands, dlse)
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
     seq = _Layout(q, k, operands, params)
@@ -205,7 +197,7 @@ def backward(
         torch.get_num_threads(),
         options or None,
     )
-    return dq, dk, dv, *_finish(extra, operands, None)
+    return dq, dk, dv, *finish_gradients(extra, operands, None)
 
 
 def hard_index(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tensor:
@@ -216,7 +208,7 @@ def hard_index(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tens
             it; None: take the largest score.
     """
     seed = None if operands.seed is None else view(resolved(operands.seed))
-    operands = _prepare(q, k, operands._replace(seed=None), params)
+    operands = prepare(q, k, operands._replace(seed=None), params)
     q, k = dense_last(q), dense_last(k)
     seq = _Layout(q, k, operands, params)
     index = torch.empty(q.shape[:3], dtype=torch.int64)
@@ -226,64 +218,6 @@ def hard_index(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tens
         DTYPE_CODES[q.dtype], seq.query(q), seq.key(k), view(index), seed, params.scale, threads, options
     )
     return index
-
-
-def _prepare(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Operands:
-    """The operands as the kernels may read them.
-
-    The last Python on every route, so the only place that sees the values a trace or a transform hides.
-    """
-    if operands is NO_OPERANDS:
-        return operands
-    operands = Operands(*[None if t is None else resolved(t) for t in operands])
-    if params.checked:
-        return operands
-    if operands.cu_seqlens_q is not None:
-        check_cu_seqlens_values("cu_seqlens_q", operands.cu_seqlens_q, q.shape[0], params.max_seqlen_q, "q")
-        check_cu_seqlens_values("cu_seqlens_k", operands.cu_seqlens_k, k.shape[0], params.max_seqlen_k, "k")
-    if operands.seqlens_k is not None:
-        table = operands.block_table
-        capacity = k.shape[2] * (1 if table is None else table.shape[1])
-        check_cache_values(operands.seqlens_k, table, capacity, k.shape)
-    return operands
-
-
-def _no_keys(k: Tensor, v: Tensor, operands: Operands) -> bool:
-    table = operands.block_table
-    return k.numel() == 0 or v.numel() == 0 or (table is not None and table.numel() == 0)
-
-
-def _empty_lse(lse: Tensor | None, operands: Operands) -> Tensor | None:
-    """lse of rows that see nothing: the sink where there is one, else -inf."""
-    if lse is None:
-        return None
-    lse.fill_(-torch.inf)
-    if operands.sinks is not None:
-        heads = operands.sinks[:, None]
-        lse.copy_((heads if lse.dim() == 2 else heads[None]).expand_as(lse))
-    return lse
-
-
-def _extra_gradients(operands: Operands, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Zeros for the gradients of the differentiable operands, in the accumulate dtype, where asked."""
-    grads: list[Tensor | None] = []
-    for tensor, need in zip(operands[:DIFFERENTIABLE], needs[3:], strict=True):
-        if tensor is None or not need:
-            grads.append(None)
-        else:
-            dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            grads.append(torch.zeros(tensor.shape, dtype=dtype))
-    return grads
-
-
-def _finish(extra: list[Tensor | None], operands: Operands, dlse: Tensor | None) -> list[Tensor | None]:
-    """Gradients in their tensors' dtypes; where no kernel ran, dlse is what reaches the sinks."""
-    dbias, ddiag, dsinks, dscore_weights = extra
-    if dbias is not None and operands.bias is not None:
-        dbias = dbias.to(operands.bias.dtype)
-    if dsinks is not None and dlse is not None:
-        dsinks = dlse.sum(1) if dlse.dim() == 2 else dlse.sum((0, 2))
-    return [dbias, ddiag, dsinks, dscore_weights]
 
 
 class _Layout:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import cpu
+from fastattn.backends.common import empty_lse, extra_gradients, finish_gradients, prepare
 from fastattn.lowering import Operands, Params
 from fastattn.spec import accumulate_dtype
 from fastattn.strides import dense_last, output_like, resolved
@@ -56,7 +57,7 @@ def forward(
         results.lse.copy_(lse)
     if 0 in q.shape[:-1] or k.numel() == 0:
         return _without_pairs(results, operands, lse is not None)
-    operands = cpu._prepare(q, k, operands, params)
+    operands = prepare(q, k, operands, params)
     q, k = dense_last(q), dense_last(k)
     layout = cpu._Layout(q, k, operands, params)
     outputs: dict[str, Any] = {
@@ -85,7 +86,7 @@ def _without_pairs(results: Results, operands: Operands, lse_given: bool) -> Res
     for tensor in results:
         tensor.fill_(-1 if tensor.dtype == torch.int64 else 0)
     if not lse_given:
-        cpu._empty_lse(results.lse, operands)
+        empty_lse(results.lse, operands)
     return results
 
 
@@ -108,14 +109,14 @@ def backward(
         grads: of the differentiable results, in their order; each may be None.
         needs: a flag for each of them, of which those of q and k are not read.
     """
-    operands = cpu._prepare(q, k, operands, params)
+    operands = prepare(q, k, operands, params)
     dq, dk = output_like(q, q.shape[-1]), output_like(k, k.shape[-1])
-    extra = cpu._extra_gradients(operands, (True, *needs, False))  # a summary's scores are products
+    extra = extra_gradients(operands, (True, *needs, False))  # a summary's scores are products
     entropy, received, distance, dlse, pooled = (
         resolved(grad).contiguous() if grad is not None and grad.numel() else None for grad in grads
     )
     if 0 in q.shape[:-1] or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), *cpu._finish(extra, operands, dlse)[:3]
+        return dq.zero_(), dk.zero_(), *finish_gradients(extra, operands, dlse)[:3]
     q, k = dense_last(q), dense_last(k)
     layout = cpu._Layout(q, k, operands, params)
     options = layout.options(operands, params) or {}
@@ -141,7 +142,7 @@ def backward(
         torch.get_num_threads(),
         options,
     )
-    return dq, dk, *cpu._finish(extra, operands, None)[:3]
+    return dq, dk, *finish_gradients(extra, operands, None)[:3]
 
 
 def _of_no_width(view: cpu.View) -> cpu.View:
