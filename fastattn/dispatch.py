@@ -28,6 +28,12 @@ def _reference() -> Any:
     return reference
 
 
+def _triton() -> Any:
+    from fastattn.backends import triton
+
+    return triton
+
+
 def _not_built(name: str) -> str:
     return f"fastattn's {name} kernels are not part of this version"
 
@@ -35,7 +41,7 @@ def _not_built(name: str) -> str:
 # In order of preference: a function that returns the backend, or the reason why there is none.
 BACKENDS: dict[str, Callable[[], Any] | str] = {
     "cuda": _not_built("CUDA"),
-    "triton": _not_built("Triton"),
+    "triton": _triton,
     "cpu": lambda: cpu,
     "torch": lambda: torch_backend,
     "reference": _reference,
@@ -113,7 +119,10 @@ def explain(call: Call) -> Explanation:
     found = reasons(spec)
     if forced is not None:
         return Explanation(spec, forced if found[forced] is None else None, found, forced)
-    return Explanation(spec, next(name for name, reason in found.items() if reason is None), found)
+    able = [name for name, reason in found.items() if reason is None]
+    if spec.device == "cpu" and "triton" in able:  # interpreted, thousands of times slower: only where forced
+        able.remove("triton")
+    return Explanation(spec, able[0], found)
 
 
 def choose(call: Call) -> Any:

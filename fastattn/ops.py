@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.autograd import DOUBLE_BACKWARD
-from fastattn.backends import cpu
+from fastattn.backends import cpu, triton
 from fastattn.backends.common import lse_like
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 from fastattn.strides import output_like
@@ -38,7 +38,7 @@ _library.define(f"attention_forward{_FORWARD}", tags=(torch.Tag.needs_exact_stri
 _library.define(f"attention_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"hard_index{_HARD}", tags=(torch.Tag.needs_exact_strides,))
 
-_KERNELS: dict[str, Any] = {cpu.name: cpu}
+_KERNELS: dict[str, Any] = {cpu.name: cpu, triton.name: triton}
 
 
 def attention(

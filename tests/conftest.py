@@ -9,6 +9,9 @@ import torch
 
 import fastattn
 from fastattn.backends import cpu
+from triton_support import interpret_without_gpu
+
+interpret_without_gpu()
 
 
 def pytest_report_header() -> str:

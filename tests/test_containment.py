@@ -16,10 +16,12 @@ from fastattn.testing import CASES, Inputs, check, make_inputs, oracle, run
 from fastattn.testing.inputs import poisoned_memory
 from fastattn.testing.running import Oracle
 from fastattn.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR
+from triton_support import needs_triton
 
 BY_NAME = {case.name: case for case in CASES}
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason="the native core is not built")),
+    pytest.param("triton", marks=needs_triton),
     "reference",
 ]
 NAMES = (

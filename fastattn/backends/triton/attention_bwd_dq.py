@@ -1,0 +1,78 @@
+"""dQ: a program walks the key tiles of one tile of rows and one head, as the forward pass does."""
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.gradient import row_tile_inputs, seen_by, tile_gradient
+from fastattn.backends.triton.tile import key_range, key_tile, key_tiles, not_finite, product, row_base, sequence, store_rows
+
+
+@triton.jit(do_not_specialize=["lengths"])
+def attention_bwd_dq(
+    q, k, v, lse, dout, delta, residual, dq, lengths, rules, scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    HIDES: tl.constexpr,
+):  # fmt: skip
+    """dQ_i = scale * sum over j of dS_ij k_j."""
+    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
+    bh = tl.program_id(0) // num_tiles
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
+    b = bh // lengths.num_heads
+    h = bh % lengths.num_heads
+    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
+    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
+    i0 = tile * BLOCK_M
+    if i0 >= len_q:
+        return
+    offset = len_k - len_q
+    i, rows, grad, row_lse, row_residual, row_delta = row_tile_inputs(
+        q, dout, lse, residual, delta, b, h, q_begin, i0, len_q, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+        BLOCK_M, NATURAL,
+    )  # fmt: skip
+    begin, end = key_range(rules, b, i, len_q, len_k)
+    start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    before = count
+    skipped = 0
+    if rules.blocks is None:
+        stop = start + count * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N, stop)
+        whole_end = tl.minimum(tl.maximum(tl.min(end) // BLOCK_N * BLOCK_N, whole), stop)
+        for j0 in range(whole, whole_end, BLOCK_N):
+            keys, _, ds = tile_gradient(
+                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i,
+                j0, -1, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                BLOCK_N, NATURAL, PRECISION, CHECK=False, HIDES=HIDES,
+            )  # fmt: skip
+            acc = product(ds.to(keys.dtype), keys, acc, PRECISION)
+        before = (whole - start) // BLOCK_N
+        skipped = (whole_end - whole) // BLOCK_N
+    for t in range(0, count - skipped):
+        j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
+        keys, _, ds = tile_gradient(
+            rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0,
+            bits, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            NATURAL, PRECISION, CHECK=True, HIDES=True,
+        )  # fmt: skip
+        acc = product(ds.to(keys.dtype), keys, acc, PRECISION)
+
+    if not_finite(acc):  # once more: a key that is not finite reaches only the rows that see it
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for t in range(0, count):
+            j0, bits = key_tile(rules, start, t, BLOCK_N)
+            keys, _, ds = tile_gradient(
+                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i,
+                j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                BLOCK_N, NATURAL, PRECISION, CHECK=True, HIDES=True,
+            )  # fmt: skip
+            j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+            seen = seen_by(
+                rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None],
+                end[:, None], offset, len_q, len_k, bits,
+            )  # fmt: skip
+            finite = keys - keys == 0
+            acc = product(ds.to(keys.dtype), tl.where(finite, keys, 0.0), acc, PRECISION)
+            acc = tl.where(tl.dot(seen, (finite == 0).to(tl.float16)) > 0, float("nan"), acc)
+    r = tl.arange(0, BLOCK_M)
+    store_rows(row_base(dq, b, h, q_begin + i0), dq.row, r, acc * scale, BLOCK_D, HEAD_DIM, len_q - i0)

@@ -1,0 +1,159 @@
+"""The forward pass: a program walks the key tiles of one tile of rows and one head.
+
+Tiles that every row sees whole come first, without any check; then those at the edges of what is seen. A block
+mask's tiles are walked as its lists name them. docs/kernels/triton.md has the derivation.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.tile import (
+    LN2,
+    apply,
+    exp_of,
+    kept,
+    key_range,
+    key_tile,
+    key_tiles,
+    load_keys,
+    load_rows,
+    not_finite,
+    product,
+    row_base,
+    sequence,
+    store_rows,
+)
+
+
+@triton.jit
+def _attend(
+    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m))."""
+    keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
+    s = product(q, tl.trans(keys), None, PRECISION)
+    j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+    s, _ = apply(
+        rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], offset, len_q, len_k, bits, CHECK
+    )
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # of a row that has seen nothing yet
+    p = exp_of(s - m_safe[:, None], NATURAL)
+    rescale = exp_of(m - m_safe, NATURAL)
+    l = l * rescale + tl.sum(p, 1)
+    if rules.dropout is not None:
+        keep = kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
+        p = tl.where(keep, p, 0.0)
+    values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
+    acc = product(p.to(values.dtype), values, acc * rescale[:, None], PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _contain(
+    acc, m, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """_attend for a known maximum, where a value that is not finite reaches only the rows that see it."""
+    keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
+    s = product(q, tl.trans(keys), None, PRECISION)
+    j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+    s, _ = apply(rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], offset, len_q, len_k, bits, True)
+    seen, _ = apply(
+        rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None], end[:, None],
+        offset, len_q, len_k, bits, True,
+    )  # fmt: skip
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    p = exp_of(s - m_safe[:, None], NATURAL)
+    if rules.dropout is not None:
+        p = tl.where(kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+    values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)
+    finite = values - values == 0
+    acc = product(p.to(values.dtype), tl.where(finite, values, 0.0), acc, PRECISION)
+    reached = tl.dot((seen != float("-inf")).to(tl.float16), (finite == 0).to(tl.float16))
+    return tl.where(reached > 0, float("nan"), acc)
+
+
+@triton.jit(do_not_specialize=["lengths"])
+def attention_fwd(
+    q, k, v, out, lse, sinks, lengths, rules,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and, unless it is None, lse of one row tile of one head; see arguments.py for what comes in."""
+    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
+    bh = tl.program_id(0) // num_tiles
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
+    b = bh // lengths.num_heads
+    h = bh % lengths.num_heads
+    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
+    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
+    i0 = tile * BLOCK_M
+    if i0 >= len_q:
+        return
+    offset = len_k - len_q
+    r = tl.arange(0, BLOCK_M)
+    i = tl.minimum(i0 + r, len_q - 1)
+    begin, end = key_range(rules, b, i, len_q, len_k)
+    rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:  # one more logit, which carries no value
+        sink = tl.load(sinks + h)
+        m += sink
+        m = tl.where(m == m, sink, m)
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+
+    start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+    if rules.blocks is None:
+        whole = tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N
+        whole_end = tl.min(end) // BLOCK_N * BLOCK_N
+        whole_end = tl.maximum(whole_end, whole)
+        stop = start + count * BLOCK_N
+        whole = tl.minimum(whole, stop)
+        whole_end = tl.minimum(whole_end, stop)
+        for j0 in range(whole, whole_end, BLOCK_N):
+            acc, m, l = _attend(
+                acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, -1, begin, end, offset,
+                len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+                CHECK=False,
+            )  # fmt: skip
+        before = (whole - start) // BLOCK_N
+        skipped = (whole_end - whole) // BLOCK_N
+        checked = count - skipped
+    else:
+        before = count
+        skipped = 0
+        checked = count
+    for t in range(0, checked):
+        j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
+        acc, m, l = _attend(
+            acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
+            len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+            CHECK=True,
+        )  # fmt: skip
+
+    if not_finite(acc):
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        for t in range(0, count):
+            j0, bits = key_tile(rules, start, t, BLOCK_N)
+            acc = _contain(
+                acc, m, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
+                len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+            )  # fmt: skip
+
+    factor = 1.0
+    if rules.dropout is not None:
+        factor = rules.dropout.scale
+    result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
+    store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
+    if lse is not None:
+        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
+        at = row_base(lse, b, h, q_begin + i0) + r * lse.row
+        tl.store(at, log_sum, mask=r < len_q - i0)

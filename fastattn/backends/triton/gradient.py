@@ -1,0 +1,94 @@
+"""The gradient of one tile of scores, which every backward kernel makes anew from q, k and lse."""
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.tile import LOG2E, apply, exp_of, kept, load_keys, load_rows, product, row_base
+
+
+@triton.jit
+def load_per_row(t, b, h, first, i):
+    """One number for each row: Rows of [B, H, L] at first + i."""
+    return tl.load(row_base(t, b, h, first) + i * t.row)
+
+
+@triton.jit
+def load_lse(lse, b, h, first, i, NATURAL: tl.constexpr):
+    """lse in the unit of the scores, 0 for a row that sees nothing."""
+    x = load_per_row(lse, b, h, first, i)
+    x = tl.where(x == float("-inf"), 0.0, x)
+    return x if NATURAL else x * LOG2E
+
+
+@triton.jit
+def score_gradient(
+    rules, s, dp, lse, residual, delta, keep, b, h, i, j, begin, end, offset, len_q, len_k, bits,
+    NATURAL: tl.constexpr, CHECK: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """(what multiplies dO in dV, dS, the gradient by scale * q·k) from s = q·k and dp = dO·v.
+
+    Args:
+        lse, residual, delta: of the rows, in the shape of i.
+        keep: which pairs dropout keeps; not read without dropout.
+        HIDES: whether a pair may be hidden: then nothing that is not finite may leave it.
+    """
+    s, slope = apply(rules, s, b, h, i, j, begin, end, offset, len_q, len_k, bits, CHECK)
+    p = exp_of((s - lse) - residual, NATURAL)
+    if HIDES:
+        p = tl.where(s == float("-inf"), 0.0, p)
+    weight = p
+    if rules.dropout is not None:
+        weight = tl.where(keep, p * rules.dropout.scale, 0.0)
+        dp = tl.where(keep, dp * rules.dropout.scale, 0.0)
+    ds = p * (dp - delta)
+    if HIDES:
+        ds = tl.where(s == float("-inf"), 0.0, ds)
+    return weight, ds, ds * slope
+
+
+@triton.jit
+def seen_by(rules, zeros, b, h, i, j, begin, end, offset, len_q, len_k, bits):
+    """1 for the visible pairs of a tile of zeros, whatever q and k hold, else 0: an operand of a product."""
+    s, _ = apply(rules, zeros, b, h, i, j, begin, end, offset, len_q, len_k, bits, True)
+    return (s != float("-inf")).to(tl.float16)
+
+
+@triton.jit
+def row_tile_inputs(
+    q, dout, lse, residual, delta, b, h, q_begin, i0, len_q,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """(i, q, dO, lse, residual, delta) of the rows of a tile; rows beyond the last repeat it, as zeros."""
+    r = tl.arange(0, BLOCK_M)
+    i = tl.minimum(i0 + r, len_q - 1)
+    rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
+    grad = load_rows(row_base(dout, b, h, q_begin + i0), dout.row, r, BLOCK_DV, HEAD_DIM_V, len_q - i0, True)
+    return (
+        i, rows, grad, load_lse(lse, b, h, q_begin, i, NATURAL),
+        load_per_row(residual, b, h, q_begin, i), load_per_row(delta, b, h, q_begin, i),
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_gradient(
+    rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits,
+    begin, end, offset, len_q, len_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    CHECK: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """(keys, dS, the gradient by scale * q·k) of rows i with keys j0 to j0 + BLOCK_N - 1."""
+    keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
+    values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
+    s = product(rows, tl.trans(keys), None, PRECISION)
+    dp = product(grad, tl.trans(values), None, PRECISION)
+    keep = True
+    if rules.dropout is not None:
+        keep = kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
+    j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+    _, ds, by_product = score_gradient(
+        rules, s, dp, row_lse[:, None], row_residual[:, None], row_delta[:, None], keep, b, h, i[:, None], j,
+        begin[:, None], end[:, None], offset, len_q, len_k, bits, NATURAL, CHECK, HIDES,
+    )  # fmt: skip
+    return keys, ds, by_product

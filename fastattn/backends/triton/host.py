@@ -1,0 +1,234 @@
+"""The Triton kernels on tensors: allocate, describe, launch. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.triton import arguments
+from fastattn.backends.triton.arguments import pairs, per_row, rows
+from fastattn.backends.triton.attention_bwd_bias import attention_bwd_bias, attention_bwd_diagonals
+from fastattn.backends.triton.attention_bwd_dkdv import attention_bwd_dkdv
+from fastattn.backends.triton.attention_bwd_dq import attention_bwd_dq
+from fastattn.backends.triton.attention_bwd_rows import attention_bwd_rows
+from fastattn.backends.triton.attention_fwd import attention_fwd
+from fastattn.backends.triton.configs import TileConfig, backward_config, bias_config, block_dim, forward_config
+from fastattn.backends.triton.launch import architecture, launch
+from fastattn.lowering import Operands, Params
+from fastattn.strides import dense_last, output_like, resolved
+
+# Row tiles are dealt out to this many sums along diagonals, which are then added up: enough to fill a device
+# with a few heads, and few enough for O(N) memory.
+DIAGONAL_PARTS = 16
+
+
+class Launch:
+    """What the launches of one call share."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params) -> None:
+        self.rules = arguments.rules(q, operands, params)
+        self.lengths = arguments.lengths(q, k, operands, params)
+        self.arch = architecture(q.device)
+        self.dim, self.dim_v = q.shape[-1], v.shape[-1]
+        self.widest = block_dim(max(self.dim, self.dim_v))
+        self.itemsize = q.element_size()
+        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.constants = {
+            "HEAD_DIM": self.dim,
+            "HEAD_DIM_V": self.dim_v,
+            "BLOCK_D": block_dim(self.dim),
+            "BLOCK_DV": block_dim(self.dim_v),
+            "NATURAL": arguments.is_natural(q, operands),
+            "PRECISION": "tf32" if tf32 else "ieee",
+        }
+        # Whether a pair within the lengths, the band and the key ranges may be hidden.
+        self.hides = operands.mask is not None or operands.bias is not None
+
+    def tiles(self, config: TileConfig, heads: int) -> int:
+        """Programs, where each has one tile of rows."""
+        return -(-self.lengths.seqlen_q // config.block_m) * self.lengths.batch * heads
+
+    def key_tiles(self, config: TileConfig) -> int:
+        return -(-self.lengths.seqlen_k // config.block_n) * self.lengths.batch * self.lengths.num_heads_kv
+
+    def run(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
+        launch(kernel, programs, config, *args, **self.constants, **constants)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
+) -> None:
+    """Fill out and lse, of q and keys that are not empty."""
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    with _device_of(q):
+        call = Launch(q, k, v, operands, params)
+        blocks = operands.row_ptr is not None
+        config = forward_config(call.arch, call.widest, call.itemsize, blocks, _few(call.lengths.seqlen_q))
+        call.run(
+            attention_fwd,
+            call.tiles(config, q.shape[1]),
+            config,
+            rows(q),
+            rows(k),
+            rows(v),
+            rows(out),
+            None if lse is None else per_row(lse),
+            operands.sinks,
+            call.lengths,
+            call.rules,
+        )
+
+
+def _few(seqlen_q: int) -> int:
+    """A length's class for the choice of a tile, so that the table is asked few different questions."""
+    return 16 if seqlen_q <= 16 else 64 if seqlen_q <= 64 else 65
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    operands: Operands,
+    params: Params,
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Fill grads, dq, dk and dv, and return (dbias, ddiag, dsinks) in the accumulate dtype where needed."""
+    q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
+    lse = resolved(lse)
+    dlse = None if dlse is None else resolved(dlse)
+    dq, dk, dv = grads
+    with _device_of(q):
+        call = Launch(q, k, v, operands, params)
+        blocks = operands.row_ptr is not None
+        config = backward_config(call.arch, call.widest, call.itemsize, blocks)
+        delta, residual = torch.empty_like(lse), torch.empty_like(lse)
+        tile = [per_row(lse), rows(dout), per_row(delta), per_row(residual)]
+        call.run(
+            attention_bwd_rows,
+            call.tiles(config, q.shape[1]),
+            config,
+            rows(q),
+            rows(k),
+            rows(out),
+            per_row(lse),
+            rows(dout),
+            None if dlse is None else per_row(dlse),
+            per_row(delta),
+            per_row(residual),
+            operands.sinks,
+            call.lengths,
+            call.rules,
+        )
+        call.run(
+            attention_bwd_dq,
+            call.tiles(config, q.shape[1]),
+            config,
+            rows(q),
+            rows(k),
+            rows(v),
+            *tile,
+            rows(dq),
+            call.lengths,
+            call.rules,
+            params.scale,
+            HIDES=call.hides,
+        )
+        bias = operands.bias if needs[0] else None
+        columns = None
+        if bias is not None and bias.shape[2] == 1 and bias.shape[3] > 1:
+            columns = lse.new_zeros(call.lengths.batch, q.shape[1], call.lengths.seqlen_k)
+        call.run(
+            attention_bwd_dkdv,
+            call.key_tiles(config),
+            config,
+            rows(q),
+            rows(k),
+            rows(v),
+            *tile,
+            rows(dk),
+            rows(dv),
+            None if columns is None else per_row(columns),
+            call.lengths,
+            call.rules,
+            params.scale,
+            HIDES=call.hides,
+        )
+        dbias = ddiag = dsinks = None
+        if bias is not None and columns is not None:
+            dbias = columns.double()[:, :, None].sum_to_size(bias.shape)
+        elif bias is not None:
+            dbias = _bias_gradient(call, bias, q, k, v, tile)
+        if operands.diag is not None and needs[1]:
+            ddiag = _diagonal_gradient(call, operands.diag, q, k, v, tile)
+        if operands.sinks is not None and needs[2]:
+            dsinks = _sink_gradient(operands.sinks, lse, residual, delta)
+    return [dbias, ddiag, dsinks]
+
+
+def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:
+    """dS added up over what the bias is broadcast along; its rows, at last, here."""
+    batches, heads, bias_rows, bias_keys = bias.shape
+    dbias = q.new_zeros(batches, heads, call.lengths.seqlen_q, bias_keys, dtype=torch.float32)
+    config = bias_config(call.arch, call.widest, call.itemsize)
+    programs = -(-call.lengths.seqlen_q // config.block_m) * batches * heads
+    call.run(
+        attention_bwd_bias,
+        programs,
+        config,
+        rows(q),
+        rows(k),
+        rows(v),
+        *tile,
+        pairs(dbias),
+        call.lengths,
+        call.rules,
+        batches,
+        heads,
+        VARIES_BY_KEY=bias_keys > 1,
+    )
+    return dbias if bias_rows > 1 else dbias.double().sum(2, keepdim=True)
+
+
+def _diagonal_gradient(call: Launch, diag: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:
+    config = bias_config(call.arch, call.widest, call.itemsize)
+    parts = min(DIAGONAL_PARTS, max(1, -(-call.lengths.seqlen_q // config.block_m)))
+    partial = q.new_zeros(call.lengths.batch, call.lengths.num_heads, parts, diag.shape[2], dtype=torch.float32)
+    call.run(
+        attention_bwd_diagonals,
+        call.lengths.batch * call.lengths.num_heads * parts,
+        config,
+        rows(q),
+        rows(k),
+        rows(v),
+        *tile,
+        rows(partial),
+        call.lengths,
+        call.rules,
+        parts,
+        diag.shape[2],
+    )
+    return partial.double().sum(2).sum_to_size(diag.shape)
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, residual: Tensor, delta: Tensor) -> Tensor:
+    """A sink's dS is -p delta, p its weight: it has no value, so nothing but delta comes back through it."""
+    shape = (-1, 1) if lse.dim() == 2 else (1, -1, 1)
+    weight = torch.exp((sinks.view(shape) - lse) - residual)
+    each = torch.where(lse == -torch.inf, 0.0, weight * delta).double()
+    return -(each.sum(1) if lse.dim() == 2 else each.sum((0, 2)))
+
+
+def _device_of(q: Tensor) -> Any:
+    """Launches go to the current device."""
+    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(q.device)

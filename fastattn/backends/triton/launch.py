@@ -1,0 +1,34 @@
+"""Starting a kernel, and what it would be compiled for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fastattn.backends.triton.configs import TileConfig
+
+# Under Triton's interpreter, which knows no architecture: the tiles of this one.
+INTERPRETED = 80
+
+
+@lru_cache(maxsize=None)
+def architecture(device: torch.device) -> int:
+    """The compute capability of a CUDA device, 90 for 9.0."""
+    if device.type != "cuda":
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
+    """Run `programs` programs of a kernel."""
+    kernel[(programs,)](
+        *args,
+        **constants,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
