@@ -9,6 +9,7 @@ import triton.language as tl
 from fastattn.backends.triton.gradient import load_lse, load_per_row, score_gradient, seen_by
 from fastattn.backends.triton.tile import (
     band,
+    is_finite,
     kept,
     key_range,
     load_keys,
@@ -64,8 +65,8 @@ def _add_rows(
             rules, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), b, h, i[None, :], j[:, None], begin[None, :],
             end[None, :], offset, len_q, len_k, bits,
         )  # fmt: skip
-        finite_q = rows - rows == 0
-        finite_do = grad - grad == 0
+        finite_q = is_finite(rows)
+        finite_do = is_finite(grad)
         dv = product(weight.to(grad.dtype), tl.where(finite_do, grad, 0.0), dv, PRECISION)
         dv = tl.where(tl.dot(seen, (finite_do == 0).to(tl.float16)) > 0, float("nan"), dv)
         dk = product(by_product.to(rows.dtype), tl.where(finite_q, rows, 0.0), dk, PRECISION)

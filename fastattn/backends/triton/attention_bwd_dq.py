@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import row_tile_inputs, seen_by, tile_gradient
-from fastattn.backends.triton.tile import key_range, key_tile, key_tiles, not_finite, product, row_base, sequence, store_rows
+from fastattn.backends.triton.tile import is_finite, key_range, key_tile, key_tiles, not_finite, product, row_base, sequence, store_rows
 
 
 @triton.jit(do_not_specialize=["lengths"])
@@ -71,7 +71,7 @@ def attention_bwd_dq(
                 rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None],
                 end[:, None], offset, len_q, len_k, bits,
             )  # fmt: skip
-            finite = keys - keys == 0
+            finite = is_finite(keys)
             acc = product(ds.to(keys.dtype), tl.where(finite, keys, 0.0), acc, PRECISION)
             acc = tl.where(tl.dot(seen, (finite == 0).to(tl.float16)) > 0, float("nan"), acc)
     r = tl.arange(0, BLOCK_M)

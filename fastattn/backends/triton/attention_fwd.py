@@ -11,6 +11,7 @@ from fastattn.backends.triton.tile import (
     LN2,
     apply,
     exp_of,
+    is_finite,
     kept,
     key_range,
     key_tile,
@@ -45,8 +46,7 @@ def _attend(
     rescale = exp_of(m - m_safe, NATURAL)
     l = l * rescale + tl.sum(p, 1)
     if rules.dropout is not None:
-        keep = kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
-        p = tl.where(keep, p, 0.0)
+        p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
     values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
     acc = product(p.to(values.dtype), values, acc * rescale[:, None], PRECISION)
     return acc, m_new, l
@@ -70,9 +70,9 @@ def _contain(
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     p = exp_of(s - m_safe[:, None], NATURAL)
     if rules.dropout is not None:
-        p = tl.where(kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+        p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
     values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)
-    finite = values - values == 0
+    finite = is_finite(values)
     acc = product(p.to(values.dtype), tl.where(finite, values, 0.0), acc, PRECISION)
     reached = tl.dot((seen != float("-inf")).to(tl.float16), (finite == 0).to(tl.float16))
     return tl.where(reached > 0, float("nan"), acc)
