@@ -176,9 +176,9 @@ ATTENTION = {
     ),
     "backend type": ({"backend": 1}, TypeError, "backend must be a string or None, got int"),
     "backend unbuilt": (
-        {"backend": "triton"},
+        {"backend": "cuda"},
         NotImplementedError,
-        "backend 'triton' cannot run attention(q=2x4x5x8, k=2x2x7x8, head_dim_v=6, float32 on cpu",
+        "backend 'cuda' cannot run attention(q=2x4x5x8, k=2x2x7x8, head_dim_v=6, float32 on cpu",
     ),
     "backend unfit": (
         {"backend": "torch", "softcap": 1.0, "sinks": f32(4), "dropout_p": 0.5, "return_lse": True},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,21 +31,15 @@ class Launch:
     """What the launches of one call share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params) -> None:
-        self.rules = arguments.rules(q, operands, params)
+        natural = arguments.is_natural(q, operands)
+        self.rules = arguments.rules(operands, params, natural)
         self.lengths = arguments.lengths(q, k, operands, params)
+        self.blocks = operands.row_ptr is not None
         self.arch = architecture(q.device)
-        self.dim, self.dim_v = q.shape[-1], v.shape[-1]
-        self.widest = block_dim(max(self.dim, self.dim_v))
+        self.widest = block_dim(max(q.shape[-1], v.shape[-1]))
         self.itemsize = q.element_size()
-        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.constants = {
-            "HEAD_DIM": self.dim,
-            "HEAD_DIM_V": self.dim_v,
-            "BLOCK_D": block_dim(self.dim),
-            "BLOCK_DV": block_dim(self.dim_v),
-            "NATURAL": arguments.is_natural(q, operands),
-            "PRECISION": "tf32" if tf32 else "ieee",
-        }
+        tf32 = self.itemsize == 4 and torch.backends.cuda.matmul.allow_tf32
+        self.constants = _constants(q.shape[-1], v.shape[-1], natural, tf32)
         # Whether a pair within the lengths, the band and the key ranges may be hidden.
         self.hides = operands.mask is not None or operands.bias is not None
 
@@ -59,6 +54,18 @@ class Launch:
         launch(kernel, programs, config, *args, **self.constants, **constants)
 
 
+@lru_cache(maxsize=None)
+def _constants(dim: int, dim_v: int, natural: bool, tf32: bool) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": dim,
+        "HEAD_DIM_V": dim_v,
+        "BLOCK_D": block_dim(dim),
+        "BLOCK_DV": block_dim(dim_v),
+        "NATURAL": natural,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
 ) -> None:
@@ -66,8 +73,8 @@ def forward(
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with _device_of(q):
         call = Launch(q, k, v, operands, params)
-        blocks = operands.row_ptr is not None
-        config = forward_config(call.arch, call.widest, call.itemsize, blocks, _few(call.lengths.seqlen_q))
+        few = _few(call.lengths.seqlen_q)
+        config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few)
         call.run(
             attention_fwd,
             call.tiles(config, q.shape[1]),
@@ -108,8 +115,7 @@ def backward(
     dq, dk, dv = grads
     with _device_of(q):
         call = Launch(q, k, v, operands, params)
-        blocks = operands.row_ptr is not None
-        config = backward_config(call.arch, call.widest, call.itemsize, blocks)
+        config = backward_config(call.arch, call.widest, call.itemsize, call.blocks)
         delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         tile = [per_row(lse), rows(dout), per_row(delta), per_row(residual)]
         call.run(
