@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn.backends import cpu
+from fastattn.backends.cpu_views import DTYPE_CODES, Views
 from fastattn.dispatch import forced_by_environment
 from fastattn.watch import observers
 
@@ -19,7 +20,7 @@ _trace = torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
 
 
-def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
+def plain_views(q: Tensor, k: Tensor, v: Tensor) -> Views | None:
     """What the CPU kernels need to know of q, k and v where eager mode runs them as they are, else None.
 
     None sends the call down the full path, which validates it: so nothing here needs to raise, and each
@@ -51,13 +52,13 @@ def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
         and _trace() is None
         and not observers()
         and forced_by_environment() is None
-        and dtype in cpu.DTYPE_CODES
+        and dtype in DTYPE_CODES
         and cpu.available()
     ):
         pointer, pointer_k, pointer_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if pointer and pointer_k and pointer_v:  # a lazy zero tensor has no memory
             return (
-                cpu.DTYPE_CODES[dtype],
+                DTYPE_CODES[dtype],
                 (pointer, shape, strides),
                 (pointer_k, shape_k, strides_k),
                 (pointer_v, shape_v, strides_v),
