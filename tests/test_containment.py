@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from triton_support import INSTALLED, needs_triton
 
 import fastattn
 from fastattn import masks
@@ -16,7 +17,6 @@ from fastattn.testing import CASES, Inputs, check, make_inputs, oracle, run
 from fastattn.testing.inputs import poisoned_memory
 from fastattn.testing.running import Oracle
 from fastattn.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR
-from triton_support import INSTALLED, needs_triton
 
 BY_NAME = {case.name: case for case in CASES}
 BACKENDS = [

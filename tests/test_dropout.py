@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton_support import needs_triton
 
 import fastattn
 from fastattn import masks
 from fastattn.backends import cpu
 from fastattn.philox import philox4x32
 from fastattn.testing import dropout_mask, dropout_words
-from triton_support import needs_triton
 
 SEED = 0x0123456789ABCDEF
 KNOWN = [((0, 0, 0), 0xB850222E), ((0, 0, 16), 0xC58CB04B), ((3, 5, 77), 0xDD66A65C)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ MAX_HEAD_DIM = 256
 OLDEST = (8, 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _host() -> Any:
     from fastattn.backends.triton import host
 

@@ -1,7 +1,7 @@
 """The forward pass: a program walks the key tiles of one tile of rows and one head.
 
-Tiles that every row sees whole come first, without any check; then those at the edges of what is seen. A block
-mask's tiles are walked as its lists name them. docs/kernels/triton.md has the derivation.
+Tiles that every row sees whole come first, without any check; then those at the edges of what is seen. A
+block mask's tiles are walked as its lists name them. docs/kernels/triton.md has the derivation.
 """
 
 import triton
@@ -28,10 +28,10 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
-    CHECK: tl.constexpr,
+    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q,
+    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION:
+    tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m))."""
     keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
@@ -62,7 +62,9 @@ def _contain(
     keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
     s = product(q, tl.trans(keys), None, PRECISION)
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-    s, _ = apply(rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], offset, len_q, len_k, bits, True)
+    s, _ = apply(
+        rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], offset, len_q, len_k, bits, True
+    )
     seen, _ = apply(
         rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None], end[:, None],
         offset, len_q, len_k, bits, True,
@@ -131,7 +133,7 @@ def attention_fwd(
         before = count
         skipped = 0
         checked = count
-    for t in range(0, checked):
+    for t in range(checked):
         j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
         acc, m, l = _attend(
             acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
@@ -141,7 +143,7 @@ def attention_fwd(
 
     if not_finite(acc):
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        for t in range(0, count):
+        for t in range(count):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             acc = _contain(
                 acc, m, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +17,16 @@ from fastattn.backends.triton.attention_bwd_dkdv import attention_bwd_dkdv
 from fastattn.backends.triton.attention_bwd_dq import attention_bwd_dq
 from fastattn.backends.triton.attention_bwd_rows import attention_bwd_rows
 from fastattn.backends.triton.attention_fwd import attention_fwd
-from fastattn.backends.triton.configs import TileConfig, backward_config, bias_config, block_dim, forward_config
+from fastattn.backends.triton.configs import (
+    TileConfig,
+    backward_config,
+    bias_config,
+    block_dim,
+    forward_config,
+)
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.lowering import Operands, Params
-from fastattn.strides import dense_last, output_like, resolved
+from fastattn.strides import dense_last, resolved
 
 # Row tiles are dealt out to this many sums along diagonals, which are then added up: enough to fill a device
 # with a few heads, and few enough for O(N) memory.
@@ -54,7 +60,7 @@ class Launch:
         launch(kernel, programs, config, *args, **self.constants, **constants)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _constants(dim: int, dim_v: int, natural: bool, tf32: bool) -> dict[str, Any]:
     return {
         "HEAD_DIM": dim,
@@ -204,10 +210,14 @@ def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     return dbias if bias_rows > 1 else dbias.double().sum(2, keepdim=True)
 
 
-def _diagonal_gradient(call: Launch, diag: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:
+def _diagonal_gradient(
+    call: Launch, diag: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]
+) -> Tensor:
     config = bias_config(call.arch, call.widest, call.itemsize)
     parts = min(DIAGONAL_PARTS, max(1, -(-call.lengths.seqlen_q // config.block_m)))
-    partial = q.new_zeros(call.lengths.batch, call.lengths.num_heads, parts, diag.shape[2], dtype=torch.float32)
+    partial = q.new_zeros(
+        call.lengths.batch, call.lengths.num_heads, parts, diag.shape[2], dtype=torch.float32
+    )
     call.run(
         attention_bwd_diagonals,
         call.lengths.batch * call.lengths.num_heads * parts,

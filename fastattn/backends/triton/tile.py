@@ -18,8 +18,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def product(a, b, acc, PRECISION: tl.constexpr):
     """a @ b, added to acc unless that is None, in float32."""
     if INTERPRETED:
-        # It would multiply the bits of bfloat16 as integers, and add up in an order that depends on the shape,
-        # where tensor cores have one: S of the backward pass must be S of the forward pass.
+        # It would multiply the bits of bfloat16 as integers, and add up in an order that depends on the
+        # shape, where tensor cores have one: S of the backward pass must be S of the forward pass.
         exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
         return exact if acc is None else acc + exact
     else:
@@ -53,7 +53,7 @@ def row_base(t, b, h, row):
 
 @triton.jit
 def load_rows(base, row_stride, r, BLOCK: tl.constexpr, WIDTH: tl.constexpr, limit, CHECK: tl.constexpr):
-    """Rows base + r * row_stride, [len(r), BLOCK]: 0 beyond WIDTH columns and, if CHECK, from row `limit` on."""
+    """Rows base + r * row_stride, [len(r), BLOCK]: 0 beyond WIDTH columns and, if CHECK, from limit on."""
     d = tl.arange(0, BLOCK)
     at = base + r[:, None] * row_stride + d[None, :]
     if CHECK and WIDTH != BLOCK:
@@ -175,12 +175,6 @@ def tanh(x):
     y = x * x
     small = y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
     return tl.where(tl.abs(x) < 0.3, x + x * small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def may_hide(rules, CHECK: tl.constexpr):
-    """Whether apply may write -inf for a hidden pair."""
-    return CHECK or (rules.mask is not None) or (rules.bias is not None) or (rules.blocks is not None)
 
 
 @triton.jit
