@@ -46,6 +46,9 @@ class Launch:
         self.itemsize = q.element_size()
         tf32 = self.itemsize == 4 and torch.backends.cuda.matmul.allow_tf32
         self.constants = _constants(q.shape[-1], v.shape[-1], natural, tf32)
+        self.pair_bytes = sum(
+            t.element_size() for t in (operands.mask, operands.bias, operands.diag) if t is not None
+        )
         # Whether a pair within the lengths, the band and the key ranges may be hidden.
         self.hides = operands.mask is not None or operands.bias is not None
 
@@ -80,7 +83,7 @@ def forward(
     with _device_of(q):
         call = Launch(q, k, v, operands, params)
         few = _few(call.lengths.seqlen_q)
-        config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few)
+        config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few, call.pair_bytes)
         call.run(
             attention_fwd,
             call.tiles(config, q.shape[1]),
@@ -121,7 +124,7 @@ def backward(
     dq, dk, dv = grads
     with _device_of(q):
         call = Launch(q, k, v, operands, params)
-        config = backward_config(call.arch, call.widest, call.itemsize, call.blocks)
+        config = backward_config(call.arch, call.widest, call.itemsize, call.blocks, call.pair_bytes)
         delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         tile = [per_row(lse), rows(dout), per_row(delta), per_row(residual)]
         call.run(
