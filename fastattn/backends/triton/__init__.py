@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ def supports(spec: AttentionSpec) -> str | None:
         reasons.append(
             f"head_dim and head_dim_v go up to {MAX_HEAD_DIM}, not {max(spec.head_dim, spec.head_dim_v)}"
         )
-    if spec.score != "dot":
-        reasons.append(f"it has no {spec.score} score")
+    if spec.score != "dot" and spec.bias is not None and spec.needs_grad:
+        reasons.append(f"it has no gradients of a bias beside the {spec.score} score")
     if spec.paged and spec.needs_grad:
         reasons.append("paged caches have no backward pass")
     return "; ".join(reasons) or None
@@ -93,9 +94,7 @@ def forward(
     operands = prepare(q, k, operands, params)
     if no_keys(k, v, operands):
         return out.zero_(), empty_lse(lse, operands)
-    from fastattn.backends.triton import host
-
-    host.forward(q, k, v, operands, params, out, lse)
+    _host(params).forward(q, k, v, operands, params, out, lse)
     return out, lse
 
 
@@ -126,7 +125,16 @@ def backward(
         for grad in grads:
             grad.zero_()
         return *grads, *finish_gradients(extra_gradients(operands, needs), operands, dlse)
-    from fastattn.backends.triton import host
+    extra = _host(params).backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
+    return *grads, *finish_gradients(extra, operands, None)
 
-    extra = host.backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
-    return *grads, *finish_gradients([*extra, None], operands, None)
+
+def _host(params: Params) -> Any:
+    """What launches the kernels for a score."""
+    if params.score == "dot":
+        from fastattn.backends.triton import host
+
+        return host
+    from fastattn.backends.triton import pair_host
+
+    return pair_host
