@@ -70,6 +70,8 @@ def supports(spec: AttentionSpec) -> str | None:
         )
     if spec.score != "dot" and spec.bias is not None and spec.needs_grad:
         reasons.append(f"it has no gradients of a bias beside the {spec.score} score")
+    if spec.score != "dot" and spec.paged:
+        reasons.append(f"paged caches have no {spec.score} score")
     if spec.paged and spec.needs_grad:
         reasons.append("paged caches have no backward pass")
     return "; ".join(reasons) or None

@@ -8,7 +8,7 @@ csrc/cpu/pair_scores.h; docs/kernels/additive.md derives the gradients.
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.tile import TILE, key_tile, key_tiles, load_rows, row_base, row_tile, row_tiles
+from fastattn.backends.triton.tile import TILE, key_tile, key_tiles, row_base, row_tile, row_tiles
 
 
 @triton.jit
@@ -79,20 +79,20 @@ def pair_tile(
     SCORE: tl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_M, BLOCK_N] of the rows from i0 on with the keys from j0 on, BLOCK_H features at a time."""
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_H)
-    q_base = row_base(q, b, h, q_begin + i0)
-    k_base = row_base(k, b, h_kv, k_begin + j0)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)[:, None]
+    q_base = row_base(q, b, h, q_begin + i0) + m * q.row
+    k_base = row_base(k, b, h_kv, k_begin + j0) + n * k.row
     total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_H], tl.float32)
-    for d0 in tl.static_range(0, HEAD_DIM, BLOCK_H):
-        WIDTH: tl.constexpr = BLOCK_H if HEAD_DIM - d0 > BLOCK_H else HEAD_DIM - d0
-        rows = load_rows(q_base + d0, q.row, m, BLOCK_H, WIDTH, len_q - i0, True).to(tl.float32)
-        keys = load_rows(k_base + d0, k.row, n, BLOCK_H, WIDTH, len_k - j0, True).to(tl.float32)
-        weight = 1.0
+    for d0 in range(0, HEAD_DIM, BLOCK_H):
+        d = (d0 + tl.arange(0, BLOCK_H))[None, :]
+        rows = tl.load(q_base + d, mask=(m < len_q - i0) & (d < HEAD_DIM), other=0.0).to(tl.float32)
+        keys = tl.load(k_base + d, mask=(n < len_k - j0) & (d < HEAD_DIM), other=0.0).to(tl.float32)
+        features = pair_features(rows[:, None, :], keys[None, :, :], SCORE)
+        weights = 1.0
         if SCORE == "additive":
-            weight = tl.load(w + d0 + d, mask=d < WIDTH, other=0.0)[None, None, :]
-        total += feature_parts(pair_features(rows[:, None, :], keys[None, :, :], SCORE), weight, SCORE)
+            weights = tl.load(w + d, mask=d < HEAD_DIM, other=0.0)[:, None, :]
+        total += feature_parts(features, weights, SCORE)
     s, _ = score_of(tl.sum(total, 2), SCORE)
     return s
 
@@ -112,8 +112,9 @@ def key_step(rules, start, t, BLOCK_N: tl.constexpr):
     if rules.blocks is None:
         return key_tile(rules, start, t, BLOCK_N)
     else:
-        j0, bits = key_tile(rules, start, t // (TILE // BLOCK_N), BLOCK_N)
-        return j0 + t % (TILE // BLOCK_N) * BLOCK_N, bits
+        whole = t // (TILE // BLOCK_N)
+        j0, bits = key_tile(rules, start, whole, BLOCK_N)
+        return j0 + t * BLOCK_N - whole * TILE, bits
 
 
 @triton.jit
@@ -131,5 +132,6 @@ def row_step(rules, start, t, BLOCK_M: tl.constexpr):
     if rules.blocks is None:
         return row_tile(rules, start, t, BLOCK_M)
     else:
-        i0, bits = row_tile(rules, start, t // (TILE // BLOCK_M), BLOCK_M)
-        return i0 + t % (TILE // BLOCK_M) * BLOCK_M, bits
+        whole = t // (TILE // BLOCK_M)
+        i0, bits = row_tile(rules, start, whole, BLOCK_M)
+        return i0 + t * BLOCK_M - whole * TILE, bits
