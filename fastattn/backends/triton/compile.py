@@ -63,13 +63,11 @@ class Compiled:
     tensor_cores: bool
 
     def line(self) -> str:
-        registers = "" if self.registers is None else f"{self.registers:>4} registers, {self.spills:>5} B spilled"
-        tile = f"{self.config.block_m}x{self.config.block_n}, {self.config.num_warps} warps, "
-        tile += f"{self.config.num_stages} stages"
-        cores = "tensor cores" if self.tensor_cores else ""
-        return (
-            f"sm_{self.arch:<4}{self.kernel:<26}{self.variant:<30}{tile:<30}{self.shared:>7} B  {registers}  {cores}"
-        )
+        config = self.config
+        tile = f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
+        usage = "" if self.registers is None else f"{self.registers:>4} registers, {self.spills:>5} B spilled"
+        text = f"sm_{self.arch:<4}{self.kernel:<26}{self.variant:<32}{tile:<28}{self.shared:>7} B {usage}"
+        return text + ("  tensor cores" if self.tensor_cores else "")
 
 
 def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -120,8 +118,8 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 
 
 VARIANTS = (
-    "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks", "dropout",
-    "varlen", "paged", "additive", "triangular",
+    "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
+    "dropout", "varlen", "paged", "additive", "triangular",
 )  # fmt: skip
 
 
@@ -185,9 +183,7 @@ def compile_variant(
         out, lse = backend.forward(call.q, call.k, call.v, operands, params)
         if gradients and lse is not None and call.block_table is None:
             needs = (True,) * 7
-            backend.backward(
-                call.q, call.k, call.v, out, lse, out, lse, operands, params, needs
-            )
+            backend.backward(call.q, call.k, call.v, out, lse, out, lse, operands, params, needs)
     label = f"{name}, {str(dtype).removeprefix('torch.')}, D={head_dim}"
     return [_describe(kernel, arch, label, config, made) for kernel, config, made in found]
 

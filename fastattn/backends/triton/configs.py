@@ -1,9 +1,11 @@
-"""How fast: tile sizes, warps and pipeline stages by architecture, head dim and dtype. Nothing is tuned at run
-time; `python -m fastattn.backends.triton.compile` shows what each entry compiles to."""
+"""How fast: tile sizes, warps and pipeline stages by architecture, head dim and dtype.
+
+Nothing is tuned at run time; `python -m fastattn.backends.triton.compile` shows what each entry compiles to.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 # Shared memory that one block may have, in bytes, by compute capability; unknown ones count as the smallest.
@@ -26,7 +28,7 @@ def block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward_config(arch: int, dim: int, itemsize: int, blocks: bool, seqlen_q: int) -> TileConfig:
     """Of attention_fwd.
 
@@ -64,7 +66,7 @@ def forward_config(arch: int, dim: int, itemsize: int, blocks: bool, seqlen_q: i
     return config
 
 
-@lru_cache(maxsize=None)
+@cache
 def backward_config(arch: int, dim: int, itemsize: int, blocks: bool) -> TileConfig:
     """Of attention_bwd_dq and attention_bwd_dkdv: rows by keys."""
     if itemsize == 4:
@@ -86,7 +88,7 @@ def backward_config(arch: int, dim: int, itemsize: int, blocks: bool) -> TileCon
     return config
 
 
-@lru_cache(maxsize=None)
+@cache
 def bias_config(arch: int, dim: int, itemsize: int) -> TileConfig:
     """Of the kernels that make one tile of dS at a time; square, as the tiles of a block mask are."""
     return TileConfig(BLOCK_MASK_TILE, BLOCK_MASK_TILE, 4 if dim <= 64 else 8, 1)

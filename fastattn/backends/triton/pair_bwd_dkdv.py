@@ -1,12 +1,28 @@
-"""dK and dV for scores that are no product: a program keeps a few keys, whole, and walks the rows that see them,
-for every query head of its group. Tiles are [keys, rows, features]."""
+"""dK and dV for scores that are no product: a program keeps a few keys, whole, and walks the rows that see
+them, for every query head of its group. Tiles are [keys, rows, features]."""
 
 import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_lse, load_per_row, score_gradient
-from fastattn.backends.triton.pair_scores import by_query, feature_parts, pair_features, row_step, row_steps, score_of
-from fastattn.backends.triton.tile import apply, band, kept, key_range, load_rows, row_base, sequence, store_rows
+from fastattn.backends.triton.pair_scores import (
+    by_query,
+    feature_parts,
+    pair_features,
+    row_step,
+    row_steps,
+    score_of,
+)
+from fastattn.backends.triton.tile import (
+    apply,
+    band,
+    kept,
+    key_range,
+    load_rows,
+    row_base,
+    sequence,
+    store_rows,
+)
 
 
 @triton.jit
@@ -38,8 +54,8 @@ def _add_rows(
         rules, s, b, h, i[None, :], j, begin[None, :], end[None, :], len_k - len_q, len_q, len_k, bits, True
     )  # fmt: skip
     p, _, ds = score_gradient(
-        rules, s, dp, row_lse, row_residual, row_delta, keep, b, h, i[None, :], j, begin[None, :], end[None, :],
-        len_k - len_q, len_q, len_k, bits, NATURAL, True, True,
+        rules, s, dp, row_lse, row_residual, row_delta, keep, b, h, i[None, :], j, begin[None, :],
+        end[None, :], len_k - len_q, len_q, len_k, bits, NATURAL, True, True,
     )  # fmt: skip
     # A row that is not finite reaches only the keys that it sees.
     seen = (final != float("-inf"))[:, :, None]
@@ -85,14 +101,14 @@ def pair_bwd_dkdv(
     stop = tl.where(j0 < len_k, tl.minimum(tl.minimum(j0 + BLOCK_N, len_k) - lo, len_q), 0)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for g in range(0, group):
+    for g in range(group):
         h = h_kv * group + g
         start, count = row_steps(rules, b, h, j0, first, stop, BLOCK_M)
-        for t in range(0, count):
+        for t in range(count):
             i0, bits = row_step(rules, start, t, BLOCK_M)
             acc_k, acc_v = _add_rows(
-                acc_k, acc_v, keys, values, weights[None, None, :], q, lse, dout, delta, residual, lengths, rules,
-                b, h, q_begin, i0, j0, bits, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                acc_k, acc_v, keys, values, weights[None, None, :], q, lse, dout, delta, residual, lengths,
+                rules, b, h, q_begin, i0, j0, bits, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
                 BLOCK_N, NATURAL, SCORE,
             )  # fmt: skip
     acc_k = acc_k * factor[None, :]

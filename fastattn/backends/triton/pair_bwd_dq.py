@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import row_tile_inputs, score_gradient
-from fastattn.backends.triton.pair_scores import by_query, feature_parts, key_step, key_steps, pair_features, score_of
+from fastattn.backends.triton.pair_scores import (
+    by_query,
+    feature_parts,
+    key_step,
+    key_steps,
+    pair_features,
+    score_of,
+)
 from fastattn.backends.triton.tile import apply, kept, key_range, load_rows, row_base, sequence, store_rows
 
 
@@ -49,10 +56,12 @@ def pair_bwd_dq(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_w = tl.zeros([BLOCK_D], tl.float32)
     start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
-    for t in range(0, count):
+    for t in range(count):
         j0, bits = key_step(rules, start, t, BLOCK_N)
         keys = load_rows(row_base(k, b, h_kv, k_begin + j0), k.row, n, BLOCK_D, HEAD_DIM, len_k - j0, True)
-        values = load_rows(row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True)
+        values = load_rows(
+            row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True
+        )
         features = pair_features(rows, keys.to(tl.float32)[None, :, :], SCORE)
         s, slope = score_of(tl.sum(feature_parts(features, weights[None, None, :], SCORE), 2), SCORE)
         dp = tl.sum(grad * values.to(tl.float32)[None, :, :], 2)
@@ -64,8 +73,8 @@ def pair_bwd_dq(
             rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], len_k - len_q, len_q, len_k, bits, True
         )  # fmt: skip
         _, _, ds = score_gradient(
-            rules, s, dp, row_lse[:, None], row_residual[:, None], row_delta[:, None], keep, b, h, i[:, None], j,
-            begin[:, None], end[:, None], len_k - len_q, len_q, len_k, bits, NATURAL, True, True,
+            rules, s, dp, row_lse[:, None], row_residual[:, None], row_delta[:, None], keep, b, h, i[:, None],
+            j, begin[:, None], end[:, None], len_k - len_q, len_q, len_k, bits, NATURAL, True, True,
         )  # fmt: skip
         # A key that is not finite reaches only the rows that see it.
         features = tl.where((final != float("-inf"))[:, :, None], features, 0.0)
@@ -73,6 +82,8 @@ def pair_bwd_dq(
         acc += tl.sum(by_query(ds, features, SCORE), 1)
         if dw is not None:
             acc_w += tl.sum(tl.sum(ds * features, 1), 0)
-    store_rows(row_base(dq, b, h, q_begin + i0), dq.row, r, acc * weights[None, :], BLOCK_D, HEAD_DIM, len_q - i0)
+    store_rows(
+        row_base(dq, b, h, q_begin + i0), dq.row, r, acc * weights[None, :], BLOCK_D, HEAD_DIM, len_q - i0
+    )
     if dw is not None:
         tl.store(dw + tl.program_id(0) * HEAD_DIM + d, acc_w, mask=d < HEAD_DIM)

@@ -46,7 +46,7 @@ def pair_bwd_rows(
         if sinks is not None:
             total += exp_of(tl.load(sinks + h) - row_lse, NATURAL)
         start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
-        for t in range(0, count):
+        for t in range(count):
             j0, bits = key_step(rules, start, t, BLOCK_N)
             s = pair_tile(
                 q, k, w, lengths, b, h, h_kv, q_begin, k_begin, i0, j0, len_q, len_k, HEAD_DIM, BLOCK_M,

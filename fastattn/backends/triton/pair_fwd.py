@@ -52,7 +52,7 @@ def pair_fwd(
         m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
         l = tl.where(m == float("-inf"), 0.0, 1.0)
     start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
-    for t in range(0, count):
+    for t in range(count):
         j0, bits = key_step(rules, start, t, BLOCK_N)
         s = pair_tile(
             q, k, w, lengths, b, h, h_kv, q_begin, k_begin, i0, j0, len_q, len_k, HEAD_DIM, BLOCK_M, BLOCK_N,
@@ -70,7 +70,9 @@ def pair_fwd(
         m = m_new
         if rules.dropout is not None:
             p = tl.where(kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
-        values = load_rows(row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True)
+        values = load_rows(
+            row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True
+        )
         finite = values - values == 0
         acc = product(p.to(values.dtype), tl.where(finite, values, 0.0), acc * rescale[:, None], PRECISION)
         if not_finite(values):  # which reach only the rows that see them

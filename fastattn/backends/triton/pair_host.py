@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.backends.triton import host
 from fastattn.backends.triton.arguments import per_row, rows
-from fastattn.backends.triton.configs import TileConfig, block_dim
+from fastattn.backends.triton.configs import TileConfig
 from fastattn.backends.triton.pair_bwd_dkdv import pair_bwd_dkdv
 from fastattn.backends.triton.pair_bwd_dq import pair_bwd_dq
 from fastattn.backends.triton.pair_bwd_rows import pair_bwd_rows
@@ -38,12 +38,13 @@ class PairLaunch(host.Launch):
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params) -> None:
         super().__init__(q, k, v, operands, params)
         self.inputs = (rows(q), rows(k), rows(v), operands.score_weights)
-        self.constants["SCORE"] = params.score
+        self.constants = {**self.constants, "SCORE": params.score}
 
     def run_pairs(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **more: Any) -> None:
         """Launch a kernel with those of the constants that it has."""
         constants = {name: value for name, value in self.constants.items() if name in kernel.arg_names}
-        host.launch(kernel, programs, config, *self.inputs, *args, self.lengths, self.rules, **constants, **more)
+        args = *self.inputs, *args, self.lengths, self.rules
+        host.launch(kernel, programs, config, *args, **constants, **more)
 
 
 def forward(
@@ -77,8 +78,8 @@ def backward(
     needs: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Fill grads, dq, dk and dv, and return (dbias, ddiag, dsinks, dscore_weights) in the accumulate dtype; the
-    first two are None."""
+    """Fill grads, dq, dk and dv, and return (None, None, dsinks, dscore_weights), where needed, in the
+    accumulate dtype."""
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
     dq, dk, dv = grads

@@ -1,8 +1,8 @@
 """Scores that are sums over the features of a function of the pair (q_id, k_jd), in place of the product q·k.
 
 The additive score w·tanh(q + k), and the logarithms of kernels of the distance r = |q - k|. A pair's features
-exist in registers only, [rows, keys, features], and what is left of them is one number. The names are those of
-csrc/cpu/pair_scores.h; docs/kernels/additive.md derives the gradients.
+exist in registers only, [rows, keys, features], and what is left of them is one number. The names are those
+of csrc/cpu/pair_scores.h; docs/kernels/additive.md derives the gradients.
 """
 
 import triton
@@ -78,7 +78,7 @@ def pair_tile(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     SCORE: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] of the rows from i0 on with the keys from j0 on, BLOCK_H features at a time."""
+    """Scores [BLOCK_M, BLOCK_N] of the rows from i0 on with the keys from j0 on, by BLOCK_H features."""
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, BLOCK_N)[:, None]
     q_base = row_base(q, b, h, q_begin + i0) + m * q.row
