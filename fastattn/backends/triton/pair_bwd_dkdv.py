@@ -108,8 +108,8 @@ def pair_bwd_dkdv(
             i0, bits = row_step(rules, start, t, BLOCK_M)
             acc_k, acc_v = _add_rows(
                 acc_k, acc_v, keys, values, weights[None, None, :], q, lse, dout, delta, residual, lengths,
-                rules, b, h, q_begin, i0, j0, bits, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, NATURAL, SCORE,
+                rules, b, h, q_begin, i0, j0, bits, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, NATURAL, SCORE,
             )  # fmt: skip
     acc_k = acc_k * factor[None, :]
     store_rows(row_base(dk, b, h_kv, k_begin + j0), dk.row, n, acc_k, BLOCK_D, HEAD_DIM, limit - j0)

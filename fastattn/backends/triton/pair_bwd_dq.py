@@ -70,7 +70,8 @@ def pair_bwd_dq(
             keep = kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
         j = (j0 + n)[None, :]
         final, _ = apply(
-            rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], len_k - len_q, len_q, len_k, bits, True
+            rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], len_k - len_q, len_q, len_k, bits,
+            True,
         )  # fmt: skip
         _, _, ds = score_gradient(
             rules, s, dp, row_lse[:, None], row_residual[:, None], row_delta[:, None], keep, b, h, i[:, None],
