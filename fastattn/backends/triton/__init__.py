@@ -35,10 +35,11 @@ OLDEST = (8, 0)
 
 
 @cache
-def _host() -> Any:
-    from fastattn.backends.triton import host
+def _host(score: str) -> Any:
+    """What launches the kernels for a score."""
+    from fastattn.backends.triton import host, pair_host
 
-    return host
+    return host if score == "dot" else pair_host
 
 
 def is_interpreted() -> bool:
@@ -66,8 +67,10 @@ def supports(spec: AttentionSpec) -> str | None:
         reasons.append(
             f"head_dim and head_dim_v go up to {MAX_HEAD_DIM}, not {max(spec.head_dim, spec.head_dim_v)}"
         )
-    if spec.score != "dot":
-        reasons.append(f"it has no {spec.score} score")
+    if spec.score != "dot" and spec.bias is not None and spec.needs_grad:
+        reasons.append(f"it has no gradients of a bias beside the {spec.score} score")
+    if spec.score != "dot" and spec.paged:
+        reasons.append(f"paged caches have no {spec.score} score")
     if spec.paged and spec.needs_grad:
         reasons.append("paged caches have no backward pass")
     return "; ".join(reasons) or None
@@ -108,7 +111,7 @@ def forward(
     operands = prepare(q, k, operands, params)
     if no_keys(k, v, operands):
         return out.zero_(), empty_lse(lse, operands)
-    _host().forward(q, k, v, operands, params, out, lse)
+    _host(params.score).forward(q, k, v, operands, params, out, lse)
     return out, lse
 
 
@@ -139,5 +142,5 @@ def backward(
         for grad in grads:
             grad.zero_()
         return *grads, *finish_gradients(extra_gradients(operands, needs), operands, dlse)
-    extra = _host().backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
-    return *grads, *finish_gradients([*extra, None], operands, None)
+    extra = _host(params.score).backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
+    return *grads, *finish_gradients(extra, operands, None)

@@ -108,6 +108,10 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
         call.op, call.lengths = "decode", torch.tensor([200])
         call.k, call.v = (x.view(2, 2, SEQLEN // 2, head_dim) for x in (k, v))
         call.block_table = torch.tensor([[0, 1]], dtype=torch.int32)
+    elif name == "additive":
+        call.score, call.scale, call.score_weights = name, 1.0, torch.zeros(head_dim, requires_grad=True)
+    elif name == "triangular":
+        call.score, call.scale, call.mask = name, 1.0, masks.causal()
     elif name not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
     return call
@@ -115,7 +119,7 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 
 VARIANTS = (
     "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
-    "dropout", "varlen", "paged",
+    "dropout", "varlen", "paged", "additive", "triangular",
 )  # fmt: skip
 
 
@@ -178,7 +182,7 @@ def compile_variant(
     with torch.no_grad(), compiling(arch, found):
         out, lse = backend.forward(call.q, call.k, call.v, operands, params)
         if gradients and lse is not None and call.block_table is None:
-            needs = (True,) * 6 + (False,)
+            needs = (True,) * 7
             backend.backward(call.q, call.k, call.v, out, lse, out, lse, operands, params, needs)
     label = f"{name}, {str(dtype).removeprefix('torch.')}, D={head_dim}"
     return [_describe(kernel, arch, label, config, made) for kernel, config, made in found]

@@ -117,7 +117,8 @@ def backward(
     needs: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Fill grads, dq, dk and dv, and return (dbias, ddiag, dsinks) in the accumulate dtype where needed."""
+    """Fill grads, dq, dk and dv, and return (dbias, ddiag, dsinks, None), where needed, in the accumulate
+    dtype."""
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
@@ -186,7 +187,7 @@ def backward(
             ddiag = _diagonal_gradient(call, operands.diag, q, k, v, tile)
         if operands.sinks is not None and needs[2]:
             dsinks = _sink_gradient(operands.sinks, lse, residual, delta)
-    return [dbias, ddiag, dsinks]
+    return [dbias, ddiag, dsinks, None]
 
 
 def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:

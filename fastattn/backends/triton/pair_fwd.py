@@ -1,0 +1,89 @@
+"""The forward pass for scores that are no product: a program walks the keys of a few rows of one head.
+
+The arithmetic of a pair's features outweighs all else, so there is one loop, which checks every pair.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
+from fastattn.backends.triton.tile import (
+    LN2,
+    apply,
+    exp_of,
+    kept,
+    key_range,
+    load_rows,
+    not_finite,
+    product,
+    row_base,
+    sequence,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=["lengths"])
+def pair_fwd(
+    q, k, v, w, out, lse, sinks, lengths, rules,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    SCORE: tl.constexpr,
+):  # fmt: skip
+    """out and, unless it is None, lse of BLOCK_M rows; see arguments.py for what comes in."""
+    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
+    bh = tl.program_id(0) // num_tiles
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
+    b = bh // lengths.num_heads
+    h = bh % lengths.num_heads
+    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
+    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
+    i0 = tile * BLOCK_M
+    if i0 >= len_q:
+        return
+    r = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    i = tl.minimum(i0 + r, len_q - 1)
+    begin, end = key_range(rules, b, i, len_q, len_k)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:  # one more logit, which carries no value
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+    for t in range(count):
+        j0, bits = key_step(rules, start, t, BLOCK_N)
+        s = pair_tile(
+            q, k, w, lengths, b, h, h_kv, q_begin, k_begin, i0, j0, len_q, len_k, HEAD_DIM, BLOCK_M, BLOCK_N,
+            BLOCK_H, SCORE,
+        )  # fmt: skip
+        s, _ = apply(
+            rules, s, b, h, i[:, None], (j0 + n)[None, :], begin[:, None], end[:, None], len_k - len_q, len_q,
+            len_k, bits, True,
+        )  # fmt: skip
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # of a row that has seen nothing yet
+        p = exp_of(s - m_safe[:, None], NATURAL)
+        rescale = exp_of(m - m_safe, NATURAL)
+        l = l * rescale + tl.sum(p, 1)
+        m = m_new
+        if rules.dropout is not None:
+            p = tl.where(kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+        values = load_rows(
+            row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True
+        )
+        finite = values - values == 0
+        acc = product(p.to(values.dtype), tl.where(finite, values, 0.0), acc * rescale[:, None], PRECISION)
+        if not_finite(values):  # which reach only the rows that see them
+            seen = (s != float("-inf")).to(tl.float16)
+            acc = tl.where(tl.dot(seen, (finite == 0).to(tl.float16)) > 0, float("nan"), acc)
+
+    factor = 1.0
+    if rules.dropout is not None:
+        factor = rules.dropout.scale
+    result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
+    store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
+    if lse is not None:
+        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
+        tl.store(row_base(lse, b, h, q_begin + i0) + r * lse.row, log_sum, mask=r < len_q - i0)
