@@ -145,6 +145,7 @@ bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
     p.seqlens_k = view_of(value).as<const int32_t>();
   } else if (key == "block_table") {
     p.block_table = view_of(value).batch_rows();
+    p.page_size = p.seqlen_k;  // k is [pages, Hkv, page_size, D]
   } else {
     return false;
   }
@@ -153,7 +154,7 @@ bool read_option(const std::string& key, py::handle value, AttentionParams& p) {
 
 bool read_forward_option(const std::string& key, py::handle value, AttentionParams& p) {
   if (key != "weights") return false;
-  const py::tuple weights = py::reinterpret_borrow<py::tuple>(value);
+  const py::tuple weights = tuple_of(value, 2);
   p.weights = view_of(weights[0]).tensor();
   p.average_weights = weights[1].cast<bool>();
   return true;
@@ -206,24 +207,23 @@ void read_call(AttentionParams& p, int dtype, const View& q, const View& k, cons
   p.lse = lse.data == nullptr ? Tensor{} : lse.rows();
 }
 
-void finish_call(AttentionParams& p) {
-  if (p.block_table.data != nullptr) p.page_size = p.seqlen_k;  // k is [pages, Hkv, page_size, D]
-}
-
-[[noreturn]] void unknown_option(const std::string& key) {
-  throw py::key_error("unknown option '" + key + "'");
+// The options of a call whose tensors read_call has read; `read_own` takes those of one kernel alone.
+template <class Params>
+void read_options(const std::optional<py::dict>& options, Params& p,
+                  bool (*read_own)(const std::string&, py::handle, Params&) = nullptr) {
+  if (!options) return;
+  for (const auto& [key, value] : *options) {
+    const std::string name = key.template cast<std::string>();
+    if (!read_option(name, value, p) && (read_own == nullptr || !read_own(name, value, p)))
+      throw py::key_error("unknown option '" + name + "'");
+  }
 }
 
 void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                    double scale, int num_threads, const std::optional<py::dict>& options) {
   AttentionParams p;
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
-  if (options)
-    for (const auto& [key, value] : *options) {
-      const std::string name = key.cast<std::string>();
-      if (!read_option(name, value, p) && !read_forward_option(name, value, p)) unknown_option(name);
-    }
-  finish_call(p);
+  read_options(options, p, read_forward_option);
   const py::gil_scoped_release release;
   cpu_kernels().attention_fwd(p);
 }
@@ -238,12 +238,7 @@ void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   p.dq = view_of(dq).tensor();
   p.dk = view_of(dk).tensor();
   p.dv = view_of(dv).tensor();
-  if (options)
-    for (const auto& [key, value] : *options) {
-      const std::string name = key.cast<std::string>();
-      if (!read_option(name, value, p) && !read_backward_option(name, value, p)) unknown_option(name);
-    }
-  finish_call(p);
+  read_options(options, p, read_backward_option);
   const py::gil_scoped_release release;
   cpu_kernels().attention_bwd(p);
 }
@@ -254,11 +249,7 @@ void hard_fwd(int dtype, py::handle q, py::handle k, py::handle index, py::handl
   read_call(p, dtype, view_of(q), view_of(k), view_of(k), view_of(q), View{}, scale, num_threads);
   p.index = view_of(index).rows();
   p.seed = view_of(seed).as<const int64_t>();
-  if (options)
-    for (const auto& [key, value] : *options) {
-      const std::string name = key.cast<std::string>();
-      if (!read_option(name, value, p)) unknown_option(name);
-    }
+  read_options(options, p);
   const py::gil_scoped_release release;
   cpu_kernels().hard_fwd(p);
 }
@@ -297,11 +288,7 @@ void summary_fwd(int dtype, py::handle q, py::handle k, double scale, int num_th
   read_call(p, dtype, queries, keys, keys, queries, View{}, scale, num_threads);
   p.v = p.out = Tensor{};
   read_summary_outputs(outputs, p);
-  if (options)
-    for (const auto& [key, value] : *options) {
-      const std::string name = key.cast<std::string>();
-      if (!read_option(name, value, p)) unknown_option(name);
-    }
+  read_options(options, p);
   const py::gil_scoped_release release;
   cpu_kernels().summary_fwd(p);
 }

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from fastattn.backends import cpu
 from fastattn.backends.common import lse_like
+from fastattn.backends.cpu_views import Views
 from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
@@ -162,7 +163,7 @@ class Plain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, views: cpu.Views, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, views: Views, scale: float) -> Tensor:
         lse = lse_like(q)
         out = cpu.small(q, views, scale, lse)
         ctx.save_for_backward(q, k, v, out, lse)

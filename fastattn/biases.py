@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastattn.checks import check_bool, check_int
 from fastattn.masks.space import Align, MaskShape, check_align, check_device, describe
-from fastattn.spec import dtype_name
+from fastattn.spec import accumulate_dtype, dtype_name
 
 BiasType = TypeVar("BiasType", bound="Bias")
 
@@ -94,9 +94,7 @@ class Bias:
             raise ValueError(f"bias {type(self).__name__} must be for {heads} heads, got {self.heads}")
 
     def _accumulation_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        if dtype is not None:
-            return dtype
-        return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
+        return accumulate_dtype(self.parameter.dtype) if dtype is None else dtype
 
     def __repr__(self) -> str:
         items = [describe(getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]

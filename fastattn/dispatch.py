@@ -135,6 +135,8 @@ def choose(call: Call) -> Any:
     forced = forced_backend(call.backend)
     if forced is None and call.q.device.type == "cpu" and cpu.available() and call.block_table is None:
         return cpu  # it supports all of these: no spec is needed to know
+    if forced in (None, "triton") and call.q.is_cuda and _triton().takes(call):
+        return _triton()
     choice = explain(call)
     if choice.backend is None:
         raise NotImplementedError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import autograd, dispatch, functional, leading, ops, reference
+from fastattn import autograd, dispatch, execution, leading, ops, reference
 from fastattn.backends import cpu
 from fastattn.call import Call
 from fastattn.lowering import lower
@@ -75,7 +75,7 @@ def hard_attention(
         raise ValueError('seed must be None with mode="argmax", which draws nothing')
     call = Call("attention", q, k, v, mask=mask, scale=scale, backend=backend)
     lead = leading.fold(call)
-    functional.autocast(call)
+    execution.autocast(call)
     validate(call)
     if seed is not None:
         check_seed("seed", seed, call.q.device)
@@ -91,7 +91,7 @@ def hard_attention(
         # A map's tensors do not tell whether a gradient is taken around it.
         or torch._C._are_functorch_transforms_active()
     ):
-        out = _StraightThrough.apply(functional.run(call), out.detach())
+        out = _StraightThrough.apply(execution.run(call), out.detach())
     results = [leading.unfold(out, lead)]
     results += [t.reshape(*lead, t.shape[-1]) for t in (log_prob,) if t is not None]
     results += [index.reshape(*lead, index.shape[-1])] if return_index else []
@@ -133,7 +133,7 @@ def _log_probability(call: Call, index: Tensor) -> Tensor:
     """scale q_i . k_j(i) - lse_i, 0 where no key was chosen."""
     dtype = accumulate_dtype(call.q.dtype)
     scored = replace(call, v=torch.zeros_like(call.v[..., :1]), return_lse=True)
-    _, lse = functional.run(scored)
+    _, lse = execution.run(scored)
     keys = _values_at(call.k, index).to(dtype)
     score = call.scale_value() * (call.q.to(dtype) * keys).sum(-1)
     return torch.where(index < 0, 0.0, score - lse.to(dtype))

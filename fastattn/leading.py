@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import functional
+from fastattn import execution
 from fastattn.call import Call
 from fastattn.masks import Mask
 from fastattn.spec import dtype_name
@@ -60,11 +60,11 @@ def leading_dimensions(call: Call) -> torch.Size:
 
 
 def run(call: Call) -> Any:
-    """`functional.run` on tensors of any number of dimensions: out [..., Lq, Dv] and, if asked, lse."""
+    """`execution.run` on tensors of any number of dimensions: out [..., Lq, Dv] and, if asked, lse."""
     lead = fold(call)
     if not call.return_lse:
-        return unfold(functional.run(call), lead)
-    out, lse = functional.run(call)
+        return unfold(execution.run(call), lead)
+    out, lse = execution.run(call)
     return unfold(out, lead), lse.reshape(*lead, lse.shape[-1])
 
 

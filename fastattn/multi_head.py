@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastattn import autograd, dispatch, functional, watch
+from fastattn import autograd, dispatch, execution, watch
 from fastattn.autocast import autocast_dtype, cast, cast_bias, without_autocast
 from fastattn.autograd import without_double_backward
 from fastattn.backends import cpu
@@ -126,7 +126,7 @@ def _composed(
     """The three steps one after the other, for traces, transforms and backends without kernels."""
     layout = projections.layout
     q, k, v = projections.split()
-    out = functional.run(replace(call, q=q, k=k, v=v))
+    out = execution.run(replace(call, q=q, k=k, v=v))
     weights = dropped_weights(call, q, k, average) if need_weights else None
     return F.linear(layout.from_heads(out), *output), weights
 

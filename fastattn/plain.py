@@ -1,13 +1,24 @@
-"""Recognising the plainest of calls, so that a tiny one costs little more than PyTorch's."""
+"""The plainest of calls, recognised and run at once, so that a tiny one costs little more than PyTorch's."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastattn import autograd, dispatch
 from fastattn.backends import cpu
+from fastattn.backends.cpu_views import DTYPE_CODES, Views
+from fastattn.biases import Bias
+from fastattn.call import Call
 from fastattn.dispatch import forced_by_environment
+from fastattn.execution import run
+from fastattn.lowering import lower
+from fastattn.masks import Mask
+from fastattn.validation import validate_options
 from fastattn.watch import observers
 
 # Bound once: each lookup through a module costs as much as the call itself.
@@ -18,8 +29,10 @@ _transforms = torch._C._are_functorch_transforms_active
 _trace = torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
-def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
+
+def plain_views(q: Tensor, k: Tensor, v: Tensor) -> Views | None:
     """What the CPU kernels need to know of q, k and v where eager mode runs them as they are, else None.
 
     None sends the call down the full path, which validates it: so nothing here needs to raise, and each
@@ -51,15 +64,56 @@ def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
         and _trace() is None
         and not observers()
         and forced_by_environment() is None
-        and dtype in cpu.DTYPE_CODES
+        and dtype in DTYPE_CODES
         and cpu.available()
     ):
         pointer, pointer_k, pointer_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if pointer and pointer_k and pointer_v:  # a lazy zero tensor has no memory
             return (
-                cpu.DTYPE_CODES[dtype],
+                DTYPE_CODES[dtype],
                 (pointer, shape, strides),
                 (pointer_k, shape_k, strides_k),
                 (pointer_v, shape_v, strides_v),
             )
     return None
+
+
+def plain_attention(
+    views: Views,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    bias: Bias | Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    return_lse: bool,
+) -> Any:
+    """`attention` where `plain_views` found nothing to check about q, k and v."""
+    if (
+        mask is None
+        and bias is None
+        and softcap is None
+        and sinks is None
+        and dropout_seed is None
+        and not return_lse
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+    ):
+        if scale is None:
+            scale = 1.0 / math.sqrt(views[1][1][3])
+        if type(scale) is float and -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:  # finite in every dtype's kernels
+            if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+                return autograd.plain(q, k, v, views, scale)
+            return cpu.small(q, views, scale)
+    call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
+    validate_options(call)
+    if call.dropout_p == 1:
+        return run(call)
+    dispatch.seed(call)
+    operands, params = lower(call)
+    out, lse = autograd.eager(cpu, q, k, v, operands, params, return_lse)
+    return (out, lse) if return_lse else out

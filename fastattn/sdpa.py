@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastattn.call import Call
-from fastattn.functional import plain_attention, run
+from fastattn.execution import run
 from fastattn.masks import causal
-from fastattn.plain import plain_views
+from fastattn.plain import plain_attention, plain_views
 from fastattn.spec import dtype_name
 from fastattn.validation import check_broadcast, check_tensor
 

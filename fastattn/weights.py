@@ -15,7 +15,7 @@ from fastattn.backends import cpu
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import autocast, execute
+from fastattn.execution import autocast, execute
 from fastattn.lowering import lower, to_4d
 from fastattn.masks import Mask, as_mask
 from fastattn.masks.space import Pairs
@@ -130,7 +130,7 @@ def whole_matrix(call: Call) -> Tensor:
     From the kernels' own pass where they run: no second way of computing them.
 
     Args:
-        call: as `functional.run` takes it; its v is not read.
+        call: as `execution.run` takes it; its v is not read.
     """
     with torch.no_grad():
         call = replace(call, v=call.k[..., :1], dropout_p=0.0, dropout_seed=None)

@@ -48,6 +48,10 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False, s
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
+def f32(*shape: int) -> Tensor:
+    return randn(*shape, dtype=torch.float32)
+
+
 def grads(function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Results of function(*inputs), and gradients of a fixed random contraction of them."""
     results = function(*inputs)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from triton_support import interpret_without_gpu
 
 import fastattn
 from fastattn.backends import cpu
-from triton_support import interpret_without_gpu
 
 interpret_without_gpu()
 

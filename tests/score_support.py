@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import functional, reference
+from fastattn import execution, reference
 from fastattn.call import Call
 from fastattn.testing.running import _worse
 
@@ -44,7 +44,7 @@ def call_kernels(score: str, leaves: list[Tensor], **options: Any) -> tuple[Tens
     q, k, v, *w = leaves
     call = Call("attention", q, k, v, scale=1.0, score=score, return_lse=True, **options)
     call.score_weights = w[0] if w else None
-    return functional.run(call)
+    return execution.run(call)
 
 
 def call_definition(score: str, leaves: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from triton_support import INSTALLED, needs_triton
 
 import fastattn
 from fastattn import masks
@@ -16,7 +17,6 @@ from fastattn.testing import CASES, Inputs, check, make_inputs, oracle, run
 from fastattn.testing.inputs import poisoned_memory
 from fastattn.testing.running import Oracle
 from fastattn.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR
-from triton_support import needs_triton
 
 BY_NAME = {case.name: case for case in CASES}
 BACKENDS = [
@@ -72,8 +72,17 @@ POISON = [
     ("cpu", math.inf, ALL),
     ("cpu", -math.inf, ALL),
     ("cpu", math.inf, ("v",)),
+    ("triton", math.nan, ALL),
+    ("triton", math.inf, ALL),
     ("reference", math.nan, ALL),
 ]
+
+
+def skip_without_triton(name: str) -> None:
+    if not INSTALLED:
+        pytest.skip("triton: not installed")
+    if name.endswith("float64"):
+        pytest.skip("triton: it has no float64")
 
 
 def describe(x) -> str:
@@ -88,6 +97,8 @@ def test_poison_reaches_what_sees_it_and_nothing_else(name, backend, value, targ
     what it is without the poison's neighbours: within the bound."""
     if backend == "cpu" and not cpu.available():
         pytest.skip("cpu: the native core is not built")
+    if backend == "triton":
+        skip_without_triton(name)
     clean, expected = reached_by_nan(name, targets)
     case = clean.case
     with poisoned_memory():
@@ -260,6 +271,8 @@ EMPTY = {"batch": (0, 3, 4), "q": (2, 0, 4), "k": (2, 3, 0), "q and k": (2, 0, 0
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY.keys())
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.causal() | masks.window(0, 1)], ids=repr)
 def test_empty_tensors(mask, shape: tuple[int, int, int], dtype: torch.dtype, backend: str):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("triton: it has no float64")
     batch, lq, lk = shape
     q, k, v = (torch.randn(batch, 2, n, 8, dtype=dtype, requires_grad=True) for n in (lq, lk, lk))
     out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend=backend)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.backends import cpu
 from fastattn.backends.common import empty_lse, extra_gradients, finish_gradients, prepare
+from fastattn.backends.cpu_views import DTYPE_CODES, Layout, View, view
 from fastattn.lowering import Operands, Params
 from fastattn.spec import accumulate_dtype
 from fastattn.strides import dense_last, output_like, resolved
@@ -59,18 +60,18 @@ def forward(
         return _without_pairs(results, operands, lse is not None)
     operands = prepare(q, k, operands, params)
     q, k = dense_last(q), dense_last(k)
-    layout = cpu._Layout(q, k, operands, params)
+    layout = Layout(q, k, operands, params)
     outputs: dict[str, Any] = {
-        field: cpu.view(getattr(results, field))
+        field: view(getattr(results, field))
         for field in ("entropy", "received", "distance", "max_weight", "max_index")
     }
-    outputs["lse" if lse is None else "lse_given"] = cpu.view(results.lse)
+    outputs["lse" if lse is None else "lse_given"] = view(results.lse)
     if wanted.top_k:
-        outputs["topk"] = cpu.view(results.topk_weights), cpu.view(results.topk_indices)
+        outputs["topk"] = view(results.topk_weights), view(results.topk_indices)
     if 0 not in wanted.pool:
-        outputs["pooled"] = POOL_MODES.index(wanted.pool_mode), cpu.view(results.pooled)
+        outputs["pooled"] = POOL_MODES.index(wanted.pool_mode), view(results.pooled)
     cpu._C.summary_fwd(
-        cpu.DTYPE_CODES[q.dtype],
+        DTYPE_CODES[q.dtype],
         layout.query(q),
         layout.key(k),
         params.scale,
@@ -118,16 +119,16 @@ def backward(
     if 0 in q.shape[:-1] or k.numel() == 0:
         return dq.zero_(), dk.zero_(), *finish_gradients(extra, operands, dlse)[:3]
     q, k = dense_last(q), dense_last(k)
-    layout = cpu._Layout(q, k, operands, params)
+    layout = Layout(q, k, operands, params)
     options = layout.options(operands, params) or {}
     options.update(layout.gradient_views(extra))
     if pooled is not None and pool_mode == "mean":
         pooled = pooled / pairs_per_cell(q.shape[2], k.shape[2], pooled)
     named = {"dentropy": entropy, "dreceived": received, "ddistance": distance, "dpooled": pooled}
-    options.update({key: cpu.view(grad) for key, grad in named.items() if grad is not None})
+    options.update({key: view(grad) for key, grad in named.items() if grad is not None})
     rows, keys = _of_no_width(layout.query(q)), _of_no_width(layout.key(k))
     cpu._C.attention_bwd(
-        cpu.DTYPE_CODES[q.dtype],
+        DTYPE_CODES[q.dtype],
         layout.query(q),
         layout.key(k),
         keys,
@@ -145,7 +146,7 @@ def backward(
     return dq, dk, *finish_gradients(extra, operands, None)[:3]
 
 
-def _of_no_width(view: cpu.View) -> cpu.View:
+def _of_no_width(rows: View) -> View:
     """Rows of no elements, which a kernel may point to but neither reads nor writes."""
-    pointer, shape, strides = view
+    pointer, shape, strides = rows
     return pointer, (*shape[:3], 0), strides

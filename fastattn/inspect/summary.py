@@ -16,7 +16,7 @@ from fastattn.backends import cpu, cpu_summary
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import autocast
+from fastattn.execution import autocast
 from fastattn.inspect import fused
 from fastattn.inspect.definition import statistics
 from fastattn.lowering import lower

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.checks import check_int
 from fastattn.models.transformer import Transformer
+from fastattn.spec import accumulate_dtype
 
 EXTRA_TOKENS = 50  # Vaswani et al. 2017, section 6.1: outputs of at most the input's length + 50
 
@@ -150,13 +151,13 @@ class _Steps:
     def zeros(self, *shape: int) -> Tensor:
         """Scores to start from, in the dtype of log-probabilities."""
         weight = self.model.output.weight
-        return torch.zeros(shape, dtype=_score_dtype(weight.dtype), device=weight.device)
+        return torch.zeros(shape, dtype=accumulate_dtype(weight.dtype), device=weight.device)
 
     def __call__(self, token: Tensor) -> Tensor:
         """token: int64 [rows], the last of each; returns [rows, V]."""
         logits = self.model.decode(token[:, None], self.memory, src_lengths=self.lengths, cache=self.cache)
         self.memory = None  # the cache holds it now, in every layer's projection
-        result = logits[:, -1].log_softmax(-1, dtype=_score_dtype(logits.dtype))
+        result = logits[:, -1].log_softmax(-1, dtype=accumulate_dtype(logits.dtype))
         if self.model.padding_idx is not None:
             result[:, self.model.padding_idx] = -torch.inf
         return result
@@ -252,10 +253,6 @@ _BY_ENTRY = ("open", "open_scores", "ended", "ended_lengths", "ended_scores", "n
 def _take(sentences: Tensor, index: Tensor) -> Tensor:
     """sentences [B, N, T] at index [B, M]: [B, M, T]."""
     return sentences.gather(1, index[:, :, None].expand(-1, -1, sentences.shape[2]))
-
-
-def _score_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _filler(model: Transformer, eos_index: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.checks import check_int
-from fastattn.functional import _has_values
+from fastattn.execution import has_values
 
 
 class TokenEmbedding(nn.Embedding):
@@ -60,7 +60,7 @@ class TokenEmbedding(nn.Embedding):
         """
         if input.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {input.dtype}")
-        if input.numel() and _has_values(input):
+        if input.numel() and has_values(input):
             low, high = (int(bound) for bound in input.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 wrong = low if low < 0 else high

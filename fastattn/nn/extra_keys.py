@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.call import Call
-from fastattn.functional import run
+from fastattn.execution import run
 from fastattn.head_weights import dropped_weights
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import _has_values
+from fastattn.execution import has_values
 from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
 from fastattn.nn.recurrent import read_padded
 
@@ -204,7 +204,7 @@ def _word_lens(valid_lens: Tensor | None, x: Tensor) -> Tensor:
     if list(lens.shape) not in ([batch], [batch, sentences]):
         raise ValueError(f"valid_lens must be [{batch}] or [{batch}, {sentences}], got {list(lens.shape)}")
     top = sentences if lens.dim() == 1 else words
-    if lens.numel() and _has_values(lens):
+    if lens.numel() and has_values(lens):
         low, high = (int(bound) for bound in lens.aminmax())
         if low < 0 or high > top:
             raise ValueError(f"valid_lens must be from 0 to {top}, got {low} to {high}")

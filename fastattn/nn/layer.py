@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastattn import leading
 from fastattn.call import Call
-from fastattn.functional import autocast
+from fastattn.execution import autocast
 from fastattn.masks import Mask, dense, padding
 from fastattn.spec import dtype_name
 

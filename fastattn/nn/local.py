@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import autocast
+from fastattn.execution import autocast
 from fastattn.hard import choose_keys
 from fastattn.masks import Mask, as_mask, padding, window
 from fastattn.masks.space import Pairs

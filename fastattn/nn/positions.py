@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.checks import check_bool, check_int
-from fastattn.functional import _has_values
+from fastattn.execution import has_values
 
 
 def sinusoids(max_len: int, d_model: int, base: float = 10000.0) -> Tensor:
@@ -97,7 +97,7 @@ def table_rows(
         raise ValueError(
             f"positions must be [{length}] or [{batch}, {length}], got shape {list(positions.shape)}"
         )
-    if at.numel() and _has_values(at):
+    if at.numel() and has_values(at):
         low, high = (int(bound) for bound in at.aminmax())
         if low < 0 or high >= len(table):
             raise ValueError(

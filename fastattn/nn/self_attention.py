@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.functional import _has_values
+from fastattn.execution import has_values
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
 from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, is_transformed, visible_keys
@@ -160,7 +160,7 @@ def _unblocked(mask: Any) -> Mask | Tensor | None:
     if mask is None or isinstance(mask, Mask):
         return mask
     check_tensor("mask", mask)
-    if mask.dtype != torch.bool and mask.numel() and _has_values(mask):
+    if mask.dtype != torch.bool and mask.numel() and has_values(mask):
         wrong = mask[(mask != 0) & (mask != 1)]
         if wrong.numel():
             raise ValueError(f"mask must hold 1 (blocked) and 0 (visible), got {wrong[0].item():g}")

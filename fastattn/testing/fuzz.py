@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import functional, reference
+from fastattn import execution, reference
 from fastattn.backends import cpu
 from fastattn.call import Call
 from fastattn.testing.case import LAYOUTS
@@ -53,7 +53,7 @@ def _with_score(op: str, public: Callable[..., Any]) -> Callable[..., Any]:
             options |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
         elif op == "decode":
             options["lengths"] = fixed[0]
-        return functional.run(Call(op, q, k, v, scale=1.0, **options))
+        return execution.run(Call(op, q, k, v, scale=1.0, **options))
 
     return call
 

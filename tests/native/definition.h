@@ -91,19 +91,28 @@ class Row {
 
   void backward() {
     const double* dout = &x.dout.at(entry_, h_, row_, 0);
+    std::vector<double> dp(keys_);
+    for (int64_t j = 0; j < keys_; ++j) {
+      if (p_[j] == 0) continue;
+      dp[j] = kept_[j] * dot(dout, value(j), c.head_dim_v);
+      double* dv = &x.dv.at(x.key_entry(b_, j), g_, x.row_k(b_, j), 0);
+      for (int64_t d = 0; d < c.head_dim_v; ++d) dv[d] += kept_[j] * p_[j] * dout[d];
+    }
+    backward_of(dp);
+  }
+
+  // From the gradients of the weights before dropout, and that of lse.
+  void backward_of(const std::vector<double>& dp) {
     double* dq = &x.dq.at(entry_, h_, row_, 0);
-    const double delta =
-        dot(dout, &x.out.at(entry_, h_, row_, 0), c.head_dim_v) - x.dlse.at(entry_, h_, row_, 0);
+    const double delta = dot(p_.data(), dp.data(), keys_) - x.dlse.at(entry_, h_, row_, 0);
     if (c.has_sinks) x.dsinks.at(0, h_, 0, 0) -= delta * std::exp(x.sinks.at(0, h_, 0, 0)) / sum_;
     std::fill_n(dq, c.head_dim, 0.0);
     for (int64_t j = 0; j < keys_; ++j) {
       if (p_[j] == 0) continue;
-      const double ds = p_[j] * (kept_[j] * dot(dout, value(j), c.head_dim_v) - delta);
+      const double ds = p_[j] * (dp[j] - delta);
       if (c.bias != Bias::kNone) x.dbias.data[x.bias_index(b_, h_, i_, j)] += ds;
       const Pair of(c, query(), key(j), x.w.data.data());
       double* dk = &x.dk.at(x.key_entry(b_, j), g_, x.row_k(b_, j), 0);
-      double* dv = &x.dv.at(x.key_entry(b_, j), g_, x.row_k(b_, j), 0);
-      for (int64_t d = 0; d < c.head_dim_v; ++d) dv[d] += kept_[j] * p_[j] * dout[d];
       for (int64_t d = 0; d < c.head_dim; ++d) dq[d] += ds * slope_[j] * of.by_q[d];
       for (int64_t d = 0; d < c.head_dim; ++d) dk[d] += ds * slope_[j] * of.by_k[d];
       for (int64_t d = 0; d < c.head_dim; ++d) x.dw.data[d] += ds * slope_[j] * of.by_w[d];
@@ -121,8 +130,9 @@ class Row {
     return c.bias == Bias::kNone ? s : s + x.bias.data[x.bias_index(b_, h_, i_, j)];
   }
 
-  // The weight after dropout.
+  // The weight after dropout, and before.
   double weight(int64_t j) const { return kept_[j] * p_[j]; }
+  double probability(int64_t j) const { return p_[j]; }
 
  private:
   const double* query() const { return &x.q.at(entry_, h_, row_, 0); }
@@ -144,10 +154,14 @@ class Row {
   double sum_ = 0;
 };
 
-inline void define(Problem<double>& x) {
-  x.weights = x.scores = Array<double>(x.c.batch, x.c.num_heads, x.c.seqlen_q, x.c.seqlen_k);
+inline void clear_sums(Problem<double>& x) {
   for (Array<double>* array : {&x.dk, &x.dv, &x.dsinks, &x.dw, &x.dbias})
     std::fill(array->data.begin(), array->data.end(), 0.0);
+}
+
+inline void define(Problem<double>& x) {
+  x.weights = x.scores = Array<double>(x.c.batch, x.c.num_heads, x.c.seqlen_q, x.c.seqlen_k);
+  clear_sums(x);
   for (int64_t b = 0; b < x.c.batch; ++b)
     for (int64_t h = 0; h < x.c.num_heads; ++h)
       for (int64_t i = 0; i < x.c.len_q(b); ++i) {

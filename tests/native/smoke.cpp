@@ -10,7 +10,10 @@
 
 #include "cpu/kernels.h"
 #include "definition.h"
+#include "error.h"
 #include "problem.h"
+#include "summary.h"
+#include "summary_gradients.h"
 
 namespace {
 
@@ -77,20 +80,6 @@ std::vector<Case> cases() {
   return list;
 }
 
-// The largest difference relative to the largest finite value; NaN where one is NaN or an infinity is missed.
-template <typename T>
-double error(const Array<T>& got, const Array<double>& want) {
-  double difference = 0, scale = 1e-30;
-  for (size_t n = 0; n < want.data.size(); ++n) {
-    const double x = got.data[n], y = want.data[n];
-    if (x == y) continue;
-    if (!std::isfinite(x) || !std::isfinite(y)) return std::numeric_limits<double>::quiet_NaN();
-    difference = std::max(difference, std::fabs(x - y));
-    scale = std::max(scale, std::fabs(y));
-  }
-  return difference / std::max(scale, 1.0);
-}
-
 // The weights, by head and averaged, as far as a forward pass gives them.
 template <typename T>
 double weights_error(Problem<T>& x, const Problem<double>& want) {
@@ -150,11 +139,6 @@ double hard_error(Problem<T>& x, const Problem<double>& want, bool draw) {
   return worst;
 }
 
-struct Result {
-  const char* name;
-  double error;
-};
-
 template <typename T>
 bool run(const Problem<double>& want, const char* isa) {
   const Case& c = want.c;
@@ -176,6 +160,8 @@ bool run(const Problem<double>& want, const char* isa) {
   if (is_small && c.score == Score::kDot && !c.cached() && !c.packed()) {
     results.push_back({"hard", hard_error(x, want, false)});
     results.push_back({"hard draw", hard_error(x, want, true)});
+    add_summary_results(x, want, results);
+    add_summary_gradients<T>(c, x.lse, results);
   }
   // About 100 ulp of the largest value; what comes as bfloat16 is rounded to 8 bits, delta made of it.
   const double bound = sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 2e-5 : 2e-2;

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from fastattn.backends.common import (
     no_keys,
     prepare,
 )
+from fastattn.backends.triton.launch import architecture
+from fastattn.call import Call
 from fastattn.lowering import Operands, Params
 from fastattn.spec import AttentionSpec
 from fastattn.strides import output_like
@@ -31,34 +34,30 @@ MAX_HEAD_DIM = 256
 OLDEST = (8, 0)
 
 
+@cache
+def _host() -> Any:
+    from fastattn.backends.triton import host
+
+    return host
+
+
 def is_interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
-@lru_cache(maxsize=None)
-def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
-
-
-@lru_cache(maxsize=None)
-def _capability() -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def supports(spec: AttentionSpec) -> str | None:
     """None, or every reason why this backend cannot run the call."""
     reasons = []
-    if (missing := _missing()) is not None:
-        reasons.append(missing)
+    if not _INSTALLED:
+        reasons.append("triton is not installed (pip install triton)")
     if spec.device == "cuda":
-        capability = _capability()
-        if torch.version.hip is None and capability is not None and capability < OLDEST:
-            reasons.append(
-                f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, not {capability[0]}.{capability[1]}"
-            )
+        if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < OLDEST:
+            needed, got = (".".join(map(str, version)) for version in (OLDEST, capability))
+            reasons.append(f"it needs compute capability {needed}, not {got}")
     elif not (spec.device == "cpu" and is_interpreted()):
         reasons.append(f"it runs on cuda tensors, not {spec.device}")
     if spec.dtype == "float64":
@@ -72,6 +71,22 @@ def supports(spec: AttentionSpec) -> str | None:
     if spec.paged and spec.needs_grad:
         reasons.append("paged caches have no backward pass")
     return "; ".join(reasons) or None
+
+
+def takes(call: Call) -> bool:
+    """Whether this backend runs a validated call, where that can be told without a spec; each test may refuse
+    more than it must."""
+    q = call.q
+    return (
+        _INSTALLED
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and q.shape[-1] <= MAX_HEAD_DIM
+        and call.v.shape[-1] <= MAX_HEAD_DIM
+        and call.score == "dot"
+        and call.block_table is None
+        and architecture(q.device) >= 10 * OLDEST[0]
+    )
 
 
 def forward(
@@ -93,9 +108,7 @@ def forward(
     operands = prepare(q, k, operands, params)
     if no_keys(k, v, operands):
         return out.zero_(), empty_lse(lse, operands)
-    from fastattn.backends.triton import host
-
-    host.forward(q, k, v, operands, params, out, lse)
+    _host().forward(q, k, v, operands, params, out, lse)
     return out, lse
 
 
@@ -126,7 +139,5 @@ def backward(
         for grad in grads:
             grad.zero_()
         return *grads, *finish_gradients(extra_gradients(operands, needs), operands, dlse)
-    from fastattn.backends.triton import host
-
-    extra = host.backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
+    extra = _host().backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
     return *grads, *finish_gradients([*extra, None], operands, None)

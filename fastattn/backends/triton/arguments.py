@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.lowering import Operands, Params
+from fastattn.lowering import NO_OPERANDS, Operands, Params
 
 LOG2E = 1.4426950408889634
 UNBOUNDED = 2**30  # beyond any position, and twice of it still an int32
@@ -60,6 +60,9 @@ class Bounds(NamedTuple):
     hi_top: int | None
     lo_bottom: int | None
     hi_bottom: int | None
+
+
+NO_BOUNDS = Bounds(None, None, None, None)
 
 
 class Blocks(NamedTuple):
@@ -166,11 +169,16 @@ def is_natural(q: Tensor, operands: Operands) -> bool:
     return q.element_size() == 4 or any(t is not None for t in (operands.bias, operands.diag, operands.sinks))
 
 
-def rules(q: Tensor, operands: Operands, params: Params) -> Rules:
-    unit = 1.0 if is_natural(q, operands) else LOG2E
+def rules(operands: Operands, params: Params, natural: bool) -> Rules:
+    unit = 1.0 if natural else LOG2E
     scale, softcap = params.scale * unit, None
     if params.softcap is not None:
         scale, softcap = params.scale / params.softcap, params.softcap * unit
+    bounds = NO_BOUNDS
+    if params.band is not None:
+        bounds = Bounds(*(None if x is None else max(-UNBOUNDED, min(UNBOUNDED, x)) for x in params.band))
+    if operands is NO_OPERANDS:
+        return Rules(scale, softcap, bounds, None, None, None, None, None, None, None)
     dropout = None
     if params.dropout_p > 0 and operands.seed is not None:
         p = params.dropout_p
@@ -178,7 +186,7 @@ def rules(q: Tensor, operands: Operands, params: Params) -> Rules:
     return Rules(
         scale,
         softcap,
-        Bounds(*(None if x is None else max(-UNBOUNDED, min(UNBOUNDED, x)) for x in params.band or (None,) * 4)),
+        bounds,
         _key_bound(operands.key_starts),
         _key_bound(operands.key_ends),
         None if operands.mask is None else pairs(operands.mask),

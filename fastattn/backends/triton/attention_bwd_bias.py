@@ -17,7 +17,7 @@ def attention_bwd_bias(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
     VARIES_BY_KEY: tl.constexpr,
 ):  # fmt: skip
-    """dbias of a row tile: dS, or its sums over keys, added up over the batch entries and heads that share it.
+    """dbias of a row tile: dS, or its sums over keys, added up over the entries and heads that share it.
 
     dbias: Pairs, float32, zeros, [batches, heads, Lq, Lk or 1] with batches 1 or B and heads 1 or Hq.
     """
@@ -29,7 +29,7 @@ def attention_bwd_bias(
     i0 = tile * BLOCK_M
     r = tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for n in range(0, shared_b * shared_h):
+    for n in range(shared_b * shared_h):
         b = owner // heads * shared_b + n // shared_h
         h = owner % heads * shared_h + n % shared_h
         q_begin, k_begin, len_q, len_k = sequence(lengths, b)
@@ -41,12 +41,13 @@ def attention_bwd_bias(
             )  # fmt: skip
             begin, end = key_range(rules, b, i, len_q, len_k)
             start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
-            for t in range(0, count):
+            for t in range(count):
                 j0, bits = key_tile(rules, start, t, BLOCK_N)
                 _, ds, _ = tile_gradient(
-                    rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0,
-                    i, j0, bits, begin, end, len_k - len_q, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-                    BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION, CHECK=True, HIDES=True,
+                    rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b,
+                    h, h_kv, k_begin, i0, i, j0, bits, begin, end, len_k - len_q, len_q,
+                    len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                    NATURAL, PRECISION, CHECK=True, HIDES=True,
                 )  # fmt: skip
                 if VARIES_BY_KEY:
                     j = j0 + tl.arange(0, BLOCK_N)
@@ -95,12 +96,13 @@ def attention_bwd_diagonals(
         )  # fmt: skip
         begin, end = key_range(rules, b, i, len_q, len_k)
         start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
-        for t in range(0, count):
+        for t in range(count):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             _, ds, _ = tile_gradient(
-                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i,
-                j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, NATURAL, PRECISION, CHECK=True, HIDES=True,
+                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h,
+                h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM,
+                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+                CHECK=True, HIDES=True,
             )  # fmt: skip
             ds = tl.where(m < len_q - i0, ds, 0.0)
             sums = tl.sum(tl.where(on_tile, tl.gather(ds, column, 1), 0.0), 0)

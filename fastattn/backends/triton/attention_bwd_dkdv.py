@@ -9,6 +9,7 @@ import triton.language as tl
 from fastattn.backends.triton.gradient import load_lse, load_per_row, score_gradient, seen_by
 from fastattn.backends.triton.tile import (
     band,
+    is_finite,
     kept,
     key_range,
     load_keys,
@@ -25,11 +26,10 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def _add_rows(
-    dk, dv, column, keys, values, q, lse, dout, delta, residual, lengths, rules, b, h, q_begin, i0, j0, j, bits,
-    len_q, len_k,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
-    CHECK: tl.constexpr, HIDES: tl.constexpr, CONTAIN: tl.constexpr,
+    dk, dv, column, keys, values, q, lse, dout, delta, residual, lengths, rules, b, h, q_begin, i0, j0, j,
+    bits, len_q, len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION:
+    tl.constexpr, CHECK: tl.constexpr, HIDES: tl.constexpr, CONTAIN: tl.constexpr,
 ):  # fmt: skip
     """What rows i0 to i0 + BLOCK_M - 1 add to dK, dV and the sums of dS over rows.
 
@@ -64,8 +64,8 @@ def _add_rows(
             rules, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), b, h, i[None, :], j[:, None], begin[None, :],
             end[None, :], offset, len_q, len_k, bits,
         )  # fmt: skip
-        finite_q = rows - rows == 0
-        finite_do = grad - grad == 0
+        finite_q = is_finite(rows)
+        finite_do = is_finite(grad)
         dv = product(weight.to(grad.dtype), tl.where(finite_do, grad, 0.0), dv, PRECISION)
         dv = tl.where(tl.dot(seen, (finite_do == 0).to(tl.float16)) > 0, float("nan"), dv)
         dk = product(by_product.to(rows.dtype), tl.where(finite_q, rows, 0.0), dk, PRECISION)
@@ -111,7 +111,7 @@ def attention_bwd_dkdv(
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    for g in range(0, group):
+    for g in range(group):
         h = h_kv * group + g
         column = tl.zeros([BLOCK_N], tl.float32)
         start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
@@ -131,7 +131,7 @@ def attention_bwd_dkdv(
                 )  # fmt: skip
             before = (whole - start) // BLOCK_M
             skipped = (whole_end - whole) // BLOCK_M
-        for t in range(0, count - skipped):
+        for t in range(count - skipped):
             i0, bits = row_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_M)
             acc_k, acc_v, column = _add_rows(
                 acc_k, acc_v, column, keys, values, q, lse, dout, delta, residual, lengths, rules, b, h,
@@ -144,11 +144,11 @@ def attention_bwd_dkdv(
     if not_finite(acc_k) | not_finite(acc_v):
         acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        for g in range(0, group):
+        for g in range(group):
             h = h_kv * group + g
             unused = tl.zeros([BLOCK_N], tl.float32)
             start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
-            for t in range(0, count):
+            for t in tl.range(0, count, num_stages=1):
                 i0, bits = row_tile(rules, start, t, BLOCK_M)
                 acc_k, acc_v, unused = _add_rows(
                     acc_k, acc_v, unused, keys, values, q, lse, dout, delta, residual, lengths, rules, b, h,

@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import row_tile_inputs, seen_by, tile_gradient
-from fastattn.backends.triton.tile import key_range, key_tile, key_tiles, not_finite, product, row_base, sequence, store_rows
+from fastattn.backends.triton.tile import (
+    is_finite,
+    key_range,
+    key_tile,
+    key_tiles,
+    not_finite,
+    product,
+    row_base,
+    sequence,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["lengths"])
@@ -41,37 +51,39 @@ def attention_bwd_dq(
         whole_end = tl.minimum(tl.maximum(tl.min(end) // BLOCK_N * BLOCK_N, whole), stop)
         for j0 in range(whole, whole_end, BLOCK_N):
             keys, _, ds = tile_gradient(
-                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i,
-                j0, -1, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, NATURAL, PRECISION, CHECK=False, HIDES=HIDES,
+                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h,
+                h_kv, k_begin, i0, i, j0, -1, begin, end, offset, len_q, len_k, HEAD_DIM,
+                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+                CHECK=False, HIDES=HIDES,
             )  # fmt: skip
             acc = product(ds.to(keys.dtype), keys, acc, PRECISION)
         before = (whole - start) // BLOCK_N
         skipped = (whole_end - whole) // BLOCK_N
-    for t in range(0, count - skipped):
+    for t in range(count - skipped):
         j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
         keys, _, ds = tile_gradient(
-            rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0,
-            bits, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            NATURAL, PRECISION, CHECK=True, HIDES=True,
+            rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv,
+            k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V,
+            BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION, CHECK=True, HIDES=True,
         )  # fmt: skip
         acc = product(ds.to(keys.dtype), keys, acc, PRECISION)
 
     if not_finite(acc):  # once more: a key that is not finite reaches only the rows that see it
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for t in range(0, count):
+        for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             keys, _, ds = tile_gradient(
-                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i,
-                j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, NATURAL, PRECISION, CHECK=True, HIDES=True,
+                rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h,
+                h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM,
+                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+                CHECK=True, HIDES=True,
             )  # fmt: skip
             j = (j0 + tl.arange(0, BLOCK_N))[None, :]
             seen = seen_by(
                 rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None],
                 end[:, None], offset, len_q, len_k, bits,
             )  # fmt: skip
-            finite = keys - keys == 0
+            finite = is_finite(keys)
             acc = product(ds.to(keys.dtype), tl.where(finite, keys, 0.0), acc, PRECISION)
             acc = tl.where(tl.dot(seen, (finite == 0).to(tl.float16)) > 0, float("nan"), acc)
     r = tl.arange(0, BLOCK_M)

@@ -1,7 +1,7 @@
 """The forward pass: a program walks the key tiles of one tile of rows and one head.
 
-Tiles that every row sees whole come first, without any check; then those at the edges of what is seen. A block
-mask's tiles are walked as its lists name them. docs/kernels/triton.md has the derivation.
+Tiles that every row sees whole come first, without any check; then those at the edges of what is seen. A
+block mask's tiles are walked as its lists name them. docs/kernels/triton.md has the derivation.
 """
 
 import triton
@@ -11,6 +11,7 @@ from fastattn.backends.triton.tile import (
     LN2,
     apply,
     exp_of,
+    is_finite,
     kept,
     key_range,
     key_tile,
@@ -27,10 +28,10 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
-    CHECK: tl.constexpr,
+    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q,
+    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
+    tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION:
+    tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m))."""
     keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
@@ -45,8 +46,7 @@ def _attend(
     rescale = exp_of(m - m_safe, NATURAL)
     l = l * rescale + tl.sum(p, 1)
     if rules.dropout is not None:
-        keep = kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
-        p = tl.where(keep, p, 0.0)
+        p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
     values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
     acc = product(p.to(values.dtype), values, acc * rescale[:, None], PRECISION)
     return acc, m_new, l
@@ -62,7 +62,9 @@ def _contain(
     keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
     s = product(q, tl.trans(keys), None, PRECISION)
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-    s, _ = apply(rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], offset, len_q, len_k, bits, True)
+    s, _ = apply(
+        rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], offset, len_q, len_k, bits, True
+    )
     seen, _ = apply(
         rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None], end[:, None],
         offset, len_q, len_k, bits, True,
@@ -70,9 +72,9 @@ def _contain(
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     p = exp_of(s - m_safe[:, None], NATURAL)
     if rules.dropout is not None:
-        p = tl.where(kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+        p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
     values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)
-    finite = values - values == 0
+    finite = is_finite(values)
     acc = product(p.to(values.dtype), tl.where(finite, values, 0.0), acc, PRECISION)
     reached = tl.dot((seen != float("-inf")).to(tl.float16), (finite == 0).to(tl.float16))
     return tl.where(reached > 0, float("nan"), acc)
@@ -131,7 +133,7 @@ def attention_fwd(
         before = count
         skipped = 0
         checked = count
-    for t in range(0, checked):
+    for t in range(checked):
         j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
         acc, m, l = _attend(
             acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
@@ -141,7 +143,7 @@ def attention_fwd(
 
     if not_finite(acc):
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        for t in range(0, count):
+        for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             acc = _contain(
                 acc, m, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,

@@ -38,7 +38,6 @@ SEQLEN = 256
 # The instruction that multiplies matrices of 16-bit numbers.
 TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 TENSOR_CORES[120] = TENSOR_CORES[80]
-WITHOUT_PRODUCTS = ("attention_bwd_rows",)
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,15 @@ class Compiled:
         return tuple(loop.spills for loop in self.usage.loops if loop.products)
 
     def line(self) -> str:
-        registers = ""
+        config = self.config
+        tile = f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
+        call = f"{self.variant}, {self.dtype}, D={self.head_dim}"
+        text = f"sm_{self.arch:<4}{self.kernel:<26}{call:<32}{tile:<28}{self.shared:>7} B "
         if self.usage is not None:
-            registers = f"{self.usage.registers:>4} registers, {self.usage.stack:>5} B spilled"
+            text += f"{self.usage.registers:>4} registers, {self.usage.stack:>5} B spilled"
             if any(self.loop_spills):
-                registers += f", in loops: {' '.join(map(str, self.loop_spills))}"
-        tile = f"{self.config.block_m}x{self.config.block_n}, {self.config.num_warps} warps, "
-        tile += f"{self.config.num_stages} stages"
-        cores = "tensor cores" if self.tensor_cores else ""
-        return (
-            f"sm_{self.arch:<4}{self.kernel:<26}{f'{self.variant}, {self.dtype}, D={self.head_dim}':<30}"
-            f"{tile:<30}{self.shared:>7} B  {registers}  {cores}"
-        )
+                text += f", in loops: {' '.join(map(str, self.loop_spills))}"
+        return text + ("  tensor cores" if self.tensor_cores else "")
 
     def row(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -138,8 +134,8 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 
 
 VARIANTS = (
-    "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks", "dropout",
-    "varlen", "paged",
+    "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
+    "dropout", "varlen", "paged",
 )  # fmt: skip
 
 
@@ -214,10 +210,16 @@ def compile_variant(
             config,
             made.metadata.shared,
             usage(made.asm["cubin"]),
-            TENSOR_CORES[arch] in made.asm["ptx"],
+            on_tensor_cores(made.asm["ptx"], arch, config),
         )
         for kernel, config, made in found
     ]
+
+
+def on_tensor_cores(ptx: str, arch: int, config: TileConfig) -> bool:
+    """Whether it multiplies by the architecture's best instruction, which from sm_90 on takes 64 rows."""
+    small = min(config.block_m, config.block_n) < 64
+    return TENSOR_CORES[arch] in ptx or (small and TENSOR_CORES[80] in ptx)
 
 
 def fits(made: Compiled) -> bool:
@@ -230,7 +232,7 @@ def problems(made: Compiled) -> list[str]:
     found = []
     if not fits(made):
         found.append(f"asks for {made.shared} B of shared memory of {SHARED_MEMORY[made.arch]}")
-    if made.dtype != "float32" and not made.tensor_cores and made.kernel not in WITHOUT_PRODUCTS:
+    if made.dtype != "float32" and not made.tensor_cores:
         found.append(f"multiplies without {TENSOR_CORES[made.arch]}")
     return found
 

@@ -29,7 +29,7 @@ def score_gradient(
 
     Args:
         lse, residual, delta: of the rows, in the shape of i.
-        keep: which pairs dropout keeps; not read without dropout.
+        keep: 1 where dropout keeps a pair, else 0; not read without dropout.
         HIDES: whether a pair may be hidden: then nothing that is not finite may leave it.
     """
     s, slope = apply(rules, s, b, h, i, j, begin, end, offset, len_q, len_k, bits, CHECK)
@@ -38,12 +38,14 @@ def score_gradient(
         p = tl.where(s == float("-inf"), 0.0, p)
     weight = p
     if rules.dropout is not None:
-        weight = tl.where(keep, p * rules.dropout.scale, 0.0)
-        dp = tl.where(keep, dp * rules.dropout.scale, 0.0)
+        weight = p * (keep * rules.dropout.scale)
+        dp *= keep * rules.dropout.scale
     ds = p * (dp - delta)
+    by_product = ds * slope
     if HIDES:
         ds = tl.where(s == float("-inf"), 0.0, ds)
-    return weight, ds, ds * slope
+        by_product = tl.where(s == float("-inf"), 0.0, by_product)
+    return weight, ds, by_product
 
 
 @triton.jit

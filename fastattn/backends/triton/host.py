@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,10 +17,16 @@ from fastattn.backends.triton.attention_bwd_dkdv import attention_bwd_dkdv
 from fastattn.backends.triton.attention_bwd_dq import attention_bwd_dq
 from fastattn.backends.triton.attention_bwd_rows import attention_bwd_rows
 from fastattn.backends.triton.attention_fwd import attention_fwd
-from fastattn.backends.triton.configs import TileConfig, backward_config, bias_config, block_dim, forward_config
+from fastattn.backends.triton.configs import (
+    TileConfig,
+    backward_config,
+    bias_config,
+    block_dim,
+    forward_config,
+)
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.lowering import Operands, Params
-from fastattn.strides import dense_last, output_like, resolved
+from fastattn.strides import dense_last, resolved
 
 # Row tiles are dealt out to this many sums along diagonals, which are then added up: enough to fill a device
 # with a few heads, and few enough for O(N) memory.
@@ -30,21 +37,18 @@ class Launch:
     """What the launches of one call share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params) -> None:
-        self.rules = arguments.rules(q, operands, params)
+        natural = arguments.is_natural(q, operands)
+        self.rules = arguments.rules(operands, params, natural)
         self.lengths = arguments.lengths(q, k, operands, params)
+        self.blocks = operands.row_ptr is not None
         self.arch = architecture(q.device)
-        self.dim, self.dim_v = q.shape[-1], v.shape[-1]
-        self.widest = block_dim(max(self.dim, self.dim_v))
+        self.widest = block_dim(max(q.shape[-1], v.shape[-1]))
         self.itemsize = q.element_size()
-        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.constants = {
-            "HEAD_DIM": self.dim,
-            "HEAD_DIM_V": self.dim_v,
-            "BLOCK_D": block_dim(self.dim),
-            "BLOCK_DV": block_dim(self.dim_v),
-            "NATURAL": arguments.is_natural(q, operands),
-            "PRECISION": "tf32" if tf32 else "ieee",
-        }
+        tf32 = self.itemsize == 4 and torch.backends.cuda.matmul.allow_tf32
+        self.constants = _constants(q.shape[-1], v.shape[-1], natural, tf32)
+        self.pair_bytes = sum(
+            t.element_size() for t in (operands.mask, operands.bias, operands.diag) if t is not None
+        )
         # Whether a pair within the lengths, the band and the key ranges may be hidden.
         self.hides = operands.mask is not None or operands.bias is not None
 
@@ -59,6 +63,18 @@ class Launch:
         launch(kernel, programs, config, *args, **self.constants, **constants)
 
 
+@cache
+def _constants(dim: int, dim_v: int, natural: bool, tf32: bool) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": dim,
+        "HEAD_DIM_V": dim_v,
+        "BLOCK_D": block_dim(dim),
+        "BLOCK_DV": block_dim(dim_v),
+        "NATURAL": natural,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
 ) -> None:
@@ -66,8 +82,8 @@ def forward(
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with _device_of(q):
         call = Launch(q, k, v, operands, params)
-        blocks = operands.row_ptr is not None
-        config = forward_config(call.arch, call.widest, call.itemsize, blocks, _few(call.lengths.seqlen_q))
+        few = _few(call.lengths.seqlen_q)
+        config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few, call.pair_bytes)
         call.run(
             attention_fwd,
             call.tiles(config, q.shape[1]),
@@ -108,8 +124,7 @@ def backward(
     dq, dk, dv = grads
     with _device_of(q):
         call = Launch(q, k, v, operands, params)
-        blocks = operands.row_ptr is not None
-        config = backward_config(call.arch, call.widest, call.itemsize, blocks)
+        config = backward_config(call.arch, call.widest, call.itemsize, call.blocks, call.pair_bytes)
         delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         tile = [per_row(lse), rows(dout), per_row(delta), per_row(residual)]
         call.run(
@@ -198,10 +213,14 @@ def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     return dbias if bias_rows > 1 else dbias.double().sum(2, keepdim=True)
 
 
-def _diagonal_gradient(call: Launch, diag: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:
+def _diagonal_gradient(
+    call: Launch, diag: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]
+) -> Tensor:
     config = bias_config(call.arch, call.widest, call.itemsize)
     parts = min(DIAGONAL_PARTS, max(1, -(-call.lengths.seqlen_q // config.block_m)))
-    partial = q.new_zeros(call.lengths.batch, call.lengths.num_heads, parts, diag.shape[2], dtype=torch.float32)
+    partial = q.new_zeros(
+        call.lengths.batch, call.lengths.num_heads, parts, diag.shape[2], dtype=torch.float32
+    )
     call.run(
         attention_bwd_diagonals,
         call.lengths.batch * call.lengths.num_heads * parts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastattn.backends.triton.configs import TileConfig
 INTERPRETED = 80
 
 
-@lru_cache(maxsize=None)
+@cache
 def architecture(device: torch.device) -> int:
     """The compute capability of a CUDA device, 90 for 9.0."""
     if device.type != "cuda":

@@ -17,10 +17,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """a @ b, added to acc unless that is None, in float32."""
-    if INTERPRETED and a.dtype == tl.bfloat16:  # whose bits the interpreter would multiply as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if INTERPRETED:
+        # It would multiply the bits of bfloat16 as integers, and add up in an order that depends on the
+        # shape, where tensor cores have one: S of the backward pass must be S of the forward pass.
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        return exact if acc is None else acc + exact
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def row_base(t, b, h, row):
 
 @triton.jit
 def load_rows(base, row_stride, r, BLOCK: tl.constexpr, WIDTH: tl.constexpr, limit, CHECK: tl.constexpr):
-    """Rows base + r * row_stride, [len(r), BLOCK]: 0 beyond WIDTH columns and, if CHECK, from row `limit` on."""
+    """Rows base + r * row_stride, [len(r), BLOCK]: 0 beyond WIDTH columns and, if CHECK, from limit on."""
     d = tl.arange(0, BLOCK)
     at = base + r[:, None] * row_stride + d[None, :]
     if CHECK and WIDTH != BLOCK:
@@ -175,12 +178,6 @@ def tanh(x):
 
 
 @triton.jit
-def may_hide(rules, CHECK: tl.constexpr):
-    """Whether apply may write -inf for a hidden pair."""
-    return CHECK or (rules.mask is not None) or (rules.bias is not None) or (rules.blocks is not None)
-
-
-@triton.jit
 def apply(rules, s, b, h, i, j, begin, end, offset, len_q, len_k, bits, CHECK: tl.constexpr):
     """From q·k to (score, its derivative by scale * q·k); -inf for a hidden pair.
 
@@ -228,7 +225,7 @@ def pair_address(t, b, h, i, j):
 
 @triton.jit
 def kept(dropout, b, h, num_heads, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of the pairs (i0 + m, j0 + n) dropout keeps, [BLOCK_M, BLOCK_N].
+    """1 where dropout keeps the pair (i0 + m, j0 + n), else 0: a factor, since a dropped NaN stays one.
 
     One Philox call makes the words of columns j, j + 16, j + 32 and j + 48 of 64.
     """
@@ -250,7 +247,7 @@ def kept(dropout, b, h, num_heads, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         w0, w1, w2, w3 = tl.philox(seed, counter, row, row * 0 + head, counter * 0)
         lane = j // 16 % 4
         words = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
-    return words >= dropout.threshold
+    return (words >= dropout.threshold).to(tl.float32)
 
 
 @triton.jit
@@ -263,6 +260,13 @@ def exp_of(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def is_finite(x):
+    """Which elements are neither NaN nor infinite."""
+    wide = x.to(tl.float32)
+    return wide - wide == 0
+
+
+@triton.jit
 def not_finite(x):
     """Whether any element is NaN or infinite."""
-    return tl.max((x - x != 0).to(tl.int32), axis=None) > 0
+    return tl.min(is_finite(x).to(tl.int32), axis=None) == 0

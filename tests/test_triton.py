@@ -1,0 +1,161 @@
+"""The Triton backend beside the case list: routes, determinism, bounds, and what it refuses.
+
+Everything runs under Triton's interpreter where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton_support import needs_triton
+
+import fastattn
+from fastattn import masks
+from fastattn.biases import ALiBi
+
+pytestmark = needs_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(*lengths: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> list:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [lengths[0], lengths[-1], lengths[-1]]
+    tensors = (torch.randn(1, heads, n, dim, generator=generator) for n in sizes)
+    return [t.to(DEVICE, dtype).requires_grad_() for t in tensors]
+
+
+def call(*tensors: torch.Tensor, **options) -> torch.Tensor:
+    return fastattn.attention(*tensors, backend="triton", **options)
+
+
+def test_torch_compile_without_a_graph_break():
+    def function(q, k, v, backend):
+        return fastattn.attention(q.sin(), k, v, mask=masks.causal(), backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    tensors = inputs(20, 33)
+    results = []
+    for out in (compiled(*tensors, "triton"), function(*tensors, "reference")):
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_and_func_grad():
+    q, k, v = (t.detach()[0].expand(3, -1, -1, -1).clone() for t in inputs(9, 20))
+
+    def loss(q, k, v):
+        return fastattn.attention(q[None], k[None], v[None], backend="triton").square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    leaf = q.clone().requires_grad_()
+    fastattn.attention(leaf, k, v, backend="reference").square().sum().backward()
+    torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_double_backward_says_what_to_do():
+    q, k, v = inputs(5)
+    (dq,) = torch.autograd.grad(call(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bits_do_not_depend_on_the_batch(bias: bool):
+    """A head alone gives the bits that it gives among others."""
+    q, k, v = (t.detach() for t in inputs(70, 90, heads=3))
+    options = {"mask": masks.causal()}
+
+    def results(chosen: slice) -> list[torch.Tensor]:
+        leaves = [t[:, chosen].clone().requires_grad_() for t in (q, k, v)]
+        slopes = torch.tensor([0.1, 0.2, 0.3], device=DEVICE)[chosen]
+        out = call(*leaves, **options, bias=ALiBi(slopes) if bias else None)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    for whole, alone in zip(results(slice(None)), results(slice(1, 2)), strict=True):
+        assert torch.equal(whole[:, 1:2], alone)
+
+
+def test_strides_are_taken_as_they_are():
+    """[B, L, H, D] views without a copy, and a last dimension that is not contiguous with one."""
+    q, k, v = (t.detach() for t in inputs(40, 50))
+    want = call(q, k, v)
+    viewed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    out = call(*viewed)
+    torch.testing.assert_close(out, want)
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(call(*(t.mT.contiguous().mT for t in (q, k, v))), want)
+
+
+def test_lengths_beyond_the_tensors_stay_within_them():
+    """On a GPU nobody looks at the values of index tensors, so kernels clamp them."""
+    from fastattn.backends import triton as backend
+    from fastattn.lowering import Operands, Params
+
+    q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (4, 64, 64))
+    wrong = Operands(seqlens_k=torch.tensor([10_000], dtype=torch.int32, device=DEVICE))
+    right = Operands(seqlens_k=torch.tensor([64], dtype=torch.int32, device=DEVICE))
+    params = Params(0.25, checked=True)
+    got, _ = backend.forward(q, k, v, wrong, params)
+    want, _ = backend.forward(q, k, v, right, params)
+    assert torch.equal(got, want)
+
+    packed = [t[0].transpose(0, 1).contiguous() for t in (q, k, v)]
+    offsets = torch.tensor([0, 3, 90], dtype=torch.int32, device=DEVICE)
+    packing = Operands(cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    out, _ = backend.forward(*packed, packing, params._replace(max_seqlen_q=64, max_seqlen_k=64))
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "it has no float64"),
+        ({"dim": 264}, "head_dim and head_dim_v go up to 256, not 264"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_run_has_a_reason(change: dict, reason: str):
+    q, k, v = (t.detach() for t in inputs(4, **change))
+    assert fastattn.explain(q, k, v).reasons["triton"] == reason
+    with pytest.raises(NotImplementedError, match=reason):
+        call(q, k, v)
+
+
+def test_the_interpreter_is_never_chosen():
+    q, k, v = (torch.ones(1, 1, 2, 16) for _ in range(3))
+    choice = fastattn.explain(q, k, v)
+    assert choice.backend in ("cpu", "torch")
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused():
+    code = (
+        "import torch, fastattn; q = torch.ones(1, 1, 2, 16);"
+        "print(fastattn.explain(q, q, q).reasons['triton']);"
+        "import sys; print('triton' in sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.splitlines() == ["it runs on cuda tensors, not cpu", "False"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_configuration_is_a_valid_tile(dtype: torch.dtype):
+    """Powers of two that a product takes, and 64 x 64 wherever a block mask's lists name the tiles."""
+    from fastattn.backends.triton import configs
+
+    for arch in (80, 86, 89, 90, 100, 120, 75):
+        for dim in (16, 32, 64, 128, 256):
+            for blocks in (False, True):
+                chosen = [configs.forward_config(arch, dim, dtype.itemsize, blocks, n) for n in (1, 64, 4096)]
+                chosen.append(configs.backward_config(arch, dim, dtype.itemsize, blocks))
+                for config in chosen:
+                    sizes = (config.block_m, config.block_n)
+                    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+                    assert not blocks or sizes == (64, 64)
