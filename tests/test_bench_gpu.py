@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 import types
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -236,17 +237,18 @@ def test_copies_are_called_in_turn_and_fill_the_cache():
 
 def test_a_failing_path_is_told_and_the_others_run():
     def fail():
+        warnings.warn("too wide (Triggered internally at x.cpp:1.)", stacklevel=1)
         raise RuntimeError("no kernel\nfor this")
 
     ways = [
         Contender(OURS, lambda: torch.ones(2)),
         Contender("broken", fail),
-        Contender("off", lambda: torch.zeros(2)),
+        Contender("off", lambda: torch.full((2,), 5.0)),
     ]
     taken, differences, refused = runner.first_calls(ways, 1, tiny("x"), CPU)
     assert [way.name for way in taken] == [OURS, "off"]
-    assert refused == {"broken": "RuntimeError: no kernel"}
-    assert not differences["off"] <= 1
+    assert refused == {"broken": "RuntimeError: no kernel (too wide)"}
+    assert differences["off"] == pytest.approx(0.8)
     assert "differs by" in runner.worst(differences, 0.1)
     assert runner.worst({"off": 3.0, "good": 0.01}, 0.1) is None
     assert runner.worst({}, 0.1) is None
@@ -354,7 +356,7 @@ def test_the_report_and_its_lines(tmp_path: Path):
         "no time was left for 1 cases: left",
         "MISSED",
         "  window 1024 forward",
-        "flex 0.",
+        "sdpa-flash 1.",
     ):
         assert expected in text, expected
     [first, *more] = report.result_lines(replace(found.results[0], failure="differs"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,8 +214,10 @@ def first_calls(
     taken, differences, refused = [], {}, {}
     ours: Any = None
     for way in ways:
+        said: list[warnings.WarningMessage] = []
         try:
-            with way.forced():
+            with warnings.catch_warnings(record=True) as said, way.forced():
+                warnings.simplefilter("always")  # PyTorch's reasons not to take a kernel come as warnings
                 result = way.compared(way.call())
                 for _ in range(copies - 1):
                     way.call()
@@ -224,10 +227,17 @@ def first_calls(
             elif ours is not None and not bench.case.dropout_p:
                 differences[way.name] = disagreement(ours, result)
         except Exception as error:  # whatever the reason, it is told, and the rest runs
-            refused[way.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            refused[way.name] = reason_of(error, said)
         else:
             taken.append(way)
     return taken, differences, refused
+
+
+def reason_of(error: Exception, said: Sequence[warnings.WarningMessage]) -> str:
+    """A line about why a path did not run: the error, and what was said in warnings before it."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    lines = [str(each.message).splitlines()[0].partition(" (Triggered")[0] for each in said]
+    return f"{reason} ({'; '.join(dict.fromkeys(lines))})" if lines else reason
 
 
 def worst(differences: dict[str, float], tolerance: float) -> str | None:
