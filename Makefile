@@ -14,7 +14,7 @@ CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name
 PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help build test test-all test-install test-native sanitize bench bench-avx2 demo lint format clean
+.PHONY: help build test test-all test-install test-native sanitize bench bench-avx2 bench-gpu demo lint format clean
 
 help:
 	@echo "make build         build the native core in place"
@@ -24,6 +24,7 @@ help:
 	@echo "make sanitize      the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench         measure against PyTorch, then guard the floors (BENCH_FLAGS=--quick for the short run)"
 	@echo "make bench-avx2    the same measurement with both sides held to AVX2"
+	@echo "make bench-gpu     on a CUDA device: check every case, then measure against PyTorch's paths"
 	@echo "make lint          ruff, mypy, clang-format"
 	@echo "make format        rewrite the sources as lint wants them"
 	@echo "make clean         remove what was built (and not .venv)"
@@ -71,6 +72,10 @@ bench: build
 bench-avx2: build
 	FASTATTN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	  $(BIN)/python -m fastattn bench $(BENCH_FLAGS)
+
+# Status 1 where a result is wrong. On a machine without network and with a torch of its own: scripts/gpu_proof.sh.
+bench-gpu: build
+	$(BIN)/python -m fastattn bench --gpu $(BENCH_FLAGS)
 
 demo: build
 	$(BIN)/python -m fastattn demo

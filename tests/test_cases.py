@@ -10,8 +10,8 @@ import torch
 
 import fastattn
 from fastattn.dispatch import BACKENDS
-from fastattn.testing import CASES, Case, check_all, make_inputs, oracle, run
-from fastattn.testing.inputs import Inputs, poisoned_memory
+from fastattn.testing import CASES, Case, make_inputs, oracle, run
+from fastattn.testing.checking import check_case, refusal
 
 RUNNABLE = [name for name, backend in BACKENDS.items() if not isinstance(backend, str)]
 BY_NAME = {case.name: case for case in CASES}
@@ -40,27 +40,8 @@ def prepared(case: Case, lse: bool = True):
     return inputs, oracle(inputs, lse=lse)
 
 
-def refusal(backend: str, inputs: Inputs, lse: bool) -> str | None:
-    """The backend's own reason not to run the case."""
-    inputs = inputs.requiring_grad() if inputs.case.grads else inputs
-    (q, k, v, *fixed), options = inputs.arguments()
-    names = {"attention": (), "varlen": ("cu_seqlens_q", "cu_seqlens_k"), "decode": ("lengths",)}[
-        inputs.case.op
-    ]
-    options |= dict(zip(names, fixed, strict=True))
-    return fastattn.explain(q, k, v, **options, return_lse=lse).reasons[backend]
-
-
-def check_case(case: Case, backend: str, lse: bool = True) -> None:
-    inputs, expected = prepared(case, lse)
-    with poisoned_memory():
-        got = run(fastattn, inputs, lse=lse, backend=backend)
-    check_all(got, expected.ref64, expected.native, case.dtype)
-    assert got["out"].dtype == case.dtype
-    assert not lse or got["lse"].dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
-    for name, leaf in inputs.leaves.items():
-        gradient = got.get(f"d{name}")
-        assert gradient is None or gradient.dtype == leaf.dtype
+def check(case: Case, backend: str, lse: bool = True) -> None:
+    check_case(backend, *prepared(case, lse), lse)
 
 
 def parametrized(cases: tuple[Case, ...]):
@@ -75,10 +56,10 @@ def test_case(case: Case, backend: str, request: pytest.FixtureRequest):
         request.applymarker(pytest.mark.xfail(reason=PYTORCH_ROUNDING[case.name], strict=False))
     inputs = make_inputs(case)
     # PyTorch's own attention returns no lse, and its results are compared without.
-    lse = refusal(backend, inputs, lse=True) is None
+    lse = refusal(backend, inputs) is None
     if (reason := refusal(backend, inputs, lse)) is not None:
         pytest.skip(f"{backend}: {reason}")
-    check_case(case, backend, lse)
+    check(case, backend, lse)
 
 
 def test_names_are_unique():
@@ -91,7 +72,7 @@ def test_representative_case_on_each_isa(name: str, isa: str, native, use_isa):
     if isa not in native.info()["isas"]:
         pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
     use_isa(isa)
-    check_case(BY_NAME[name], "cpu")
+    check(BY_NAME[name], "cpu")
 
 
 @pytest.mark.slow
@@ -101,7 +82,7 @@ def test_every_case_on_each_isa(case: Case, isa: str, native, use_isa):
     if isa not in native.info()["isas"]:
         pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
     use_isa(isa)
-    check_case(case, "cpu")
+    check(case, "cpu")
 
 
 @pytest.mark.parametrize("layout", ("bhld", "blhd", "sliced"))

@@ -102,11 +102,12 @@ def own_contender(bench: BenchCase, threads: int) -> Contender | None:
     return Contender(bench.own.label, timed(bench.timed, ours(inputs), inputs), threads=bench.own.threads)
 
 
-def ours(inputs: Inputs) -> Forward:
-    """The public call; dropout draws its seed, as it does for users."""
+def ours(inputs: Inputs, **keywords: Any) -> Forward:
+    """The public call, with further keywords; dropout draws its seed, as it does for users."""
     case = inputs.case
     positional, options = inputs.arguments()
     options.pop("dropout_seed", None)
+    options |= keywords
     if case.op != "attention":
         function: Any = {"decode": fastattn.decode_attention, "varlen": fastattn.varlen_attention}[case.op]
         more = positional[3:]
@@ -147,23 +148,26 @@ def sdpa_folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(rows, k, v).view(batch, heads, 1, v.shape[3])
 
 
-def timed(kind: str, function: Forward, inputs: Inputs) -> Callable[[], Any]:
-    """The timed work: `forward` and `recorded` -> out; `backward` and `step`, both passes -> (dq, dk, dv)."""
+def timed(kind: str, function: Forward, inputs: Inputs, more: tuple[Tensor, ...] = ()) -> Callable[[], Any]:
+    """The timed work: `forward` and `recorded` -> out; `backward` and `step`, both passes -> (dq, dk, dv).
+
+    `more` are further leaves which `function` uses; their gradients follow.
+    """
     q, k, v = (inputs.leaves[name] for name in ("q", "k", "v"))
     if kind == "forward":
         return lambda: function(q, k, v)
-    leaves = tuple(tensor.detach().requires_grad_() for tensor in (q, k, v))
+    leaves: tuple[Tensor, ...] = tuple(tensor.detach().requires_grad_() for tensor in (q, k, v))
     if kind == "recorded":
         return lambda: function(*leaves)
     dout = lay_out(inputs.dout, inputs.case.layout)
     if kind == "step":
-        return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+        return lambda: torch.autograd.grad(function(*leaves), leaves + more, dout)
     graph: list[Tensor] = []
 
     def backward() -> Any:
         if not graph:  # the first call, which is not timed, runs the forward pass
             graph.append(function(*leaves))
-        return torch.autograd.grad(graph[0], leaves, dout, retain_graph=True)
+        return torch.autograd.grad(graph[0], leaves + more, dout, retain_graph=True)
 
     return backward
 

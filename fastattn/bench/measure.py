@@ -76,12 +76,17 @@ def rounds_for(seconds: Sequence[float], calls: Sequence[int], budget: float, fe
 
 
 def interleave(
-    contenders: Sequence[Contender], calls: Sequence[int], rounds: int, then: Callable[[], None] | None = None
+    contenders: Sequence[Contender],
+    calls: Sequence[int],
+    rounds: int,
+    then: Callable[[], None] | None = None,
+    clock: Callable[[Contender, int], float] = sample,
 ) -> list[Timing]:
     """Time every contender once a round, in turn: a, b, c, c, b, a, a, ...
 
     What changes slowly (clock rate, other work on the machine) then meets all of them alike; the order turns
-    round so that none is always first. `then` is called after each round, outside the timing.
+    round so that none is always first. `then` is called after each round, outside the timing. `clock` takes a
+    sample.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
     collecting = gc.isenabled()
@@ -90,7 +95,7 @@ def interleave(
         for number in range(rounds):
             order = range(len(contenders)) if number % 2 == 0 else reversed(range(len(contenders)))
             for index in order:
-                seconds[index].append(sample(contenders[index], calls[index]))
+                seconds[index].append(clock(contenders[index], calls[index]))
             if then is not None:
                 then()
     finally:

@@ -24,7 +24,8 @@ def padded(inputs: Inputs) -> Inputs:
     case = inputs.case
     if case.op != "varlen" or case.lengths_q != case.lengths_k or inputs.mask is not None:
         raise ValueError(f"case must be varlen self-attention without a mask, got {case.name}")
-    lengths, longest = torch.tensor(case.lengths_q), max(case.lengths_q)
+    lengths = torch.tensor(case.lengths_q, device=inputs.dout.device)
+    longest = max(case.lengths_q)
 
     def pad(x: Tensor) -> Tensor:
         return pad_sequence(list(x.split(case.lengths_q)), batch_first=True).transpose(1, 2)
@@ -34,7 +35,7 @@ def padded(inputs: Inputs) -> Inputs:
         case=replace(case, op="attention", batch=len(lengths), seqlen_q=longest, lengths_q=(), lengths_k=()),
         leaves={name: pad(leaf) for name, leaf in inputs.leaves.items()},
         fixed=(),
-        mask=(torch.arange(longest) < lengths[:, None])[:, None, None],
+        mask=(torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None],
         dout=pad(inputs.dout),
     )
 

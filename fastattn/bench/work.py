@@ -46,7 +46,8 @@ def dense_mask(inputs: Inputs) -> Tensor | None:
     """The case's mask as a bool tensor broadcastable to [B, Hq, Lq, Lk], or None."""
     case, mask = inputs.case, inputs.mask
     if isinstance(mask, Mask):
-        return mask.to_dense(MaskShape(case.batch, case.heads, case.queries, case.keys))
+        shape = MaskShape(case.batch, case.heads, case.queries, case.keys)
+        return mask.to_dense(shape, inputs.leaves["q"].device)
     return mask
 
 
@@ -56,10 +57,10 @@ def additive(inputs: Inputs) -> Tensor | None:
     bias = inputs.arguments()[1].get("bias")
     if isinstance(bias, Bias):
         shape = MaskShape(case.batch, case.heads, case.queries, case.keys)
-        bias = bias.to_dense(shape, "cpu", case.dtype).contiguous()
+        bias = bias.to_dense(shape, inputs.leaves["q"].device, case.dtype).contiguous()
     if mask is None:
         return bias
-    bias = torch.zeros(mask.shape, dtype=case.dtype) if bias is None else bias
+    bias = torch.zeros(mask.shape, dtype=case.dtype, device=mask.device) if bias is None else bias
     return bias.masked_fill(~mask, -math.inf)
 
 

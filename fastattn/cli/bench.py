@@ -40,12 +40,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--filter", default="", metavar="REGEX", help="only cases whose group or name contains a match")
     add("--seconds", type=positive_seconds, metavar="S", help="time for a case and a number of threads")
-    add("--flex", action="store_true", help="also against compiled FlexAttention on causal and window masks")
+    add(
+        "--flex",
+        action="store_true",
+        help="also against compiled FlexAttention on causal and window masks; with --gpu, where it always "
+        "takes part at some lengths: at all",
+    )
     add("--out", type=Path, default=Path("fastattn-bench"), metavar="DIR", help="default: %(default)s")
     add("--baseline", type=Path, metavar="JSON", help="compare with an earlier run's bench.json")
     add("--modules", action="store_true", help="nn.MultiheadAttention instead, against PyTorch's module")
     add("--summaries", action="store_true", help="inspect.summarize instead, against the forward pass")
     add("--transformers", action="store_true", help="models of Hugging Face transformers instead, small ones")
+    add(
+        "--gpu",
+        nargs="?",
+        const="all",
+        choices=("all", "check", "speed"),
+        help="on a CUDA device instead: check every case of the tests there, then time against SDPA's cuDNN, "
+        "flash and efficient kernels and FlexAttention, about 9 minutes; or one of the two parts",
+    )
+    add(
+        "--minutes",
+        type=positive_seconds,
+        metavar="M",
+        help="with --gpu: begin no case after that (default: 9)",
+    )
     add("--list", action="store_true", help="list the chosen cases and stop")
 
 
@@ -156,8 +175,10 @@ def measure_transformers(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Status 1 where an option is wrong or contenders disagree."""
+    """Status 1 where an option is wrong, contenders disagree or a result on a GPU is wrong."""
     try:
+        if args.gpu is not None:
+            return import_module("fastattn.cli.bench_gpu").main(args)
         if args.list:
             for case in options_of(args).cases():
                 print(f"{case.group:<30}{case.name:<40}{case.timed:<10}{case.shape}")

@@ -6,10 +6,12 @@ import contextlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastattn.spec import DISTANCE_SCORES, accumulate_dtype
 from fastattn.testing.case import LAYOUTS, Case
@@ -55,11 +57,31 @@ class Inputs:
         leaves = {name: leaf.detach().to(dtype) for name, leaf in self.leaves.items()}
         return replace(self, leaves=leaves, dout=self.dout.to(dtype), dlse=self.dlse.to(dtype))
 
+    def on(self, device: torch.device | str) -> Inputs:
+        """The same numbers on a device, with the same strides, offsets and what lies between the elements."""
+        moved = partial(_moved, device=torch.device(device))
+        return replace(
+            self,
+            leaves={name: moved(leaf) for name, leaf in self.leaves.items()},
+            fixed=tuple(map(moved, self.fixed)),
+            mask=pytree.tree_map_only(Tensor, moved, self.mask),
+            options=pytree.tree_map_only(Tensor, moved, self.options),
+            dout=moved(self.dout),
+            dlse=moved(self.dlse),
+        )
+
     def requiring_grad(self) -> Inputs:
         """The same tensors as leaves of a new graph."""
         fixed = {self.case.bias.leaf} if self.case.bias and not self.case.bias.requires_grad else set()
         leaves = {name: leaf.detach().requires_grad_(name not in fixed) for name, leaf in self.leaves.items()}
         return replace(self, leaves=leaves)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A view of a copy of all the memory that `tensor` is a view of."""
+    tensor = tensor.detach()
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return whole.to(device, copy=True).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def lay_out(x: Tensor, layout: str, is_kv: bool = False) -> Tensor:
@@ -135,10 +157,17 @@ def _coordinates(case: Case, x: Tensor, name: str) -> Tensor:
     return (x * (0.6 * 64 / (2 * case.head_dim) ** 0.5)).round() / 64
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Fill a case with numbers that depend on its name and `seed` alone."""
-    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
+def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
+    """Fill a case with numbers that depend on its name, `seed` and the kind of device alone.
 
+    They are drawn on the device, which is quick for large cases; `Inputs.on` takes the CPU's numbers there.
+    """
+    generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()) + seed)
+    with torch.device(device):
+        return _filled(case, generator)
+
+
+def _filled(case: Case, generator: torch.Generator) -> Inputs:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(case.dtype)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +25,7 @@ from fastattn import masks
 from fastattn.backends import triton as backend
 from fastattn.backends.triton import host
 from fastattn.backends.triton.configs import SHARED_MEMORY, TileConfig
+from fastattn.backends.triton.cubin import Usage, usage
 from fastattn.biases import ALiBi
 from fastattn.call import Call
 from fastattn.lowering import lower
@@ -46,28 +47,47 @@ class Compiled:
     Args:
         kernel: its name.
         arch: compute capability, 90 for 9.0.
-        variant: the call that it was compiled for.
+        variant, dtype, head_dim: the call that it was compiled for.
         config: tile sizes, warps and stages.
         shared: bytes of shared memory.
-        registers, spills: of a thread; bytes spilled; None where no tool was found that tells.
+        usage: registers, stack and loops; None where no tool was found that tells.
         tensor_cores: whether it multiplies on them.
     """
 
     kernel: str
     arch: int
     variant: str
+    dtype: str
+    head_dim: int
     config: TileConfig
     shared: int
-    registers: int | None
-    spills: int | None
+    usage: Usage | None
     tensor_cores: bool
+
+    @property
+    def loop_spills(self) -> tuple[int, ...]:
+        """How many instructions read or write a spilled register, in each innermost loop with a product.
+
+        Of the kernels' loops, that which is entered for results that are not finite alone counts too.
+        """
+        if self.usage is None:
+            return ()
+        return tuple(loop.spills for loop in self.usage.loops if loop.products)
 
     def line(self) -> str:
         config = self.config
         tile = f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
-        usage = "" if self.registers is None else f"{self.registers:>4} registers, {self.spills:>5} B spilled"
-        text = f"sm_{self.arch:<4}{self.kernel:<26}{self.variant:<32}{tile:<28}{self.shared:>7} B {usage}"
+        call = f"{self.variant}, {self.dtype}, D={self.head_dim}"
+        text = f"sm_{self.arch:<4}{self.kernel:<26}{call:<32}{tile:<28}{self.shared:>7} B "
+        if self.usage is not None:
+            text += f"{self.usage.registers:>4} registers, {self.usage.stack:>5} B spilled"
+            if any(self.loop_spills):
+                text += f", in loops: {' '.join(map(str, self.loop_spills))}"
         return text + ("  tensor cores" if self.tensor_cores else "")
+
+    def row(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {**asdict(self), "config": self.config._asdict(), "loop_spills": self.loop_spills}
 
 
 def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -184,33 +204,26 @@ def compile_variant(
         if gradients and lse is not None and call.block_table is None:
             needs = (True,) * 7
             backend.backward(call.q, call.k, call.v, out, lse, out, lse, operands, params, needs)
-    label = f"{name}, {str(dtype).removeprefix('torch.')}, D={head_dim}"
-    return [_describe(kernel, arch, label, config, made) for kernel, config, made in found]
+    return [
+        Compiled(
+            kernel,
+            arch,
+            name,
+            _name(dtype),
+            head_dim,
+            config,
+            made.metadata.shared,
+            usage(made.asm["cubin"]),
+            on_tensor_cores(made.asm["ptx"], arch, config),
+        )
+        for kernel, config, made in found
+    ]
 
 
-def _describe(kernel: str, arch: int, label: str, config: TileConfig, made: Any) -> Compiled:
-    registers, spills = _usage(made.asm["cubin"])
-    cores = TENSOR_CORES[arch] in made.asm["ptx"]
-    return Compiled(kernel, arch, label, config, made.metadata.shared, registers, spills, cores)
-
-
-def _usage(cubin: bytes) -> tuple[int | None, int | None]:
-    """(registers of a thread, bytes it spills) as cuobjdump, which comes with triton, tells."""
-    from triton import knobs
-
-    try:
-        tool = knobs.nvidia.cuobjdump.path
-    except RuntimeError:
-        return None, None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
-    text = told.stdout + told.stderr
-    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
-    if registers is None or stack is None:
-        return None, None
-    return int(registers[1]), int(stack[1])
+def on_tensor_cores(ptx: str, arch: int, config: TileConfig) -> bool:
+    """Whether it multiplies by the architecture's best instruction, which from sm_90 on takes 64 rows."""
+    small = min(config.block_m, config.block_n) < 64
+    return TENSOR_CORES[arch] in ptx or (small and TENSOR_CORES[80] in ptx)
 
 
 def fits(made: Compiled) -> bool:
@@ -218,25 +231,83 @@ def fits(made: Compiled) -> bool:
     return made.shared <= SHARED_MEMORY[made.arch]
 
 
+def problems(made: Compiled) -> list[str]:
+    """What keeps a kernel from running, or from being as fast as it should be; none where all is well."""
+    found = []
+    if not fits(made):
+        found.append(f"asks for {made.shared} B of shared memory of {SHARED_MEMORY[made.arch]}")
+    if made.dtype != "float32" and not made.tensor_cores:
+        found.append(f"multiplies without {TENSOR_CORES[made.arch]}")
+    return found
+
+
+def attempt(job: tuple[int, str, str, int]) -> tuple[list[Compiled], str | None]:
+    """compile_variant of (arch, dtype, variant, head_dim), or why it failed."""
+    arch, dtype, name, head_dim = job
+    try:
+        return compile_variant(arch, name, getattr(torch, dtype), head_dim), None
+    except Exception as error:  # the compiler's, of many kinds; one must not end a long table
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [], f"sm_{arch} {name}, {dtype}, D={head_dim}: {reason}"
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastattn.backends.triton.compile", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--head-dim", type=int, nargs="+", default=list(HEAD_DIMS))
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=list(map(_name, DTYPES))
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument(
+        "--out", type=Path, help="write compile.json and compile.md into this folder, as they grow"
+    )
     given = parser.parse_args(arguments)
-    rows = []
-    for arch in given.arch:
-        for dtype in given.dtype:
-            for head_dim in given.head_dim:
-                for variant in given.variant:
-                    for made in compile_variant(arch, variant, getattr(torch, dtype), head_dim):
-                        print(made.line(), "" if fits(made) else "  TOO LARGE", flush=True)
-                        rows.append(made)
-    if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 0 if all(map(fits, rows)) else 1
+    jobs = list(product(given.arch, given.dtype, given.variant, given.head_dim))
+    rows: list[Compiled] = []
+    failed: list[str] = []
+    for made, failure in _attempts(jobs, given.jobs):
+        rows += made
+        failed += [] if failure is None else [failure]
+        for each in made:
+            print(each.line(), *problems(each), sep="  ", flush=True)
+        if failure is not None:
+            print(f"FAILED  {failure}", flush=True)
+        if given.out is not None:
+            write(rows, failed, len(jobs), given.out)
+    return 1 if failed or any(map(problems, rows)) else 0
+
+
+def _attempts(
+    jobs: list[tuple[int, str, str, int]], processes: int
+) -> Iterator[tuple[list[Compiled], str | None]]:
+    if processes == 1:
+        yield from map(attempt, jobs)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(attempt, jobs)
+
+
+def write(rows: list[Compiled], failed: list[str], asked: int, folder: Path) -> None:
+    """Write compile.json, every kernel, and compile.md, the table of them."""
+    from fastattn.backends.triton.compile_table import table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"triton": _version(), "torch": torch.__version__, "calls": asked, "failed": failed}
+    plain = {**facts, "kernels": [row.row() for row in rows]}
+    (folder / "compile.json").write_text(json.dumps(plain, indent=1) + "\n")
+    (folder / "compile.md").write_text("\n".join(table(rows, failed, facts["triton"])) + "\n")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version() -> str:
+    import triton
+
+    return str(triton.__version__)
 
 
 if __name__ == "__main__":
