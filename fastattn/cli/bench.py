@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastattn.bench.table import (
     summary_lines,
 )
 from fastattn.cli.options import positive_int, positive_seconds
+from fastattn.cli.status import status_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,22 +175,23 @@ def measure_transformers(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Status 1 where an option is wrong, contenders disagree or a result on a GPU is wrong."""
-    try:
-        if args.gpu is not None:
-            return import_module("fastattn.cli.bench_gpu").main(args)
-        if args.list:
-            for case in options_of(args).cases():
-                print(f"{case.group:<30}{case.name:<40}{case.timed:<10}{case.shape}")
-        elif args.modules:
-            measure_others(args, "modules")
-        elif args.summaries:
-            measure_others(args, "summaries")
-        elif args.transformers:
-            measure_transformers(args)
-        else:
-            picture(measure(args), args.out / "bench.png")
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Status 1 where an option is wrong or contenders disagree or a result on a GPU is wrong, 130 where
+    Ctrl-C ended it."""
+    return status_of(_run, args, (OSError, RuntimeError, ValueError))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.gpu is not None:
+        return import_module("fastattn.cli.bench_gpu").main(args)
+    if args.list:
+        for case in options_of(args).cases():
+            print(f"{case.group:<30}{case.name:<40}{case.timed:<10}{case.shape}")
+    elif args.modules:
+        measure_others(args, "modules")
+    elif args.summaries:
+        measure_others(args, "summaries")
+    elif args.transformers:
+        measure_transformers(args)
+    else:
+        picture(measure(args), args.out / "bench.png")
     return 0

@@ -12,6 +12,7 @@ import torch
 
 from fastattn.bench.machine import describe
 from fastattn.cli.options import positive_int
+from fastattn.cli.status import status_of
 from fastattn.data import EnglishChinese, load_english_chinese
 from fastattn.demo import checkpoint, judge, measure, results
 from fastattn.demo.measure import CASES, TOKENS
@@ -56,14 +57,7 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 where the two runs' losses differ, there is no text to learn, or an option does not
         fit; 130 where Ctrl-C ended it.
     """
-    try:
-        return _run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    return status_of(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:

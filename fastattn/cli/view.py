@@ -7,6 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from fastattn.cli.status import status_of
+
 # The first that is missing names its extra; that of the first three brings all.
 _NEEDED = ("tokenizers", "safetensors", "tqdm", "matplotlib")
 
@@ -31,14 +33,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 where the model, the text or the folder will not do; 130 where Ctrl-C ended it.
     """
-    try:
-        return _run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    return status_of(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:
