@@ -206,7 +206,7 @@ def alignment_map(
     ax.scatter(
         best,
         range(len(best)),
-        s=12 if max(values.shape) <= MOST_LABELS else 2,
+        s=12 if max(values.shape) <= MOST_LABELS else 5,
         color="#D55E00",
         zorder=3,
         linewidths=0,
