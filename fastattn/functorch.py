@@ -1,6 +1,7 @@
 """The kernels under torch.func transforms: Functions with a separate setup_context, and vmap rules.
 
 A vmapped call is folded into the batch dimension where it can be, and runs example by example otherwise.
+fastattn.inspect.transforms has the summaries' Functions on the same bases and rule.
 """
 
 from __future__ import annotations
@@ -33,7 +34,27 @@ def attention(
     return _Forward.apply(kernels, params, q, k, v, *operands)
 
 
-class _Forward(torch.autograd.Function):
+class NoTangents(torch.autograd.Function):
+    """A Function of kernels, which have no forward-mode derivative."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(FORWARD_MODE)
+
+
+class LastDerivative(NoTangents):
+    """The backward pass of such a Function, which has no derivative at all."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(DOUBLE_BACKWARD)
+
+
+class _Forward(NoTangents):
     @staticmethod
     def forward(kernels: Any, params: Params, q: Tensor, k: Tensor, v: Tensor, *operands: Any) -> Any:
         runs = ops.Kernels(kernels.name) if is_traced(q, k, v) else kernels
@@ -52,18 +73,11 @@ class _Forward(torch.autograd.Function):
         return None, None, *grads, *(None,) * (_COUNT - DIFFERENTIABLE)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(FORWARD_MODE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], kernels: Any, params: Params, *tensors: Any) -> Any:
-        def call(*args: Any) -> tuple[Any, ...]:
-            return _Forward.apply(kernels, params, *args)
-
-        return _vmap(call, info.batch_size, in_dims[2:], tensors, params, heads=3, foldable=True)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return vmapped(_Forward, info, in_dims, arguments, settings=2, heads=3)
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(LastDerivative):
     @staticmethod
     def forward(kernels: Any, params: Params, needs: Sequence[bool], *tensors: Any) -> Any:
         q, k, v, out, lse, dout, dlse, *operands = tensors
@@ -71,32 +85,11 @@ class _Backward(torch.autograd.Function):
         return runs.backward(q, k, v, out, lse, dout, dlse, Operands(*operands), params, needs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(DOUBLE_BACKWARD)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(FORWARD_MODE)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        kernels: Any,
-        params: Params,
-        needs: Sequence[bool],
-        *tensors: Any,
-    ) -> Any:
-        def call(*args: Any) -> tuple[Any, ...]:
-            return _Backward.apply(kernels, params, needs, *args)
-
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        needs = arguments[2]
         # Gradients of what all examples share are summed over a folded batch, but each example wants its own.
         foldable = not any(needs[3:])
-        return _vmap(call, info.batch_size, in_dims[3:], tensors, params, heads=7, foldable=foldable)
+        return vmapped(_Backward, info, in_dims, arguments, settings=3, heads=7, foldable=foldable)
 
 
 def hard_index(kernels: Any, q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tensor:
@@ -124,25 +117,36 @@ class _HardIndex(torch.autograd.Function):
         return (None,)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], kernels: Any, params: Params, *tensors: Any) -> Any:
-        def call(*args: Any) -> tuple[Any, ...]:
-            return _HardIndex.apply(kernels, params, *args)
-
-        foldable = tensors[2 + _SEED] is None  # draws go by the batch index
-        return _vmap(call, info.batch_size, in_dims[2:], tensors, params, heads=2, foldable=foldable)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        foldable = arguments[4 + _SEED] is None  # draws go by the batch index
+        return vmapped(_HardIndex, info, in_dims, arguments, settings=2, heads=2, foldable=foldable)
 
 
-def _vmap(
-    call: Callable[..., tuple[Any, ...]],
-    size: int,
+def vmapped(
+    function: type[torch.autograd.Function],
+    info: Any,
     in_dims: Sequence[int | None],
-    tensors: Sequence[Tensor | None],
-    params: Params,
+    arguments: Sequence[Any],
     *,
+    settings: int,
     heads: int,
-    foldable: bool,
+    foldable: bool = True,
 ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
-    """Results and their out_dims of `call` over `size` examples; the first `heads` tensors have a batch."""
+    """The vmap rule of a Function: its results for each example, and their out_dims.
+
+    Args:
+        function: gives a tuple; takes settings, then tensors that have a batch dimension, then Operands.
+        info, in_dims, arguments: what torch gives a vmap rule.
+        settings: how many arguments are settings; the first two are the kernels and Params.
+        heads: how many tensors come before the Operands.
+        foldable: whether one call on a longer batch may stand for the calls of all examples.
+    """
+
+    def call(*tensors: Any) -> tuple[Any, ...]:
+        return function.apply(*arguments[:settings], *tensors)
+
+    size, params = info.batch_size, arguments[1]
+    in_dims, tensors = in_dims[settings:], arguments[settings:]
     operands = Operands(*tensors[heads:])
     operand_dims = in_dims[heads:]
     # Dropout draws by batch index, packed sequences have no batch dimension, sinks and lists of tiles are

@@ -95,6 +95,15 @@ def _probabilities(
     sinks: Tensor | None, score: str = "dot", score_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Normalised weights p [B, Hq, Lq, Lk], lse [B, Hq, Lq] and which pairs are visible."""
+    s, visible = _masked_scores(q, k, visible, bias, scale, softcap, score, score_weights)
+    return *_softmax(s, visible, sinks), visible
+
+
+def _masked_scores(
+    q: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None,
+    score: str = "dot", score_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scores [B, Hq, Lq, Lk], -inf where a pair is not visible, and which pairs are."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     shape = (*q.shape[:-1], k.shape[-2])
     if bias is not None:
@@ -112,7 +121,12 @@ def _probabilities(
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias
-    s = torch.where(visible, s, -math.inf)
+    return torch.where(visible, s, -math.inf), visible
+
+
+def _softmax(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights and lse of such scores."""
+    shape, dtype = s.shape, torch.promote_types(s.dtype, torch.float32)
     sink = s.new_tensor(-math.inf) if sinks is None else sinks.view(-1, 1, 1)
     s = torch.cat([s, sink.expand(*shape[:-1], 1)], -1)
     empty = ~visible.any(-1, keepdim=True) & (sink == -math.inf)
@@ -121,7 +135,7 @@ def _probabilities(
     # Not torch.logsumexp: its gradient exp(s - lse) is wrong where lse is so large that it absorbs log(sum).
     largest = s.detach().amax(-1, keepdim=True)
     lse = torch.where(empty, -math.inf, largest + (s - largest).exp().sum(-1, keepdim=True).log()).squeeze(-1)
-    return p, lse.to(torch.promote_types(q.dtype, torch.float32)), visible
+    return p, lse.to(dtype)
 
 
 def _pair_scores(q: Tensor, k: Tensor, visible: Tensor, score: str, w: Tensor | None) -> Tensor:

@@ -33,10 +33,10 @@ class Results(NamedTuple):
 
     def constant(self, pool_mode: str) -> tuple[Tensor, ...]:
         """Those that no gradient reaches."""
-        return self[DIFFERENTIABLE - 1 :] if pool_mode == "max" else self[DIFFERENTIABLE:]
+        return self[LOSSES - 1 :] if pool_mode == "max" else self[LOSSES:]
 
 
-DIFFERENTIABLE = 5  # leading fields of Results that gradients reach
+LOSSES = 5  # leading fields of Results that gradients reach
 
 
 def cells(length: int, count: int, device: torch.device | None = None) -> Tensor:

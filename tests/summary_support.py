@@ -73,8 +73,8 @@ def key_orders(keys: int) -> list[Tensor]:
     return [order, order.flip(0), torch.cat([order[::2], order[1::2]])]
 
 
-def weights_and_lse(inputs: Inputs, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The whole matrix in the dtype in which kernels accumulate; its keys are added up in the given order."""
+def dense(inputs: Inputs, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, scores and lse in the dtype in which kernels accumulate, keys added up in the given order."""
     q, k, options = arguments(inputs)
     dtype = accumulate_dtype(inputs.case.dtype)
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -84,9 +84,12 @@ def weights_and_lse(inputs: Inputs, order: Tensor | None = None) -> tuple[Tensor
     if order is not None:
         k, visible = k[:, :, order], visible.expand(*visible.shape[:-1], shape.seqlen_k)[..., order]
         bias = None if bias is None else bias.expand(*bias.shape[:-1], shape.seqlen_k)[..., order]
-    rest = {name: options.get(name) for name in ("scale", "softcap", "sinks")}
-    weights, lse, _ = reference._probabilities(q, k, visible, bias, **rest)
-    return weights if order is None else weights[..., order.argsort()], lse
+    rest = {name: options.get(name) for name in ("scale", "softcap")}
+    scores, visible = reference._masked_scores(q, k, visible, bias, **rest)
+    weights, lse = reference._softmax(scores, visible, options.get("sinks"))
+    if order is not None:
+        weights, scores = (matrix[..., order.argsort()] for matrix in (weights, scores))
+    return weights, scores, lse
 
 
 def oracle(case: Case, wanted: Wanted) -> Oracle:
@@ -95,7 +98,7 @@ def oracle(case: Case, wanted: Wanted) -> Oracle:
 
     def run(inputs: Inputs, order: Tensor | None = None) -> Named:
         inputs = inputs.requiring_grad()
-        results = statistics(*weights_and_lse(inputs, order), wanted)._asdict()
+        results = statistics(*dense(inputs, order), wanted)._asdict()
         grads = gradients(results, inputs) if case.grads else {}
         return {name: tensor.detach() for name, tensor in (results | grads).items()}
 
@@ -105,8 +108,8 @@ def oracle(case: Case, wanted: Wanted) -> Oracle:
     def worst(name: str) -> Tensor:
         return max((native[name] for native in natives), key=lambda value: max_error(value, exact[name]))
 
-    weights, lse = weights_and_lse(inputs.to(torch.float64))
-    scores = (weights.log() + lse[..., None])[weights > 0].abs()
+    weights, scores, _ = dense(inputs.to(torch.float64))
+    scores = scores[weights > 0].abs()
     largest = scores.max().item() if scores.numel() else 0.0
     return Oracle(inputs, exact, {name: worst(name) for name in exact}, largest)
 
@@ -119,7 +122,7 @@ def compare(got: Named, expected: Oracle) -> None:
     """
     case, exact, native = expected.inputs.case, expected.exact, expected.native
     dtype = accumulate_dtype(case.dtype)
-    weights, _ = weights_and_lse(expected.inputs.to(torch.float64))
+    weights, _, _ = dense(expected.inputs.to(torch.float64))
     single = max(1.0, expected.largest_score) * (weights.max().item() if weights.numel() else 0.0)
     for name, got_one in got.items():
         if name in INDICES or got_one.numel() == 0:

@@ -19,6 +19,7 @@ from fastattn.inspect import (
     head_grid,
     heatmap,
     pictures,
+    received,
     received_map,
     record,
     show_heatmaps,
@@ -236,7 +237,7 @@ BLIND = {
 }
 
 
-@pytest.mark.parametrize("name", [pictures.WEIGHTS, pictures.STRENGTH, pictures.ENTROPY, "Reds"])
+@pytest.mark.parametrize("name", [pictures.WEIGHTS, received.STRENGTH, pictures.ENTROPY, "Reds"])
 @pytest.mark.parametrize("eyes", BLIND)
 def test_colours_get_steadily_darker_or_lighter(name, eyes):
     colours = torch.tensor(matplotlib.colormaps[name](range(256)))[:, :3].double()

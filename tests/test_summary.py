@@ -186,16 +186,64 @@ def test_errors(wrong):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native core is not built")
-@pytest.mark.parametrize("lse", [0.0, 100.0, -math.inf])
+@pytest.mark.parametrize("lse", [0.0, 15.0, 16.0, 100.0, -1e30, math.inf, -math.inf, math.nan])
 def test_lse_of_another_call_raises(lse):
+    """Also one so large that it is not used, and one that no finite scores have."""
     q = torch.zeros(1, 2, 3, 4)
     wrong = torch.full((1, 2, 3), math.log(3.0))
     wrong[0, 1, 2] = lse
-    if lse == 100.0:  # so large that it is not trusted, but found again
-        assert summarize(q, q, lse=wrong).entropy.isfinite().all()
-        return
     with pytest.raises(ValueError, match=r"lse must be what .* batch 0, head 1, query 2 add up to"):
         summarize(q, q, lse=wrong)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.parametrize("size", [1.0, 16.0, 1e3, 1e6, 1e9])
+def test_a_given_lse_of_any_size(size):
+    """What comes back is the lse of the scores, however much of a large one was lost to rounding."""
+    q, k = qk(1, 2, 2, 40, 50, dtype=torch.float32)
+    q = q * size
+    _, lse = fastattn.attention(q, k, k, return_lse=True)
+    got, want = summarize(q, k, lse=lse, top_k=2), summarize(q, k, top_k=2)
+    for name, tensor in got.tensors().items():
+        torch.testing.assert_close(tensor, want.tensors()[name], rtol=1e-5, atol=1e-6)
+    off = summarize(q, k, lse=lse * (1 + 1e-5)) if size > 16 else got
+    torch.testing.assert_close(off.lse, want.lse, rtol=3e-7, atol=2e-6)
+    with pytest.raises(ValueError, match="lse must be what"):
+        summarize(q, k, lse=lse + lse.abs().max() / 10 + 1)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_lse_of_rows_that_are_not_finite(value):
+    q, k = qk(1, 2, 2, 6, 9, dtype=torch.float32)
+    q[0, 1, 3] = value
+    _, lse = fastattn.attention(q, k, k, mask=causal(), return_lse=True)
+    got, want = summarize(q, k, mask=causal(), lse=lse), summarize(q, k, mask=causal())
+    assert got.entropy[0, 1, 3].isnan() and got.entropy.isnan().sum() == 1
+    for name, tensor in got.tensors().items():
+        torch.testing.assert_close(tensor, want.tensors()[name], equal_nan=True)
+
+
+def test_the_lse_of_a_summary_is_its_own(backend):
+    """A gradient of it reaches q by the summary, and never the given tensor."""
+    q, k = qk(1, 2, 2, 5, 7, grad=True)
+    given = summarize(q, k, backend=backend).lse.detach().requires_grad_()
+    got = torch.autograd.grad(summarize(q, k, lse=given, backend=backend).lse.sin().sum(), [q, k])
+    want = torch.autograd.grad(summarize(q, k, backend=backend).lse.sin().sum(), [q, k])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert given.grad is None
+
+
+def test_ties_go_by_score_and_then_by_key(backend):
+    """A weight cannot tell 1e-9 from 0, a score can; of equal scores the lower key is first."""
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, 1e-9, 0.0, 1e-9, -1.0]).view(1, 1, 5, 1)
+    got = summarize(q, k, top_k=4, backend=backend)
+    assert got.topk_weights.unique().numel() == 1
+    assert got.topk_indices.flatten().tolist() == [1, 3, 0, 2]
+    assert got.max_index.item() == 1
+    many = torch.zeros(1, 1, 700, 1)
+    assert summarize(q, many, top_k=9, backend=backend).topk_indices.flatten().tolist() == list(range(9))
 
 
 def test_the_environment_forces_a_backend(monkeypatch):
@@ -207,6 +255,7 @@ def test_the_environment_forces_a_backend(monkeypatch):
 
 
 def test_a_fall_to_the_reference_warns_once(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(cpu, "supports", lambda spec: "it is switched off")
     monkeypatch.setattr(summary_module, "_warned", set())
     with pytest.warns(UserWarning, match="whole matrix of weights .cpu: it is switched off"):

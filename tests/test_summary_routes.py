@@ -100,7 +100,7 @@ def test_opcheck_without_extras_and_of_backward():
     torch.library.opcheck(torch.ops.fastattn.attention_summary, op_arguments(q, k, lse, mask=causal()))
     rest = op_arguments(q, k, mask=causal(), sinks=randn(4), bias=randn(4, 5, 7))[4:-4]
     grads = randn(2, 4, 5), None, None, randn(2, 4, 5), randn(2, 4, 2, 3)
-    arguments = "cpu", q, k, lse, *grads, *rest, "mean", [True] * (2 + fused.BIASES)
+    arguments = "cpu", q, k, lse, *grads, *rest, "mean", [True] * (2 + fused.LOGITS)
     torch.library.opcheck(torch.ops.fastattn.attention_summary_backward, arguments)
 
 

@@ -26,10 +26,10 @@ struct Normaliser {
     return {state.max, T{1} / state.sum};
   }
 
-  // From its lse. No finite scores have an lse of +inf.
+  // From its lse, which is finite or, of an empty row, -inf.
   static Normaliser of_lse(T lse) {
     if (lse == -kInfinity<T>) return {};
-    return {lse == kInfinity<T> ? kNaN<T> : lse, T{1}};
+    return {lse, T{1}};
   }
 
   T weight(T s) const { return s == -kInfinity<T> ? T{0} : std::exp(s - shift) * factor; }
@@ -52,68 +52,6 @@ bool add_scores(const T* s, int64_t padded, RowState<T>& state) {
   state.sum = state.sum * rescale + total;
   return true;
 }
-
-// The k largest scores of a row, descending, and their keys. Keys arrive in ascending order and only a larger
-// score displaces, so that of equal ones the first stays in front.
-template <class T>
-class TopLinks {
- public:
-  TopLinks(T* scores, int32_t* keys, int64_t k) : scores_(scores), keys_(keys), k_(k) {}
-
-  void clear() const {
-    std::fill(scores_, scores_ + k_, -kInfinity<T>);
-    std::fill(keys_, keys_ + k_, -1);
-  }
-
-  // s[0, padded) belong to the keys from j0 on.
-  void add(const T* s, int64_t padded, int64_t j0) const {
-    T least = scores_[k_ - 1];
-    if (least == -kInfinity<T>) least = bound(s, padded);
-    for (int64_t n = 0; n < padded; n += kLanes<T>)
-      for (uint32_t bits = greater_bits<T>(load(s + n), splat(least)); bits != 0; bits &= bits - 1) {
-        const int64_t c = n + __builtin_ctz(bits);
-        if (!(s[c] > least)) continue;
-        insert(s[c], static_cast<int32_t>(j0 + c));
-        least = std::max(least, scores_[k_ - 1]);
-      }
-  }
-
-  T score(int64_t n) const { return scores_[n]; }
-  int32_t key(int64_t n) const { return keys_[n]; }
-
- private:
-  // Something below the k-th largest score, which spares most insertions into a list that is not full: each
-  // lane's largest score is a score, so the least of k of them or more has k scores that are no less.
-  T bound(const T* s, int64_t padded) const {
-    if (k_ > kLanes<T>) return -kInfinity<T>;
-    Vec<T> top = load(s);
-    for (int64_t n = kLanes<T>; n < padded; n += kLanes<T>) top = vmax<T>(top, load(s + n));
-    T lane[kLanes<T>];
-    store(lane, top);
-    int64_t count = kLanes<T>;
-    for (; count / 2 >= k_; count /= 2)
-      for (int64_t n = 0; n < count / 2; ++n)
-        lane[n] = lane[n] > lane[n + count / 2] ? lane[n] : lane[n + count / 2];
-    T least = lane[0];
-    for (int64_t n = 1; n < count; ++n) least = lane[n] < least ? lane[n] : least;
-    // Below it by no less than a normal number: a smaller one is 0 where the processor flushes.
-    return std::min(std::nextafter(least, -kInfinity<T>), least - std::numeric_limits<T>::min());
-  }
-
-  void insert(T score, int32_t key) const {
-    int64_t n = k_ - 1;
-    for (; n > 0 && scores_[n - 1] < score; --n) {
-      scores_[n] = scores_[n - 1];
-      keys_[n] = keys_[n - 1];
-    }
-    scores_[n] = score;
-    keys_[n] = key;
-  }
-
-  T* scores_;
-  int32_t* keys_;
-  int64_t k_;
-};
 
 // The first index at which s, none of whose elements is larger, is `largest`.
 template <class T>

@@ -80,6 +80,7 @@ def main() -> None:
         )
         texts = ["!" if token < TRIGGERS else "^" if token == START else "." for token in tokens[0].tolist()]
         heatmap(weights[0], texts, texts, ax, title=f"{name}: ^ start, ! trigger", cmap="Blues")
+    figure.colorbar(axes[-1].images[0], ax=axes, label="weight")
     figure.savefig(path_for("attention_sinks.png"), dpi=80)
 
 

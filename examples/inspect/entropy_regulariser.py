@@ -53,6 +53,7 @@ def draw(records: dict[str, Record]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for ax, (name, rec) in zip(axes, records.items(), strict=True):
         attention_map(rec, "encoder.layers.0.self_attn", ax=ax, title=f"first layer, {name}")
+        figure.colorbar(ax.images[0], ax=ax, label="weight")
     figure.savefig(path_for("entropy_regulariser.png"), dpi=80)
 
 

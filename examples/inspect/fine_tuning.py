@@ -53,6 +53,7 @@ def draw(records: dict[str, Record], head: int) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained")
     for ax, (name, rec) in zip(axes, records.items(), strict=True):
         heatmap(rec.weights(LAYER)[head], *rec.texts(LAYER), ax, title=f"head {head}, {name}", cmap="Blues")
+    figure.colorbar(axes[-1].images[0], ax=axes, label="weight")
     figure.savefig(path_for("fine_tuning.png"), dpi=80)
 
 

@@ -116,8 +116,9 @@ def draw(scores: Tensor, names: list[str], kinds: tuple[str, ...]) -> None:
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
-    figure, ax = pyplot.subplots(figsize=(4.5, 4.5), layout="constrained")
-    heatmap(scores, names, list(kinds), ax, title="mean weight", cmap="Blues")
+    figure, ax = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
+    heatmap(scores, names, list(kinds), ax, title="which head links what", cmap="Blues")
+    figure.colorbar(ax.images[0], ax=ax, label="mean weight")
     figure.savefig(path_for("grammar_heads.png"), dpi=80)
 
 

@@ -50,14 +50,17 @@ def forward(
 
     Args:
         q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D].
-        lse: [B, Hq, Lq] in the accumulate dtype, or None to compute it; the result has a copy.
+        lse: [B, Hq, Lq] in the accumulate dtype, or None to compute it. The result has a copy, but for rows
+            of which it would not do, that get their own.
         operands, params: see fastattn.lowering.
+    Raises:
+        ValueError: the lse of another call.
     """
     results = results_like(q, k, wanted)
     if lse is not None:
         results.lse.copy_(lse)
     if 0 in q.shape[:-1] or k.numel() == 0:
-        return _without_pairs(results, operands, lse is not None)
+        return _without_pairs(results, operands)
     operands = prepare(q, k, operands, params)
     q, k = dense_last(q), dense_last(k)
     layout = Layout(q, k, operands, params)
@@ -82,12 +85,11 @@ def forward(
     return results
 
 
-def _without_pairs(results: Results, operands: Operands, lse_given: bool) -> Results:
+def _without_pairs(results: Results, operands: Operands) -> Results:
     """Of rows that see nothing, or of no rows."""
     for tensor in results:
         tensor.fill_(-1 if tensor.dtype == torch.int64 else 0)
-    if not lse_given:
-        empty_lse(results.lse, operands)
+    empty_lse(results.lse, operands)
     return results
 
 

@@ -13,7 +13,7 @@ import torch
 from fastattn.data.subwords import BOS, EOS, Subwords
 from fastattn.demo.judge import END_MARK
 from fastattn.demo.progress import progress
-from fastattn.inspect import pictures
+from fastattn.inspect import pictures, received_map
 from fastattn.inspect.recorded import Record
 from fastattn.inspect.recorder import record
 from fastattn.models import Transformer, greedy
@@ -85,7 +85,7 @@ def draw(view: View, folder: Path) -> list[Path]:
         "entropy": pictures.entropy_map(seen, title="how widely each head looks"),
         "encoder": pictures.attention_map(seen, encoder[-1]),
         "alignment": _alignment(seen, aligned),
-        "received": pictures.received_map(
+        "received": received_map(
             received, seen.texts(encoder[0])[1], title="attention received in the encoder, mean over heads"
         ),
     }

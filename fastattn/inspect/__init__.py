@@ -1,8 +1,9 @@
 """Looking at what a model attends to: statistics, records, pictures, and what happens without."""
 
 from fastattn.inspect.bertviz import to_bertviz
-from fastattn.inspect.pictures import alignment_map, attention_map, entropy_map, head_grid, received_map
+from fastattn.inspect.pictures import alignment_map, attention_map, entropy_map, head_grid
 from fastattn.inspect.plots import heatmap, show_heatmaps
+from fastattn.inspect.received import received_map
 from fastattn.inspect.recorded import Record, RecordedCall
 from fastattn.inspect.recorder import record
 from fastattn.inspect.removal import knockout

@@ -11,15 +11,16 @@ from torch import Tensor
 from fastattn.weight_statistics import Results, Wanted, cells, pairs_per_cell
 
 
-def statistics(weights: Tensor, lse: Tensor, wanted: Wanted) -> Results:
+def statistics(weights: Tensor, scores: Tensor, lse: Tensor, wanted: Wanted) -> Results:
     """The statistics of dense weights.
 
     Args:
         weights: [B, Hq, Lq, Lk], 0 where not visible; rows may add up to less than 1.
+        scores: [B, Hq, Lq, Lk], of which they are the exponentials, by which the largest are ranked.
         lse: [B, Hq, Lq], handed on.
         wanted: what is asked for.
     """
-    largest, order = _ranked(weights.detach(), max(1, wanted.top_k))
+    largest, order = _ranked(weights.detach(), scores.detach(), max(1, wanted.top_k))
     return Results(
         entropy=_entropy(weights),
         received=weights.sum(2),
@@ -33,15 +34,22 @@ def statistics(weights: Tensor, lse: Tensor, wanted: Wanted) -> Results:
     )
 
 
-def _ranked(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest weights of each row, descending, and their keys; 0 and -1 where there are none."""
+def _ranked(weights: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest weights of each row, descending, and their keys; 0 and -1 where there are none.
+
+    Where weights round to the same number the greater score is first, of equal scores the lower key.
+    """
     is_nan = weights.isnan().any(-1, keepdim=True)  # of such a row no key is the largest
-    weights = torch.nn.functional.pad(
-        weights.masked_fill(is_nan, 0.0), (0, max(0, count - weights.shape[-1]))
-    )
+    by_score = scores.masked_fill(is_nan, 0.0).sort(dim=-1, descending=True, stable=True).indices
+    weights = weights.masked_fill(is_nan, 0.0).gather(-1, by_score)
     largest, order = weights.sort(dim=-1, descending=True, stable=True)
-    largest, order = largest[..., :count], order[..., :count]
-    return largest.masked_fill(is_nan, torch.nan), torch.where(largest > 0, order, -1)
+    order = torch.where(largest > 0, by_score.gather(-1, order), -1)
+    missing = max(0, count - weights.shape[-1])
+    largest, order = (
+        torch.nn.functional.pad(found[..., :count], (0, missing), value=nothing)
+        for found, nothing in ((largest, 0), (order, -1))
+    )
+    return largest.masked_fill(is_nan, torch.nan), order
 
 
 def _entropy(weights: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE, has_tangent, is_traced, without_double_backward
+from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, without_double_backward
 from fastattn.backends import cpu_summary
 from fastattn.backends.cpu_summary import results_like
 from fastattn.lowering import Operands, Params
-from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _params
+from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _no_gradient, _params
 from fastattn.strides import output_like
-from fastattn.weight_statistics import DIFFERENTIABLE, Results, Wanted
+from fastattn.weight_statistics import LOSSES, Results, Wanted
 
-BIASES = 3  # leading fields of Operands that a summary has gradients to: bias, diag and sinks
+LOGITS = 3  # leading fields of Operands that a summary has gradients to: bias, diag and sinks
 
 _WANTED = "SymInt top_k, SymInt pool_rows, SymInt pool_cols, str pool_mode"
 _RESULTS = ", ".join(["Tensor"] * len(Results._fields))
@@ -31,7 +31,7 @@ _FORWARD = (
 _GRADS = "Tensor? dentropy, Tensor? dreceived, Tensor? ddistance, Tensor? dlse, Tensor? dpooled"
 _BACKWARD = (
     f"(str backend, Tensor q, Tensor k, Tensor lse, {_GRADS}, {_OPERANDS}, {_PARAMS}, str pool_mode, "
-    f"bool[] needs) -> ({', '.join(['Tensor'] * (2 + BIASES))})"
+    f"bool[] needs) -> ({', '.join(['Tensor'] * (2 + LOGITS))})"
 )
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
@@ -49,7 +49,7 @@ def run(
     No gradient flows into lse, which only saves its computation.
     """
     lse = None if lse is None else lse.detach()
-    tensors = (q, k, *operands[:BIASES])
+    tensors = (q, k, *operands[:LOGITS])
     if torch.compiler.is_compiling() or is_traced(q, k):
         return Kernels(kernels.name).forward(q, k, lse, operands, params, wanted)
     if torch._C._are_functorch_transforms_active():
@@ -60,8 +60,8 @@ def run(
         raise NotImplementedError(FORWARD_MODE)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return kernels.forward(q, k, lse, operands, params, wanted)
-    fixed = operands[BIASES:]
-    return Results(*_Summary.apply(q, k, *operands[:BIASES], lse, fixed, kernels, params, wanted))
+    fixed = operands[LOGITS:]
+    return Results(*_Summary.apply(q, k, *operands[:LOGITS], lse, fixed, kernels, params, wanted))
 
 
 class Kernels:
@@ -110,8 +110,8 @@ class _Summary(torch.autograd.Function):
         k: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
-        lse, fixed, kernels, params, wanted = rest[BIASES:]
-        operands = Operands(*rest[:BIASES], *fixed)
+        lse, fixed, kernels, params, wanted = rest[LOGITS:]
+        operands = Operands(*rest[:LOGITS], *fixed)
         results = kernels.forward(q, k, lse, operands, params, wanted)
         ctx.save_for_backward(q, k, results.lse, *operands)
         ctx.kernels, ctx.params, ctx.pool_mode = kernels, params, wanted.pool_mode
@@ -122,17 +122,17 @@ class _Summary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         unused = (None,) * 5
-        if all(grad is None for grad in grads[:DIFFERENTIABLE]):
-            return (None,) * (2 + BIASES) + unused
-        needs = ctx.needs_input_grad[: 2 + BIASES]
+        if all(grad is None for grad in grads[:LOSSES]):
+            return (None,) * (2 + LOGITS) + unused
+        needs = ctx.needs_input_grad[: 2 + LOGITS]
 
         def gradients(*tensors: Any) -> tuple[Tensor | None, ...]:
-            wanted, (q, k, lse, *operands) = tensors[:DIFFERENTIABLE], tensors[DIFFERENTIABLE:]
+            wanted, (q, k, lse, *operands) = tensors[:LOSSES], tensors[LOSSES:]
             return ctx.kernels.backward(
                 q, k, lse, wanted, Operands(*operands), ctx.params, ctx.pool_mode, needs
             )
 
-        return without_double_backward(gradients, *grads[:DIFFERENTIABLE], *ctx.saved_tensors) + unused
+        return without_double_backward(gradients, *grads[:LOSSES], *ctx.saved_tensors) + unused
 
 
 def _settings(flat: Sequence[Any]) -> Wanted:
@@ -150,7 +150,7 @@ def _forward_fake(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, *rest:
 
 
 def _backward(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grads, rest = rest[:DIFFERENTIABLE], rest[DIFFERENTIABLE:]
+    grads, rest = rest[:LOSSES], rest[LOSSES:]
     operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:-2])
     found = _KERNELS[backend].backward(q, k, lse, grads, operands, params, *rest[-2:])
     # A schema's outputs cannot be absent, nor can they alias one another.
@@ -159,7 +159,7 @@ def _backward(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tu
 
 def _backward_fake(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     grads = [output_like(t, t.shape[-1]) for t in (q, k)]
-    for tensor, need in zip(rest[DIFFERENTIABLE : DIFFERENTIABLE + BIASES], rest[-1][2:], strict=True):
+    for tensor, need in zip(rest[LOSSES : LOSSES + LOGITS], rest[-1][2:], strict=True):
         if tensor is None or not need:
             grads.append(q.new_empty(0))
         else:
@@ -173,26 +173,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(q, k, results.lse, *rest[:_COUNT])
     ctx.backend, ctx.flat, ctx.pool_mode = backend, rest[_COUNT:-4], rest[-1]
     needs = ctx.needs_input_grad
-    ctx.needs = [*needs[1:3], *needs[4 : 4 + BIASES]]
+    ctx.needs = [*needs[1:3], *needs[4 : 4 + LOGITS]]
     ctx.mark_non_differentiable(*results.constant(ctx.pool_mode))
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     q, k, lse, *operands = ctx.saved_tensors
-    unused = (None,) * (_COUNT - BIASES + len(ctx.flat) + 4)
-    if all(grad is None for grad in grads[:DIFFERENTIABLE]):
-        return (None,) * (4 + BIASES) + unused
+    unused = (None,) * (_COUNT - LOGITS + len(ctx.flat) + 4)
+    if all(grad is None for grad in grads[:LOSSES]):
+        return (None,) * (4 + LOGITS) + unused
     pool_mode = ctx.pool_mode
     found = torch.ops.fastattn.attention_summary_backward(
-        ctx.backend, q, k, lse, *grads[:DIFFERENTIABLE], *operands, *ctx.flat, pool_mode, ctx.needs
+        ctx.backend, q, k, lse, *grads[:LOSSES], *operands, *ctx.flat, pool_mode, ctx.needs
     )
     dq, dk, *extra = (grad if need else None for grad, need in zip(found, ctx.needs, strict=True))
     return (None, dq, dk, None, *extra, *unused)
-
-
-def _no_gradient(ctx: Any, *grads: Tensor | None) -> Any:
-    raise NotImplementedError(DOUBLE_BACKWARD)
 
 
 _library.impl("attention_summary", _forward, "CompositeExplicitAutograd")

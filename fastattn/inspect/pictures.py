@@ -1,4 +1,4 @@
-"""Pictures of a Record: what attends to what, which heads there are, and where attention goes.
+"""Pictures of a Record: what attends to what, and which heads there are.
 
 Each takes an `ax` to draw on, or makes a figure of pyplot's, and returns the axes. Colours get steadily
 darker or lighter, so that they are told apart with any colour vision and in grey.
@@ -6,23 +6,19 @@ darker or lighter, so that they are told apart with any colour vision and in gre
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastattn.inspect.fonts import families_for
-from fastattn.inspect.plots import MOST_LABELS, as_floats, heatmap, inches_of, plain, write_title
+from fastattn.inspect.plots import MOST_LABELS, as_floats, heatmap, new_axes, plain, top_of, write_title
 from fastattn.inspect.recorded import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WEIGHTS, STRENGTH, ENTROPY = "Blues", "Oranges", "cividis"  # colour maps
-LONGEST_TEXT = 1000  # tokens that are written out
-INK = "#333333"
+WEIGHTS, ENTROPY = "Blues", "cividis"  # colour maps
 
 
 def attention_map(
@@ -66,7 +62,7 @@ def attention_map(
             ax,
             title=title,
             cmap=WEIGHTS,
-            vmax=_top(values),
+            vmax=top_of(values),
         )
         if max(values.shape) > MOST_LABELS:
             ax.images[-1].set_norm(_square_roots(values))
@@ -74,7 +70,7 @@ def attention_map(
     else:
         pooled = _of_head(_pooled(record, path, run, batch), head)
         _, _, seqlen_q, seqlen_k = calls[0].shape
-        ax = _axes(ax, (6.5, 6))
+        ax = new_axes(ax, (6.5, 6))
         first = calls[0].first_query
         _image(ax, pooled, (0, seqlen_k, first + seqlen_q, first))
         write_title(ax, title)
@@ -116,7 +112,7 @@ def head_grid(
     columns = max(len(heads) for heads in maps)
     if ax is None:
         names = 0.6 + 0.095 * max(map(len, paths))
-        ax = _axes(None, (min(names + 1.1 * columns, 16), min(0.8 + 1.1 * len(maps), 16)))
+        ax = new_axes(None, (min(names + 1.1 * columns, 16), min(0.8 + 1.1 * len(maps), 16)))
     gap = 0.06
     for row, heads in enumerate(maps):
         for column, values in enumerate(heads):
@@ -161,10 +157,10 @@ def entropy_map(record: Record, ax: Axes | None = None, *, title: str | None = N
     values = torch.stack(padded)
     is_new = ax is None
     if ax is None:
-        ax = _axes(None, (min(3.2 + 0.55 * columns, 16), min(1.2 + 0.36 * len(values), 16)))
+        ax = new_axes(None, (min(3.2 + 0.55 * columns, 16), min(1.2 + 0.36 * len(values), 16)))
     image = ax.imshow(values.numpy(), cmap=ENTROPY, vmin=0, aspect="auto")
     if columns <= 16:
-        top = _top(values)
+        top = top_of(values)
         for row, column in values.isfinite().nonzero().tolist():
             value = values[row, column].item()
             color = "black" if value > 0.55 * top else "white"
@@ -177,43 +173,6 @@ def entropy_map(record: Record, ax: Axes | None = None, *, title: str | None = N
         write_title(ax, title)
     if is_new:
         ax.figure.colorbar(image, ax=ax, label="entropy, nats")
-    return ax
-
-
-def received_map(
-    received: Any, tokens: Sequence[str] | None = None, ax: Axes | None = None, *, title: str | None = None
-) -> Axes:
-    """How much attention each token gets: the text with a shade behind each token, or a curve.
-
-    The strongest shade is the greatest value. Without tokens, or with more than 1000, the values are drawn as
-    a curve over positions, in which each bin of a long text shows its greatest.
-
-    Args:
-        received: [keys], one number for each token: of `Record.received` a head, or the mean over heads.
-        tokens: their texts.
-        ax, title: as for `attention_map`.
-    Returns:
-        The axes.
-    Raises:
-        ValueError: not one token for each value.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    values = as_floats(received)
-    if values.ndim != 1 or values.numel() == 0 or (tokens is not None and len(tokens) != len(values)):
-        want = "[keys]" if tokens is None else f"[{len(tokens)}], one for each token,"
-        raise ValueError(f"received must be {want} and not empty, got shape {list(values.shape)}")
-    is_written = tokens is not None and len(tokens) <= LONGEST_TEXT
-    texts = [plain(token) for token in tokens] if tokens is not None and is_written else []
-    width = _line_width(ax)
-    lines = _lines(texts, width)
-    if ax is None:
-        ax = _axes(None, (9, 0.5 + 0.24 * len(lines)) if is_written else (9, 3))
-    if is_written:
-        _write_text(ax, values, texts, lines, width)
-    else:
-        _draw_curve(ax, values)
-    if title:
-        write_title(ax, title, loc="left" if is_written else "center")
     return ax
 
 
@@ -238,7 +197,7 @@ def alignment_map(
         ModuleNotFoundError: matplotlib is not installed.
     """
     values, is_new = as_floats(weights), ax is None
-    ax = heatmap(values, target, source, ax, title=title, cmap=WEIGHTS, vmax=_top(values))
+    ax = heatmap(values, target, source, ax, title=title, cmap=WEIGHTS, vmax=top_of(values))
     if max(values.shape) > MOST_LABELS:
         ax.images[-1].set_norm(_square_roots(values))
     if is_new:
@@ -247,7 +206,7 @@ def alignment_map(
     ax.scatter(
         best,
         range(len(best)),
-        s=12 if max(values.shape) <= MOST_LABELS else 2,
+        s=12 if max(values.shape) <= MOST_LABELS else 5,
         color="#D55E00",
         zorder=3,
         linewidths=0,
@@ -284,14 +243,6 @@ def _of_head(values: Tensor, head: int | None) -> Tensor:
     return values[head]
 
 
-def _axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=figsize, layout="constrained")[1]
-
-
 def _image(ax: Axes, values: Tensor, extent: tuple[float, float, float, float]) -> Any:
     """A map on its own scale of square roots; extent: left, right, bottom, top."""
     values = values.float().cpu()
@@ -302,12 +253,7 @@ def _image(ax: Axes, values: Tensor, extent: tuple[float, float, float, float]) 
 def _square_roots(values: Tensor) -> Any:
     from matplotlib.colors import PowerNorm
 
-    return PowerNorm(0.5, 0, _top(values))
-
-
-def _top(values: Tensor) -> float:
-    """The greatest value, for a scale from 0."""
-    return max(values.nan_to_num(0).max().item(), 1e-9)
+    return PowerNorm(0.5, 0, top_of(values))
 
 
 def _thinned(values: Tensor) -> Tensor:
@@ -320,71 +266,3 @@ def _frame(corner: tuple[float, float], side: float) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, side, side, fill=False, edgecolor="#bbbbbb", linewidth=0.6)
-
-
-def _width(text: str) -> int:
-    """Columns that a text takes: two for each ideograph, none for what joins the character before it."""
-    wide = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-    return max(1, wide - sum(unicodedata.combining(char) > 0 for char in text))
-
-
-def _line_width(ax: Axes | None) -> int:
-    """Columns of text that fit across the axes, at a size that can be read."""
-    inches = 9.0 if ax is None else inches_of(ax)[0]
-    return max(20, int(inches * 11))
-
-
-def _lines(tokens: Sequence[str], width: int) -> list[list[int]]:
-    """The numbers of the tokens on each line."""
-    lines: list[list[int]] = [[]]
-    used = 0
-    for n, token in enumerate(tokens):
-        need = _width(token) + 1
-        if used + need > width and lines[-1]:
-            lines.append([])
-            used = 0
-        lines[-1].append(n)
-        used += need
-    return lines
-
-
-def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[list[int]], width: int) -> None:
-    import matplotlib
-    from matplotlib.patches import Rectangle
-
-    colors = matplotlib.colormaps[STRENGTH]
-    top = _top(values)
-    fonts = families_for(tokens)
-    for row, line in enumerate(lines):
-        left = 0.0
-        for n in line:
-            size, share = _width(tokens[n]) + 0.7, max(0.0, values[n].nan_to_num(0).item()) / top
-            ax.add_patch(Rectangle((left, row + 0.08), size, 0.84, facecolor=colors(share), linewidth=0))
-            ax.text(
-                left + size / 2,
-                row + 0.5,
-                tokens[n],
-                ha="center",
-                va="center",
-                fontsize=8,
-                fontfamily=fonts,
-                parse_math=False,
-                color="white" if share > 0.7 else INK,
-            )
-            left += size + 0.3
-    ax.set_xlim(0, max(width, *(sum(_width(tokens[n]) + 1 for n in line) for line in lines)))
-    ax.set_ylim(len(lines), 0)
-    ax.set_axis_off()
-
-
-def _draw_curve(ax: Axes, values: Tensor) -> None:
-    bins = min(len(values), 1024)
-    heights = torch.nn.functional.adaptive_max_pool1d(values.nan_to_num(0)[None], bins)[0]
-    places = (torch.arange(bins) * len(values) / bins).tolist()
-    ax.fill_between(places, heights.tolist(), step="post", color="#D55E00", linewidth=0)
-    ax.set_xlim(0, len(values))
-    ax.set_ylim(0, None)
-    ax.set_xlabel("position of the key")
-    ax.set_ylabel("weight received")
-    for edge in ("top", "right"):
-        ax.spines[edge].set_visible(False)

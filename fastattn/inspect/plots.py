@@ -188,3 +188,17 @@ def inches_of(ax: Axes) -> tuple[float, float]:
 def as_floats(values: Any) -> torch.Tensor:
     """A tensor or an array as a plain float32 tensor in memory."""
     return torch.as_tensor(values).detach().to("cpu", torch.float32)
+
+
+def new_axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
+    """The axes given, or those of a new figure of pyplot's."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=figsize, layout="constrained")[1]
+
+
+def top_of(values: torch.Tensor) -> float:
+    """The greatest value, for a scale from 0."""
+    return max(values.nan_to_num(0).max().item(), 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fastattn.inspect.summary import AttentionSummary
 from fastattn.inspect.tokens import Labels, Tokens
+
+TENSOR_BYTES = 600  # of a recorded tensor beside its numbers: objects, headers, what malloc rounds up
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,9 +44,9 @@ class RecordedCall:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the numbers."""
+        """Memory that it takes: numbers, and about half a kilobyte for each tensor that holds them."""
         tensors = [*self.summary.tensors().values(), *([] if self.weights is None else [self.weights])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(TENSOR_BYTES + tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def __repr__(self) -> str:
         batch, heads, seqlen_q, seqlen_k = self.shape
@@ -59,7 +62,9 @@ class Record:
     """The attention calls of a model in the order they were made.
 
     A path's calls make up runs: one for each forward pass, and one for all steps of a decoding with caches,
-    whose queries go on where those of the step before ended. Print it for a table.
+    whose queries go on where those of the step before ended. Of layers that share one path (a module that
+    stands in several places; all modules of a record without a model) each has runs of its own, told apart
+    by the order of their calls. Print it for a table.
 
     Attributes:
         calls: all of them.
@@ -95,20 +100,16 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all numbers."""
+        """Memory of all calls."""
         return sum(call.nbytes for call in self.calls)
 
     def runs(self, path: str) -> list[list[RecordedCall]]:
-        """The calls of one module, those of one pass or decoding together."""
-        found: list[list[RecordedCall]] = []
-        open_runs: dict[int | None, list[RecordedCall]] = {}
-        for call in self[path]:
-            run = open_runs.get(call.sequence)
-            if run is None or not _goes_on(run[-1], call):
-                run = open_runs[call.sequence] = []
-                found.append(run)
-            run.append(call)
-        return found
+        """The calls of one module, those of one pass or decoding together; in the order of their first."""
+        sequences: dict[int | None, list[tuple[int, RecordedCall]]] = {}
+        for place, call in enumerate(self[path]):
+            sequences.setdefault(call.sequence, []).append((place, call))
+        runs = [run for calls in sequences.values() for run in _runs(calls)]
+        return [[call for _, call in run] for run in sorted(runs, key=lambda run: run[0][0])]
 
     def weights(self, path: str, *, run: int = 0, batch: int = 0) -> Tensor:
         """The weights of one run as one matrix for each head.
@@ -235,6 +236,30 @@ class Record:
         return calls
 
 
-def _goes_on(before: RecordedCall, call: RecordedCall) -> bool:
-    """Whether a call's queries are those after the ones of the call before."""
-    return call.first_query > 0 and call.first_query == before.first_query + before.shape[2]
+Numbered = tuple[int, RecordedCall]  # with its place in the record
+
+
+def _runs(calls: list[Numbered]) -> list[list[Numbered]]:
+    """The runs of one sequence.
+
+    Calls at the same positions one after another are those of layers that share a path. The n-th of them goes
+    on with the n-th of those whose positions end where theirs begin; where they are fewer than those, which
+    had a pass of their own among them then, with the last ones.
+    """
+    found: list[list[Numbered]] = []
+    before: list[list[Numbered]] = []
+    for (first, _), group in itertools.groupby(calls, lambda each: _queries(each[1])):
+        layers = list(group)
+        goes_on = first > 0 and bool(before) and sum(_queries(before[0][-1][1])) == first
+        kept = before[max(0, len(before) - len(layers)) :] if goes_on else []
+        new: list[list[Numbered]] = [[] for _ in layers[len(kept) :]]
+        found += new
+        before = kept + new
+        for run, each in zip(before, layers, strict=True):
+            run.append(each)
+    return found
+
+
+def _queries(call: RecordedCall) -> tuple[int, int]:
+    """Position of the first query, and how many there are."""
+    return call.first_query, call.shape[2]

@@ -16,7 +16,8 @@ from fastattn.autograd import has_tangent, is_traced
 from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
 from fastattn.inspect.modules import NOT_SEEN, RunningModules, check_patterns, is_match
-from fastattn.inspect.recorded import Record, RecordedCall
+from fastattn.inspect.positions import Frame, Growth
+from fastattn.inspect.recorded import TENSOR_BYTES, Record, RecordedCall
 from fastattn.inspect.sequences import sequences
 from fastattn.inspect.summary import AttentionSummary, summarize
 from fastattn.inspect.tokens import Labels, Tokens
@@ -55,7 +56,8 @@ def record(
     ([2, 3, 3], ['a', 'b', 'c'])
 
     Args:
-        model: whose calls are recorded; None for all calls of the block, under the path "".
+        model: whose calls are recorded; None for all calls of the block, under the path "". Then only the
+            order of calls tells layers apart, and only the lengths of their keys how far a decoding is.
         tokens: a text for each token, or such a list for each entry of the batch; of the source where
             target_tokens are given too. Or a mapping of module names (globs) to such texts, or to a tuple of
             those of the queries and those of the keys. `Record.attach` takes them later, when they are known.
@@ -63,10 +65,10 @@ def record(
         layers: names of modules, paths or globs, whose calls alone are recorded; None for all.
         weights_up_to: the greatest length of which the whole weights are kept; longer calls have summaries.
         top_k, pool: of the summaries, as for `summarize`.
-        max_bytes: memory that the record may take. Where it is full, weights are left out first, then calls;
-            a warning and `Record.missed` say how many.
+        max_bytes: memory that the record may take, as `Record.nbytes` counts it. Where it is full, weights
+            are left out first, then calls; a warning and `Record.missed` say how many.
         keep_graph: keep summaries and weights differentiable, on their device, to make losses of them;
-            `max_bytes` counts the numbers then, not what autograd saves for them.
+            `max_bytes` does not count what autograd saves for them.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
         NotImplementedError: keep_graph and a layer that is checkpointed, when it is called.
@@ -109,6 +111,7 @@ class _Recorder:
         self.record, self.running, self.patterns = found, running, patterns
         self.weights_up_to, self.options = weights_up_to, options
         self.max_bytes, self.keep_graph = max_bytes, keep_graph
+        self.growth = Growth()  # of the calls that are followed by no model
         self.nbytes = 0
         self.is_full = False
         self.without_weights = 0
@@ -118,7 +121,8 @@ class _Recorder:
         return call
 
     def note(self, call: Call, lse: Tensor | None) -> None:
-        path = "" if self.running is None else self.running.path()
+        running = self.running
+        path = "" if running is None else running.path()
         if path is None or not self._is_wanted(path):
             return
         if torch._C._current_graph_task_id() != -1:  # in backward: a checkpoint repeats what was recorded
@@ -136,10 +140,10 @@ class _Recorder:
                 "is repeated in backward, where summaries are not made again; switch checkpointing "
                 "off, or leave them out by layers="
             )
-        here = 0 if self.running is None else self.running.position(call).first_query
+        at = self.growth.position(Frame("", None), call) if running is None else running.position(call)
         with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
             for part in sequences(call, lse):
-                first = here if part.first_query is None else part.first_query
+                first = at.first_query if part.first_query is None else part.first_query
                 self._add(path, part.call, part.lse, first, part.number)
 
     def warn(self) -> None:
@@ -179,7 +183,8 @@ class _Recorder:
         self.nbytes += added.nbytes
         if max(call.seqlens()) <= self.weights_up_to:
             batch, heads, seqlen_q, seqlen_k = added.shape
-            size = batch * heads * seqlen_q * seqlen_k * accumulate_dtype(call.q.dtype).itemsize
+            item = accumulate_dtype(call.q.dtype).itemsize
+            size = TENSOR_BYTES + batch * heads * seqlen_q * seqlen_k * item
             if self.nbytes + size <= self.max_bytes:
                 weights = attention_weights(call.q, call.k, **arguments)
                 added = replace(added, weights=weights if self.keep_graph else weights.detach().cpu())

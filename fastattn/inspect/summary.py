@@ -43,7 +43,8 @@ class AttentionSummary:
     Attributes:
         entropy: [B, Hq, Lq], -sum_j p_ij ln p_ij in nats, from 0 (one key) to ln(number of visible keys).
         max_weight: [B, Hq, Lq], the largest weight of each query.
-        max_index: [B, Hq, Lq], its key; the first of equal scores; -1 where the weight is 0.
+        max_index: [B, Hq, Lq], its key, which has the greatest score, the first of equal ones; -1 where the
+            weight is 0.
         received: [B, Hq, Lk], sum_i p_ij: how much attention each key gets. Their sum is Lq where every
             query sees a key and there are no sinks.
         distance: [B, Hq, Lq], sum_j p_ij |i + Lk - Lq - j|: how far away a query looks, in tokens, with the
@@ -51,8 +52,9 @@ class AttentionSummary:
         lse: [B, Hq, Lq], as `attention` returns it.
         topk_weights: [B, Hq, Lq, top_k], the largest weights of each query, descending; 0 where it gives
             weight to fewer keys. None where top_k is 0.
-        topk_indices: [B, Hq, Lq, top_k], their keys; the lower index first among equal scores (scores that
-            differ may round to one weight: the greater score is first then); -1 where the weight is 0.
+        topk_indices: [B, Hq, Lq, top_k], their keys, in the order of their scores, the lower index first
+            among equal ones; -1 where the weight is 0. (So weights that differ by less than a float can tell
+            are still in the right order.)
         pooled: [B, Hq, rows, cols], the weights on a coarser grid: query i falls into row
             floor(i * rows / Lq), keys likewise, and a cell holds the mean (or sum, or maximum) of its pairs,
             hidden pairs counting as 0. None without pool.
@@ -155,15 +157,15 @@ def summarize(
         pool_mode: "mean", "sum" or "max"; the maximum carries no gradient.
         lse: [B, Hq, Lq], what `attention` returned with return_lse for these arguments, which saves its
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
-            One of another call raises, but where |lse| is 16 or more it is not checked.
+            Rows whose |lse| is 16 or more save nothing, since rounding took too much of it. One of another
+            call raises where a row's weights would not add up to 1 (the reference does not read it).
         backend: "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
-    v = k[..., :0] if isinstance(k, Tensor) and k.dim() > 0 else k
-    call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, backend=backend)
+    call = Call("attention", q, k, k, mask, bias, scale, softcap, sinks, backend=backend)
     autocast(call)
     validate(call)
     wanted = _wanted(top_k, pool, pool_mode, call)
@@ -172,8 +174,6 @@ def summarize(
     with without_autocast(q.device):
         found = _run(call, wanted, lse)
     named = found._asdict()
-    if lse is not None:
-        named["lse"] = lse
     if top_k == 0:
         named["topk_weights"] = named["topk_indices"] = None
     if pool is None:
@@ -188,6 +188,8 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
         NotImplementedError: a backend was forced that cannot compute them.
     """
     forced = dispatch.forced_backend(call.backend)
+    if forced is None and call.q.is_cpu and cpu.available():
+        return _fused(call, wanted, lse)  # it supports all of these: no spec is needed to know
     reasons = {"cpu": cpu.supports(spec_of(call)), "reference": None}
     name = forced or next(name for name, reason in reasons.items() if reason is None)
     reason = reasons.get(name, "it has no summary kernels")
@@ -196,7 +198,12 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     if name == "reference":
         if forced is None:
             _warn_once(reasons["cpu"])
-        return _defined(call, wanted, lse)
+        return _defined(call, wanted)
+    return _fused(call, wanted, lse)
+
+
+def _fused(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
+    """The statistics by the kernels of the CPU."""
     if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
         call.scale = call.scale_value()
         call.q, call.k = F.pad(call.q, (0, 1)), F.pad(call.k, (0, 1))
@@ -214,23 +221,23 @@ def _warn_once(reason: str | None) -> None:
     )
 
 
-def _defined(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
+def _defined(call: Call, wanted: Wanted) -> Results:
     """The statistics by their definition, from the whole matrix."""
     dtype = accumulate_dtype(call.q.dtype)
     q, k = call.q.to(dtype), call.k.to(dtype)
     shape = call.mask_shape()
     if k.shape[1] == 0:  # no heads: no ratio of head counts
         k = k.sum(1, keepdim=True)
-    weights, computed, _ = reference._probabilities(
+    scores, visible = reference._masked_scores(
         q,
         k,
         reference._visible(call.mask, shape, q.device),
         reference._bias(call.bias, shape, q),
         call.scale_value(),
         call.softcap,
-        call.sinks,
     )
-    return statistics(weights.to(dtype), computed if lse is None else lse, wanted)
+    weights, lse = reference._softmax(scores, visible, call.sinks)
+    return statistics(weights.to(dtype), scores, lse, wanted)
 
 
 def _wanted(top_k: int, pool: Any, pool_mode: str, call: Call) -> Wanted:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 
-from fastattn.autograd import DOUBLE_BACKWARD, FORWARD_MODE, is_traced
-from fastattn.functorch import _vmap
+from fastattn.autograd import is_traced
+from fastattn.functorch import LastDerivative, NoTangents, vmapped
 from fastattn.inspect import fused
-from fastattn.inspect.fused import BIASES
+from fastattn.inspect.fused import LOGITS
 from fastattn.lowering import Operands, Params
-from fastattn.weight_statistics import DIFFERENTIABLE, Results, Wanted
+from fastattn.weight_statistics import LOSSES, Results, Wanted
 
 
 def run(
@@ -23,7 +22,7 @@ def run(
     return Results(*_Forward.apply(kernels, params, wanted, q, k, lse, *operands))
 
 
-class _Forward(Function):
+class _Forward(NoTangents):
     @staticmethod
     def forward(
         kernels: Any, params: Params, wanted: Wanted, q: Tensor, k: Tensor, lse: Tensor | None, *operands: Any
@@ -41,59 +40,28 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        needs = (*ctx.needs_input_grad[3:5], *ctx.needs_input_grad[6 : 6 + BIASES])
+        needs = (*ctx.needs_input_grad[3:5], *ctx.needs_input_grad[6 : 6 + LOGITS])
         q, k, lse, *operands = ctx.saved_tensors
         settings = (ctx.kernels, ctx.params, ctx.pool_mode, needs)
-        dq, dk, *extra = _Backward.apply(*settings, q, k, lse, *grads[:DIFFERENTIABLE], *operands)
-        return None, None, None, dq, dk, None, *extra, *(None,) * (len(operands) - BIASES)
+        dq, dk, *extra = _Backward.apply(*settings, q, k, lse, *grads[:LOSSES], *operands)
+        return None, None, None, dq, dk, None, *extra, *(None,) * (len(operands) - LOGITS)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(FORWARD_MODE)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], kernels: Any, params: Params, wanted: Wanted, *tensors: Any
-    ) -> Any:
-        def call(*args: Any) -> tuple[Any, ...]:
-            return _Forward.apply(kernels, params, wanted, *args)
-
-        return _vmap(call, info.batch_size, in_dims[3:], tensors, params, heads=3, foldable=True)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return vmapped(_Forward, info, in_dims, arguments, settings=3, heads=3)
 
 
-class _Backward(Function):
+class _Backward(LastDerivative):
     @staticmethod
     def forward(kernels: Any, params: Params, pool_mode: str, needs: Sequence[bool], *tensors: Any) -> Any:
         (q, k, lse), rest = tensors[:3], tensors[3:]
-        grads, operands = rest[:DIFFERENTIABLE], rest[DIFFERENTIABLE:]
+        grads, operands = rest[:LOSSES], rest[LOSSES:]
         runs = fused.Kernels(kernels.name) if is_traced(q, k) else kernels
         return runs.backward(q, k, lse, grads, Operands(*operands), params, pool_mode, needs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(DOUBLE_BACKWARD)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(FORWARD_MODE)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        kernels: Any,
-        params: Params,
-        pool_mode: str,
-        needs: Sequence[bool],
-        *tensors: Any,
-    ) -> Any:
-        def call(*args: Any) -> tuple[Any, ...]:
-            return _Backward.apply(kernels, params, pool_mode, needs, *args)
-
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        needs = arguments[3]
         # Gradients of what all examples share are summed over a folded batch, but each example wants its own.
-        foldable, heads = not any(needs[2:]), 3 + DIFFERENTIABLE
-        return _vmap(call, info.batch_size, in_dims[4:], tensors, params, heads=heads, foldable=foldable)
+        foldable, heads = not any(needs[2:]), 3 + LOSSES
+        return vmapped(_Backward, info, in_dims, arguments, settings=4, heads=heads, foldable=foldable)
