@@ -225,8 +225,11 @@ def join_lens(mask: Mask | Tensor | None, lens: Tensor | None, queries: Tensor) 
     """`visible_keys` of lengths that are checked."""
     if mask is not None and not isinstance(mask, Mask | Tensor):
         raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
-    if isinstance(mask, Tensor) and mask.dim() == 3 and queries.dim() == 4:
-        mask = mask.unsqueeze(1)  # [B, Lq, Lk], the same for all heads
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (True = attend), got {dtype_name(mask.dtype)}")
+        if mask.dim() == 3 and queries.dim() == 4:
+            mask = mask.unsqueeze(1)  # [B, Lq, Lk], the same for all heads
     if lens is None:
         return mask
     if mask is None:
