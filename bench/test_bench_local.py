@@ -31,7 +31,7 @@ def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # Finding the largest score looks at every key, which alone costs half of attention's forward pass.
 @pytest.mark.parametrize(
-    ("centre", "goal"), [("monotonic", 10.0), ("predictive", 4.0), ("argmax", 1.0)], ids=lambda x: str(x)
+    ("centre", "goal"), [("monotonic", 10.0), ("predictive", 4.0), ("argmax", 1.0)], ids=str
 )
 @pytest.mark.parametrize("run", [forward, step], ids=["forward", "forward+backward"])
 def test_goal(centre: str, goal: float, run: Callable[..., None]):

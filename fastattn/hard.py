@@ -85,7 +85,7 @@ def check_choices(mode: str, gradient: str) -> None:
 
 
 def attend_hard(call: Call, mode: str, gradient: str, seed: Tensor | None = None) -> list[Tensor]:
-    """[out, index], with gradient="reinforce" [out, log_prob, index], of a call on [..., length, features]."""
+    """[out, index], with gradient="reinforce" [out, log_prob, index]: `hard_attention` of a call."""
     lead = leading.fold(call)
     functional.autocast(call)
     validate(call)

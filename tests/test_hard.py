@@ -59,7 +59,7 @@ def test_argmax_is_the_dense_argmax(mask, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 3.0, 1e4, -1e30])
 def test_keys_that_cannot_win_are_told_exactly(scale, dtype, isa, native, use_isa):
-    """Only keys that may win get noise: none of them may be missed, be scores flat, steep, hidden or infinite."""
+    """Only keys that may win get noise: none may be missed, be scores flat, steep, hidden or infinite."""
     if isa not in native.info()["isas"]:
         pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
     use_isa(isa)
@@ -72,7 +72,15 @@ def test_keys_that_cannot_win_are_told_exactly(scale, dtype, isa, native, use_is
     mask[9, :650] = False
     found = [
         fastattn.hard_attention(
-            q, k, v, mode="sample", seed=torch.tensor([8]), mask=mask, scale=scale, return_index=True, backend=b
+            q,
+            k,
+            v,
+            mode="sample",
+            seed=torch.tensor([8]),
+            mask=mask,
+            scale=scale,
+            return_index=True,
+            backend=b,
         )[1]
         for b in ("cpu", "reference")
     ]

@@ -1,4 +1,4 @@
-"""What all layers over queries, keys and values take: lengths, masks, shapes; and how they refuse the rest."""
+"""What all layers over queries, keys and values take: lengths, masks, shapes; and what they refuse."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastattn import masks, nn
 
 FEATURES, KEYS, QUERIES = 6, 7, 4
 LAYERS = {
-    "attention": lambda: nn.Attention(),
+    "attention": nn.Attention,
     "additive": lambda: nn.AdditiveAttention(FEATURES, FEATURES, 8),
-    "regression": lambda: nn.KernelRegression(),
+    "regression": nn.KernelRegression,
     "hard": lambda: nn.HardAttention("argmax"),
     "monotonic": lambda: nn.LocalAttention(9),
     "predictive": lambda: nn.LocalAttention(9, "predictive", FEATURES),
@@ -22,14 +22,20 @@ LAYERS = {
 }
 # Layers of one sequence, and their calls.
 SELF = {
-    "single head": (lambda: nn.SingleHeadAttention(FEATURES, 3), lambda layer, x, lens: layer(x, None, lens)[0]),
-    "multi-head": (lambda: nn.MultiHeadSelfAttention(FEATURES, 2), lambda layer, x, lens: layer(x, None, lens)[0]),
+    "single head": (
+        lambda: nn.SingleHeadAttention(FEATURES, 3),
+        lambda layer, x, lens: layer(x, None, lens)[0],
+    ),
+    "multi-head": (
+        lambda: nn.MultiHeadSelfAttention(FEATURES, 2),
+        lambda layer, x, lens: layer(x, None, lens)[0],
+    ),
     "torch's": (
         lambda: nn.MultiheadAttention(FEATURES, 2, batch_first=True),
         lambda layer, x, lens: layer(x, valid_lens=lens)[0],
     ),
     "pooling": (lambda: nn.AttentionPooling(FEATURES), lambda layer, x, lens: layer(x, lens)),
-    "sentence": (lambda: nn.SentenceEncoder(), lambda layer, x, lens: layer(x, lens)),
+    "sentence": (nn.SentenceEncoder, lambda layer, x, lens: layer(x, lens)),
 }
 
 
@@ -41,7 +47,9 @@ def inputs(*lead):
 @pytest.mark.parametrize("lens, got", [([8, 1], 8), ([3, -1], -1), (torch.tensor([[7, 7, 7, 9]] * 2), 9)])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_lengths_out_of_range_are_refused(make, lens, got):
-    with pytest.raises(ValueError, match=f"valid_lens must be from 0 to the number of keys, {KEYS}, got {got}"):
+    with pytest.raises(
+        ValueError, match=f"valid_lens must be from 0 to the number of keys, {KEYS}, got {got}"
+    ):
         make()(*inputs(2), lens)
 
 
@@ -75,16 +83,36 @@ def test_what_a_mask_hides_lengths_hide(make):
 BAD_CALLS = {
     "list": (lambda q, k, v: (q.tolist(), k, v), TypeError, "queries must be a torch.Tensor, got list"),
     "none": (lambda q, k, v: (q, None, v), TypeError, "keys must be a torch.Tensor, got NoneType"),
-    "rank": (lambda q, k, v: (q[0, 0], k, v), ValueError, "queries must be [L, D] without a batch, [B, L, D]"),
+    "rank": (
+        lambda q, k, v: (q[0, 0], k, v),
+        ValueError,
+        "queries must be [L, D] without a batch, [B, L, D]",
+    ),
     "ranks": (lambda q, k, v: (q, k[0], v), ValueError, "keys must be 3-D like queries, got shape [7, 6]"),
-    "dtype": (lambda q, k, v: (q, k, v.double()), TypeError, "values must have queries's dtype float32, got float64"),
+    "dtype": (
+        lambda q, k, v: (q, k, v.double()),
+        TypeError,
+        "values must have queries's dtype float32, got float64",
+    ),
     "length": (lambda q, k, v: (q, k, v[:, :5]), ValueError, "values must have"),
     "features": (lambda q, k, v: (q, k[..., :5], v), ValueError, "keys must have"),
-    "float mask": (lambda q, k, v: (q, k, v, None, torch.zeros(4, 7)), TypeError, "mask must be bool (True = attend)"),
-    "no mask": (lambda q, k, v: (q, k, v, [1, 2], [[True]]), TypeError, "mask must be a fastattn.masks.Mask or"),
+    "float mask": (
+        lambda q, k, v: (q, k, v, None, torch.zeros(4, 7)),
+        TypeError,
+        "mask must be bool (True = attend)",
+    ),
+    "no mask": (
+        lambda q, k, v: (q, k, v, [1, 2], [[True]]),
+        TypeError,
+        "mask must be a fastattn.masks.Mask or",
+    ),
     "mask": (lambda q, k, v: (q, k, v, None, torch.ones(4, 8) > 0), ValueError, "mask must broadcast to"),
-    "lens": (lambda q, k, v: (q, k, v, [1, 2, 3]), ValueError, "valid_lens must be [B] or [B, Lq], here [2] or [2, 4]"),
-}  # fmt: skip
+    "lens": (
+        lambda q, k, v: (q, k, v, [1, 2, 3]),
+        ValueError,
+        "valid_lens must be [B] or [B, Lq], here [2] or [2, 4]",
+    ),
+}
 
 
 @pytest.mark.parametrize("change, kind, message", BAD_CALLS.values(), ids=BAD_CALLS)

@@ -188,7 +188,9 @@ def test_under_transforms(centre):
 
 
 @needs_native
-@pytest.mark.parametrize("mask", [None, masks.causal(), torch.ones(5, 5).tril() > 0], ids=["", "mask", "bool"])
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(), torch.ones(5, 5).tril() > 0], ids=["", "mask", "bool"]
+)
 @pytest.mark.parametrize("centre", CENTRES)
 def test_compiles(centre, mask):
     torch._dynamo.reset()  # its limit of 8 compilations is one for all that share a forward

@@ -251,11 +251,10 @@ class Backward {
     KeyRange reached{kKeyTile, 0};
     for_each_group(tile, tile_bits, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
       const Block<T>& queries = tile.query_block();
-      pair_gradients<T>(
-          p_.score,
-          {tile.gradients() + r * kKeyTile, queries.data + r * queries.stride, keys.data, queries.stride,
-           keys.stride, dq + r * width_q_, tile_dk, dw, width_q_, kKeyTile},
-          rows, columns.begin, columns.end);
+      pair_gradients<T>(p_.score,
+                        {tile.gradients() + r * kKeyTile, queries.data + r * queries.stride, keys.data,
+                         queries.stride, keys.stride, dq + r * width_q_, tile_dk, dw, width_q_, kKeyTile},
+                        rows, columns.begin, columns.end);
       reached = {std::min(reached.begin, columns.begin), std::max(reached.end, columns.end)};
     });
     for (int64_t n = reached.begin * width_q_; n < reached.end * width_q_; ++n) dk[n] += tile_dk[n];

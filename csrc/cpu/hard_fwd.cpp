@@ -1,10 +1,10 @@
 // Hard attention: the one key that each query attends to, by the largest score or drawn from the softmax,
 // with no score kept but those of one strip.
 //
-// A draw is the largest of s_j - log(-log(u_j)) (the Gumbel-max trick), u_j = 1 - r_j with r_j from the word of
-// Philox that dropout would read for that pair. The noise is made in double: what decides is its upper tail,
-// where u is close to 1, and there float32 has too few values to tell keys apart. It is made only of keys
-// that may yet win.
+// A draw is the largest of s_j - log(-log(u_j)) (the Gumbel-max trick), u_j = 1 - r_j with r_j from the word
+// of Philox that dropout would read for that pair. The noise is made in double: what decides is its upper
+// tail, where u is close to 1, and there float32 has too few values to tell keys apart. It is made only of
+// keys that may yet win.
 #include <algorithm>
 #include <cmath>
 
