@@ -68,12 +68,24 @@ def hard_attention(
     Source: Xu et al., "Show, Attend and Tell", ICML 2015, section 4.1; straight-through: Bengio, Léonard and
     Courville, 2013; REINFORCE: Williams, 1992; Gumbel-max: Gumbel, 1954.
     """
-    for name, value, names in (("mode", mode, MODES), ("gradient", gradient, GRADIENTS)):
-        if value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+    check_choices(mode, gradient)
     if seed is not None and mode == "argmax":
         raise ValueError('seed must be None with mode="argmax", which draws nothing')
     call = Call("attention", q, k, v, mask=mask, scale=scale, backend=backend)
+    *results, index = attend_hard(call, mode, gradient, seed)
+    results += [index] if return_index else []
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def check_choices(mode: str, gradient: str) -> None:
+    """Raise unless both are names that there are."""
+    for name, value, names in (("mode", mode, MODES), ("gradient", gradient, GRADIENTS)):
+        if value not in names:
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+
+def attend_hard(call: Call, mode: str, gradient: str, seed: Tensor | None = None) -> list[Tensor]:
+    """[out, index], with gradient="reinforce" [out, log_prob, index]: `hard_attention` of a call."""
     lead = leading.fold(call)
     execution.autocast(call)
     validate(call)
@@ -92,10 +104,8 @@ def hard_attention(
         or torch._C._are_functorch_transforms_active()
     ):
         out = _StraightThrough.apply(execution.run(call), out.detach())
-    results = [leading.unfold(out, lead)]
-    results += [t.reshape(*lead, t.shape[-1]) for t in (log_prob,) if t is not None]
-    results += [index.reshape(*lead, index.shape[-1])] if return_index else []
-    return results[0] if len(results) == 1 else tuple(results)
+    rows = [t.reshape(*lead, t.shape[-1]) for t in (log_prob, index) if t is not None]
+    return [leading.unfold(out, lead), *rows]
 
 
 def choose_keys(call: Call, seed: Tensor | None) -> Tensor:

@@ -60,51 +60,41 @@ def kernel_attention(
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     Source: Nadaraya, "On Estimating Regression", 1964; Watson, "Smooth Regression Analysis", 1964.
     """
-    call = kernel_call(q, k, v, kernel=kernel, width=width, mask=mask, backend=backend)
-    call.return_lse = return_lse
+    call = Call("attention", q, k, v, mask=mask, return_lse=return_lse, backend=backend)
+    set_kernel(call, kernel, width)
     found = leading.run(call)
     if not return_lse:
         return found.to(q.dtype)
     return found[0].to(q.dtype), found[1]
 
 
-def kernel_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    kernel: str,
-    width: float | Tensor,
-    mask: Mask | Tensor | None = None,
-    backend: str | None = None,
-) -> Call:
-    """The arguments of `kernel_attention` as a call on coordinates whose unit is the width; half precision
-    becomes float32.
+def set_kernel(call: Call, kernel: str, width: float | Tensor) -> None:
+    """Make `call` that of a kernel: its coordinates get the width as their unit; half precision becomes
+    float32.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    call = Call("attention", q, k, v, mask=mask, scale=1.0, backend=backend)
     leading_dimensions(call)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    q, k, v = call.q, call.k, call.v
+    name_q, name_k, name_v = map(call.name, ("q", "k", "v"))
+    for name, tensor in ((name_q, q), (name_k, k), (name_v, v)):
         if tensor.dtype not in FLOAT_DTYPES:
             names = ", ".join(map(dtype_name, FLOAT_DTYPES))
             raise TypeError(f"{name} must be one of {names}, got {dtype_name(tensor.dtype)}")
         if tensor.dtype != q.dtype:
-            raise TypeError(
-                f"{name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(tensor.dtype)}"
-            )
+            want = dtype_name(q.dtype)
+            raise TypeError(f"{name} must have {name_q}'s dtype {want}, got {dtype_name(tensor.dtype)}")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"k must have q's {q.shape[-1]} features, got {k.shape[-1]}")
+        raise ValueError(f"{name_k} must have {name_q}'s {q.shape[-1]} features, got {k.shape[-1]}")
     width = _check_width(width, q)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if kernel == "constant":  # all keys within reach, at no distance
         kernel, q, k = "boxcar", 0 * q[..., :1], 0 * k[..., :1]
     else:
-        middle = _middle(k, mask)
+        middle = _middle(k, call.mask)
         q, k = (q - middle) / width, (k - middle) / width
-    call.q, call.k, call.v, call.score = q, k, v, kernel
-    return call
+    call.q, call.k, call.v, call.score, call.scale = q, k, v, kernel, 1.0
 
 
 def _check_width(width: Any, q: Tensor) -> float | Tensor:

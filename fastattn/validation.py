@@ -15,7 +15,7 @@ from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.masks import Mask
-from fastattn.spec import FLOAT_DTYPES, accumulate_dtype, dtype_name
+from fastattn.spec import DISTANCE_SCORES, FLOAT_DTYPES, accumulate_dtype, dtype_name
 
 _DTYPES = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
 _LAYOUTS = {
@@ -135,6 +135,8 @@ def _check_numbers(call: Call) -> None:
         call.softcap = check_number("softcap", call.softcap, dtype)
         if call.softcap <= 0:
             raise ValueError(f"softcap must be positive, got {call.softcap}")
+        if call.score in DISTANCE_SCORES:  # would cap a distance, or its kernel's logarithm? it means neither
+            raise ValueError(f"softcap must be None with the score {call.score!r}, got {call.softcap}")
     if type(call.dropout_p) is not float:
         call.dropout_p = check_number("dropout_p", call.dropout_p)
     if not 0 <= call.dropout_p <= 1:

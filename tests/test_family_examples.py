@@ -21,7 +21,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "family"
 def cues(printed: str) -> None:
     moved = dict(re.findall(r"^  (.+?)  +([\d.]+)%$", printed, re.M))
     assert moved.pop("the query") == "100.0"
-    assert moved == {"none, the mean": "0.0", "salience of the keys": "0.0"}
+    fixed = ("none, the mean", "none, a linear layer", "salience of the keys")
+    assert moved == dict.fromkeys(fixed, "0.0")
 
 
 def hierarchical(printed: str) -> None:
@@ -91,10 +92,12 @@ def test_only_the_volitional_cue_follows_the_query():
     _, keys = example.load_patches()
     generator = torch.Generator().manual_seed(0)
     places = [(int(torch.randint(26, (), generator=generator)), column) for column in (0, 13, 39)]
-    looks = [example.look(keys, keys[place]) for place in places]
-    for name, follows in zip(example.CUES, (False, False, True), strict=True):
+    cues = example.build_cues(keys)
+    looks = [example.look(cues, keys, keys[place]) for place in places]
+    for name, follows in zip(cues, (False, False, False, True), strict=True):
         pooled, weights = zip(*(found[name] for found in looks), strict=True)
-        torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.ones(3))
+        if name != "none, a linear layer":
+            torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.ones(3))
         for other in (1, 2):
             assert torch.equal(pooled[0], pooled[other]) != follows
             assert torch.equal(weights[0], weights[other]) != follows
@@ -102,5 +105,8 @@ def test_only_the_volitional_cue_follows_the_query():
             assert [divmod(int(w.argmax()), keys.shape[1]) for w in weights] == places
     flat = keys.flatten(0, 1)
     torch.testing.assert_close(looks[0]["none, the mean"][0], flat.mean(0), rtol=0, atol=1e-5)
+    sky = keys[example.PLACES["the sky"]]
+    missed = (looks[0]["none, a linear layer"][0] - sky).norm()
+    assert missed < 0.5 * (flat.mean(0) - sky).norm(), "the linear layer has learned its one place"
     salient = int((flat - flat.mean(0)).norm(dim=1).argmax())
     assert int(looks[0]["salience of the keys"][1].argmax()) == salient

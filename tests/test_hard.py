@@ -55,6 +55,39 @@ def test_argmax_is_the_dense_argmax(mask, backend):
 
 
 @needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 3.0, 1e4, -1e30])
+def test_keys_that_cannot_win_are_told_exactly(scale, dtype, isa, native, use_isa):
+    """Only keys that may win get noise: none may be missed, be scores flat, steep, hidden or infinite."""
+    if isa not in native.info()["isas"]:
+        pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
+    use_isa(isa)
+    q, k, v = inputs(1, 1, seqlen_q=40, seqlen_k=700, dim=2, dtype=dtype)
+    k[:, :, 5] = math.inf
+    k[:, :, 6] = math.nan
+    mask = torch.rand(40, 700, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[:, :5] = False
+    mask[3:, 5:7] = False
+    mask[9, :650] = False
+    found = [
+        fastattn.hard_attention(
+            q,
+            k,
+            v,
+            mode="sample",
+            seed=torch.tensor([8]),
+            mask=mask,
+            scale=scale,
+            return_index=True,
+            backend=b,
+        )[1]
+        for b in ("cpu", "reference")
+    ]
+    assert torch.equal(*found)
+
+
+@needs_native
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_draws_are_those_of_the_definition(mask):
     q, k, v = inputs(2, 3, seqlen_q=70, seqlen_k=300, dim=16)

@@ -152,13 +152,62 @@ BAD = {
     "rank": (lambda layer, x: layer(x[0]), ValueError, r"x must be \[B, S, W, 6\], got shape \[3, 4, 6\]"),
     "width": (lambda layer, x: layer(x[..., :5]), ValueError, r"x must be \[B, S, W, 6\], got shape"),
     "lens": (lambda layer, x: layer(x, torch.ones(1, 2).int()), ValueError, r"\[2, 3\], got \[1, 2\]"),
-    "long": (lambda layer, x: layer(x, torch.tensor([4, 1])), ValueError, "from 0 to 3, got 1 to 4"),
-    "float": (lambda layer, x: layer(x, torch.ones(2)), TypeError, "must be integers, got torch.float32"),
-    "mask": (lambda layer, x: layer(x, None, x[0, 0] > 0), ValueError, r"bool \[2, 3, 4\], got \[4, 6\]"),
+    "long": (
+        lambda layer, x: layer(x, torch.tensor([4, 1])),
+        ValueError,
+        "from 0 to the number of sentences, 3, got 4",
+    ),
+    "float": (lambda layer, x: layer(x, torch.ones(2)), TypeError, "must be integers, got float32"),
+    "mask": (
+        lambda layer, x: layer(x, None, x[0, 0] > 0),
+        ValueError,
+        r"mask must be \[2, 3, 4\], got shape \[4, 6\]",
+    ),
     "none": (lambda *_: pad_documents([[]]), ValueError, "documents must hold at least one sentence"),
+    "tensor": (lambda *_: pad_documents(torch.ones(2, 3, 4)), TypeError, "sequence of documents, got Tensor"),
+    "text": (
+        lambda *_: pad_documents([["a b"]]),
+        TypeError,
+        r"documents\[0\]\[0\] must be a torch.Tensor, got str",
+    ),
+    "flat": (
+        lambda *_: pad_documents([torch.ones(2, 3)]),
+        TypeError,
+        r"documents\[0\] must be a sequence of sent",
+    ),
+    "word": (
+        lambda *_: pad_documents([[torch.tensor(1)]]),
+        ValueError,
+        r"documents\[0\]\[0\] must be \[words",
+    ),
+    "mixed": (
+        lambda *_: pad_documents([[torch.ones(1, 3), torch.ones(1, 4)]]),
+        ValueError,
+        r"got \[3\] and \[4\]",
+    ),
+    "pool mask": (
+        lambda *_: AttentionPooling(2)(torch.ones(1, 3, 2), mask=[[True] * 3]),
+        TypeError,
+        "got list",
+    ),
+    "pool ints": (
+        lambda *_: AttentionPooling(2)(torch.ones(1, 3, 2), mask=torch.ones(1, 3)),
+        TypeError,
+        "be bool",
+    ),
+    "pool width": (
+        lambda *_: AttentionPooling(2)(torch.ones(1, 3, 4)),
+        ValueError,
+        r"x must be \[B, L, 2\], got",
+    ),
+    "pool lens": (
+        lambda *_: AttentionPooling(2)(torch.ones(1, 3, 2), "a"),
+        TypeError,
+        "valid_lens must be a tensor",
+    ),
     "size": (lambda *_: AttentionPooling(0), ValueError, "input_size must be >= 1, got 0"),
     "pool": (lambda *_: AttentionPooling(2)(torch.zeros(1, 3)), ValueError, r"x must be \[B, L, 2\], got"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("call, kind, message", BAD.values(), ids=BAD)

@@ -423,3 +423,27 @@ def test_an_estimator_across_dtypes_and_modes():
     assert "width=?" in repr(KernelRegression(device="meta"))
     with pytest.raises(ValueError, match="x must be finite, got 1 numbers that are not"):
         KernelRegression().fit([1.0, math.nan], [1.0, 2.0])
+
+
+def test_fitting_within_inference_mode():
+    """It learns there too, from tensors made there; what it cannot change it refuses."""
+    x = torch.linspace(0, 6, 50)
+    torch.manual_seed(0)
+    want = KernelRegression(learn_width=True).fit(x, x.sin())
+    with torch.inference_mode():
+        made_there = torch.linspace(0, 6, 50)
+        torch.manual_seed(0)
+        model = KernelRegression(width=None)
+        with pytest.raises(RuntimeError, match="make it outside inference_mode"):
+            model.fit(x, x.sin())
+        assert KernelRegression(width=0.2).fit(made_there, made_there.sin()).predict(x).shape == (50,)
+    for points in (x, made_there):
+        model = KernelRegression(learn_width=True)
+        with torch.inference_mode():
+            model.fit(points, points.sin())
+            inside = model.predict(x)
+        assert torch.equal(model.width, want.width) and model.width < 0.9
+        assert torch.equal(inside, want.predict(x))
+        assert torch.equal(model.fit(points, points.sin(), steps=0).predict(x), inside)
+    with pytest.raises(ValueError, match="lr must be positive, got 0"):
+        model.fit(x, x.sin(), lr=0)

@@ -224,4 +224,5 @@ def test_sentences_of_the_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"valid_lens must be \[1\]"):
         encoder(torch.ones(1, 3, 4), [[1, 2, 3]])
     assert torch.equal(encoder(torch.ones(1, 0, 4)), torch.zeros(1, 4))
-    torch.testing.assert_close(encoder(torch.ones(1, 3, 4), [7]), torch.ones(1, 4))
+    with pytest.raises(ValueError, match="valid_lens must be from 0 to the number of keys, 3, got 7"):
+        encoder(torch.ones(1, 3, 4), [7])

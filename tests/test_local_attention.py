@@ -8,11 +8,14 @@ import re
 
 import pytest
 import torch
-from call_support import EXACT, randn
+from call_support import EXACT, NATIVE, randn
+from score_support import ISAS
 
 from fastattn import masks
 from fastattn.nn import LocalAttention
+from fastattn.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, check
 
+needs_native = pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 CENTRES = ("monotonic", "predictive", "argmax")
 LENS = {"none": None, "1-D": [12, 5], "2-D": torch.arange(18).view(2, 9) % 13}
 
@@ -150,12 +153,12 @@ def test_lengths_of_zero(centre):
         (
             lambda: make("predictive")(randn(2, 9, 7), randn(2, 12, 7), randn(2, 12, 3)),
             ValueError,
-            "queries must have 8 features, got 7",
+            "queries must have 8 features, got shape [2, 9, 7]",
         ),
         (
             lambda: make("monotonic")(randn(1, 2, 9, 8), randn(1, 2, 12, 8), randn(1, 2, 12, 3)),
             ValueError,
-            "queries must be [B, length, features], got shape [1, 2, 9, 8]",
+            "queries must be [L, D] without a batch, [B, L, D], got shape [1, 2, 9, 8]",
         ),
         (
             lambda: make("argmax")(randn(2, 9, 8), randn(2, 12, 7), randn(2, 12, 3)),
@@ -170,11 +173,117 @@ def test_errors(call, kind, message):
         call()
 
 
-def test_the_largest_score_under_transforms():
-    layer, x = LocalAttention(1, "argmax"), torch.randn(3, 2, 5, 4)
+@pytest.mark.parametrize("centre", CENTRES)
+def test_under_transforms(centre):
+    layer, x = make(centre, window=1), randn(3, 2, 5, 8)
     torch.testing.assert_close(
         torch.vmap(lambda x: layer(x, x, x))(x), torch.stack([layer(y, y, y) for y in x])
     )
+    assert layer.attention_weights is not None, "the last call is the plain one"
     y = x[0].clone().requires_grad_()
-    (want,) = torch.autograd.grad(layer(y, y, y).square().sum(), y)
-    torch.testing.assert_close(torch.func.grad(lambda x: layer(x, x, x).square().sum())(x[0]), want)
+    for options in ({}, {"mask": masks.causal()}):
+        (want,) = torch.autograd.grad(layer(y, y, y, [5, 2], **options).square().sum(), y)
+        found = torch.func.grad(lambda x, o=options: layer(x, x, x, [5, 2], **o).square().sum())(x[0])
+        torch.testing.assert_close(found, want)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(), torch.ones(5, 5).tril() > 0], ids=["", "mask", "bool"]
+)
+@pytest.mark.parametrize("centre", CENTRES)
+def test_compiles(centre, mask):
+    torch._dynamo.reset()  # its limit of 8 compilations is one for all that share a forward
+    layer, x = make(centre), randn(2, 5, 8, grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    lens = torch.tensor([5, 3])
+    got, want = compiled(x, x, x, lens, mask), layer(x, x, x, lens, mask)
+    torch.testing.assert_close(got, want, **EXACT)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), x) for o in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+def long_inputs(seqlen_q=700, seqlen_k=1500):
+    """A layer whose centres lie all over the keys, in no order."""
+    torch.manual_seed(1)
+    layer = LocalAttention(5, "predictive", 8, dtype=torch.float64)
+    torch.nn.init.normal_(layer.v_p.weight, std=4)
+    shapes = ((1, seqlen_q, 8), (1, seqlen_k, 8), (1, seqlen_k, 4))
+    return layer, [randn(*shape, seed=n) for n, shape in enumerate(shapes)]
+
+
+def luong(layer, queries, keys, values):
+    """Equations 9 and 10 with the whole matrix, in the dtype of what is given."""
+    centres = keys.shape[1] * torch.sigmoid(layer.v_p(torch.tanh(layer.W_p(queries))))
+    return luong_at(centres, layer.window, queries, keys, values)
+
+
+def luong_at(centres, window, queries, keys, values):
+    j = torch.arange(keys.shape[1]).to(queries.dtype)
+    near = (j - centres).abs() <= window
+    weights = (queries @ keys.mT / 8**0.5).masked_fill(~near, -math.inf).softmax(-1)
+    return (weights * torch.exp(-((j - centres) ** 2) / (2 * (window / 2) ** 2))) @ values
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_centres_far_along_are_as_exact_as_any(isa, native, use_isa):
+    if isa not in native.info()["isas"]:
+        pytest.skip(f"cpu: this machine and build have {native.info()['isas']}, not {isa}")
+    use_isa(isa)
+    layer, exact_inputs = long_inputs()
+    narrow = copy.deepcopy(layer).float()
+    found = {}
+    for name, model, run, dtype in (
+        ("exact", layer, luong, torch.float64),
+        ("eager", narrow, luong, torch.float32),
+        ("ours", narrow, lambda layer, *x: layer(*x), torch.float32),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in exact_inputs]
+        out = run(model, *leaves)
+        weight = randn(*out.shape, seed=9).to(dtype)
+        gradients = torch.autograd.grad((out * weight).sum(), [*leaves, *model.parameters()])
+        found[name] = [out.detach(), *gradients]
+    names = ("out", "dq", "dk", "dv", *(f"d{name}" for name, _ in layer.named_parameters()))
+    for name, exact, eager, ours in zip(names, *found.values(), strict=True):
+        check(name, ours, exact, eager, FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR)
+
+
+@needs_native
+def test_sorting_is_not_seen():
+    layer, tensors = long_inputs()
+    out = layer(*tensors)
+    torch.testing.assert_close(out, luong(layer, *tensors), **EXACT)
+    torch.testing.assert_close(layer.attention_weights @ tensors[2], out, **EXACT)
+    mask = torch.rand(700, 1500, generator=torch.Generator().manual_seed(0)) < 0.7
+    queries, keys, values = tensors
+    some = layer(queries, keys, values, mask=mask)
+    torch.testing.assert_close(layer.attention_weights @ values, some, **EXACT)
+    assert (layer.attention_weights[0][~mask] == 0).all() and not torch.equal(some, out)
+
+
+def run_and_check(layer, tensors, dtype):
+    """The layer's output, if it is Luong's formula in float64 for the centres that it predicted itself."""
+    centres, predict = [], layer._centres
+    layer._centres = lambda *inputs: centres.append(predict(*inputs)) or centres[-1]
+    out = layer(*tensors)
+    queries, keys, values = (x.to(dtype).double() for x in tensors)
+    want = luong_at(centres[0].double().unsqueeze(-1), layer.window, queries, keys, values)
+    step = torch.finfo(dtype).eps * want.abs().max().item()
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2 * step)
+    torch.testing.assert_close(layer.attention_weights.double() @ values, want, rtol=0, atol=2 * step)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_positions(dtype):
+    layer, tensors = long_inputs(50, 300)
+    assert run_and_check(layer.to(dtype), [x.to(dtype) for x in tensors], dtype).dtype == dtype
+
+
+@needs_native
+def test_autocast_rounds_no_position():
+    layer, tensors = long_inputs(50, 300)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run_and_check(layer.float(), [x.float() for x in tensors], torch.bfloat16)
+    assert out.dtype == torch.bfloat16

@@ -56,7 +56,7 @@ template <class T>
 struct BackwardScratch {
   GradScratch<T> tile;
   Buffer<T> dk, dv, dq, sum;
-  Buffer<T> pair_dk, pair_dw;
+  Buffer<T> pair_dk;
 };
 
 template <class T>
@@ -241,28 +241,23 @@ class Backward {
     });
   }
 
-  // P and dS of one tile where scores are sums over pairs, and all that comes of dS. A tile's dK and dw are
-  // added up by themselves, as the products of gemm are: one chain of float over all pairs would lose their
-  // last digits.
+  // P and dS of one tile where scores are sums over pairs, and all that comes of dS. A tile's dK is added up
+  // by itself, as the products of gemm are: one chain of float over all rows would lose its last digits.
   void run_pair_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq, T* dk,
                      double* dw, BackwardScratch<T>& scratch) {
     T* tile_dk = scratch.pair_dk.ensure(kKeyTile * width_q_);
-    T* tile_dw = scratch.pair_dw.ensure(width_q_);
     std::fill_n(tile_dk, kKeyTile * width_q_, T{0});
-    std::fill_n(tile_dw, width_q_, T{0});
     const Block<T>& keys = tile.key_block();
     KeyRange reached{kKeyTile, 0};
     for_each_group(tile, tile_bits, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
       const Block<T>& queries = tile.query_block();
-      pair_gradients<T>(
-          p_.score,
-          {tile.gradients() + r * kKeyTile, queries.data + r * queries.stride, keys.data, queries.stride,
-           keys.stride, dq + r * width_q_, tile_dk, tile_dw, width_q_, kKeyTile},
-          rows, columns.begin, columns.end);
+      pair_gradients<T>(p_.score,
+                        {tile.gradients() + r * kKeyTile, queries.data + r * queries.stride, keys.data,
+                         queries.stride, keys.stride, dq + r * width_q_, tile_dk, dw, width_q_, kKeyTile},
+                        rows, columns.begin, columns.end);
       reached = {std::min(reached.begin, columns.begin), std::max(reached.end, columns.end)};
     });
     for (int64_t n = reached.begin * width_q_; n < reached.end * width_q_; ++n) dk[n] += tile_dk[n];
-    for (int64_t d = 0; d < width_q_; ++d) dw[d] += static_cast<double>(tile_dw[d]);
   }
 
   // Calls visit(first row of the tile, rows, columns) for each group of rows, with its P and dS in the tile.

@@ -1,9 +1,13 @@
 // Hard attention: the one key that each query attends to, by the largest score or drawn from the softmax,
 // with no score kept but those of one strip.
 //
-// A draw is the largest of s_j - log(-log(u_j)) (the Gumbel-max trick), u_j from the word of Philox that
-// dropout would read for that pair. The noise is made in double, of 1 - u: what decides is its upper tail,
-// where u is close to 1, and there float32 has too few values to tell keys apart.
+// A draw is the largest of s_j - log(-log(u_j)) (the Gumbel-max trick), u_j = 1 - r_j with r_j from the word
+// of Philox that dropout would read for that pair. The noise is made in double: what decides is its upper
+// tail, where u is close to 1, and there float32 has too few values to tell keys apart. It is made only of
+// keys that may yet win.
+#include <algorithm>
+#include <cmath>
+
 #include "../parallel.h"
 #include "dropout.h"
 #include "isa.h"
@@ -39,26 +43,51 @@ struct Best {
   }
 };
 
-// noise[j] of the keys [64 * block, 64 * block + 64) of row i: standard Gumbel variables.
-inline void gumbel_noise(uint64_t seed, uint32_t bh, int64_t i, int64_t block, double* noise) {
-  uint32_t words[64];
-  dropout_words(seed, bh, static_cast<uint32_t>(i), static_cast<uint32_t>(block), words);
-  for (int n = 0; n < 64; ++n) noise[n] = 1.0 - (words[n] + 0.5) * 0x1p-32;
-  for (int n = 0; n < 64; n += kLanes<double>)
-    store(noise + n, -vlog<double>(-vlog<double>(load(noise + n))));
+// x[l] = s[l] + the Gumbel noise of words[l], a vector's worth.
+template <class T>
+void add_noise(const uint32_t* words, const T* s, double* x) {
+  double u[kLanes<double>];
+  for (int l = 0; l < kLanes<double>; ++l) {
+    u[l] = 1.0 - (words[l] + 0.5) * 0x1p-32;
+    x[l] = static_cast<double>(s[l]);
+  }
+  store(x, load(x) - vlog<double>(-vlog<double>(load(u))));
+}
+
+// Bit l: whether s[l] and its noise may exceed `best`, of a vector's scores s. The noise of u = 1 - r is
+// -log(-log(1 - r)) <= -log(r), so that they exceed it only where r < exp(s - best): one exponential in T
+// rules out nearly every key, where the noise itself takes two logarithms in double.
+template <class T>
+uint32_t contenders(const uint32_t* words, const T* s, double best) {
+  constexpr T kMargin = static_cast<T>(1 + 1e-5);  // more than s - best and its exponential are rounded by
+  const T least = std::nextafter(static_cast<T>(best), -kInfinity<T>);
+  T r[kLanes<T>];  // rounded down
+  for (int l = 0; l < kLanes<T>; ++l) r[l] = static_cast<T>(static_cast<int32_t>(words[l] >> 8));
+  const Vec<T> gap = vmin<T>(Vec<T>{}, load(s) - least);  // NaN passes: it is the second operand
+  const uint32_t out = greater_bits<T>(load(r) * static_cast<T>(0x1p-24), vexp<T>(gap) * kMargin);
+  return ~out & ((1u << kLanes<T>)-1);
 }
 
 // Takes in the scores s[0, n) of row i with the keys from j0 on, each with its noise.
 template <class T>
 void take_noisy(Best<double>& best, uint64_t seed, uint32_t bh, int64_t i, int64_t j0, int64_t n,
                 const T* s) {
-  double noise[64], x[64];
-  for (int64_t c = 0; c < n;) {
-    const int64_t j = j0 + c, stop = std::min(n, (j / 64 + 1) * 64 - j0);
-    gumbel_noise(seed, bh, i, j / 64, noise);
-    std::fill(x, x + 64, -kInfinity<double>);
-    for (int64_t l = 0; l < stop - c; ++l) x[l] = static_cast<double>(s[c + l]) + noise[j % 64 + l];
-    best.take(x, 64, j);
+  uint32_t words[64];
+  T scores[64];
+  for (int64_t c = 0; c < n && best.score == best.score;) {
+    const int64_t block = (j0 + c) / 64, first = (j0 + c) % 64, stop = std::min(n, c + 64 - first);
+    dropout_words(seed, bh, static_cast<uint32_t>(i), static_cast<uint32_t>(block), words);
+    std::fill(scores, scores + 64, -kInfinity<T>);
+    std::copy(s + c, s + stop, scores + first);
+    for (int l = 0; l < 64; l += kLanes<T>) {
+      const uint32_t bits = contenders<T>(words + l, scores + l, best.score);
+      for (int g = 0; g < kLanes<T>; g += kLanes<double>) {
+        if ((bits >> g & ((1u << kLanes<double>)-1)) == 0) continue;
+        double x[kLanes<double>];
+        add_noise<T>(words + l + g, scores + l + g, x);
+        best.take(x, kLanes<double>, 64 * block + l + g);
+      }
+    }
     c = stop;
   }
 }

@@ -115,14 +115,16 @@ template <class T>
 struct PairTile {
   const T *ds, *q, *k;  // [rows, 64 apart], [rows, ldq], [keys, ldk]
   int64_t ldq, ldk;
-  T *dq, *dk, *dw;  // [rows, width], [keys, width], [width]
+  T *dq, *dk;  // [rows, width], [keys, width]
+  // [width], in double: a sum over all pairs of a call, most of which cancels, as each row's ds add up to 0.
+  double* dw;
   int64_t width, ldds;
 };
 
 template <class T, int kM, class Pair>
 void pair_gradient_rows(const PairTile<T>& t, int64_t i, int64_t begin, int64_t end) {
   for (int64_t d = 0; d < t.width; d += kLanes<T>) {
-    Vec<T> q[kM], dq[kM] = {}, dw = load(t.dw + d);
+    Vec<T> q[kM], dq[kM] = {}, dw{};
     for (int m = 0; m < kM; ++m) q[m] = load(t.q + (i + m) * t.ldq + d);
     for (int64_t j = begin; j < end; ++j) {
       const Vec<T> k = load(t.k + j * t.ldk + d);
@@ -136,7 +138,7 @@ void pair_gradient_rows(const PairTile<T>& t, int64_t i, int64_t begin, int64_t 
       T* p = t.dq + (i + m) * t.width + d;
       store(p, load(p) + dq[m]);
     }
-    store(t.dw + d, dw);
+    for (int64_t l = 0; l < kLanes<T>; ++l) t.dw[d + l] += static_cast<double>(dw[l]);
   }
 }
 

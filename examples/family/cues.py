@@ -1,7 +1,8 @@
 """Cues: one image pooled without a query, by what stands out, and by what is looked for.
 
-Without a query every patch counts the same. By salience alone (a non-volitional cue) what differs from the
-rest draws the eye, whatever one wants. By a query (a volitional cue) one finds what one looks for.
+Without a query every patch counts the same, or as a linear layer has learned once and for all. By salience
+alone (a non-volitional cue) what differs from the rest draws the eye, whatever one wants. By a query (a
+volitional cue) one finds what one looks for.
 
 python examples/family/cues.py [folder for cues.png]
 """
@@ -12,18 +13,54 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot
 from sklearn.datasets import load_sample_image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattn.nn import Attention
 
 PATCH = 16  # pixels
 
-# The same values and keys; only what makes the scores differs.
-CUES = {
-    "none, the mean": Attention(lambda queries, keys: queries.new_zeros(1, queries.shape[1], keys.shape[1])),
-    "salience of the keys": Attention(lambda queries, keys: salience(keys).expand(-1, queries.shape[-2], -1)),
-    "the query": Attention("cosine", temperature=0.05),
-}
+PLACES = {"the sky": (2, 4), "the roof": (9, 9), "the trees": (18, 36)}  # row and column of a patch
+
+
+class LinearPooling(nn.Module):
+    """A linear layer over the patches: it begins as their mean, and learns where to look, whoever asks."""
+
+    def __init__(self, patches: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(patches, 1, bias=False)
+        nn.init.constant_(self.linear.weight, 1 / patches)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.linear(values.mT).mT
+
+    @property
+    def attention_weights(self) -> Tensor:
+        return self.linear.weight.detach()[None]
+
+
+def build_cues(keys: Tensor) -> dict[str, nn.Module]:
+    """The same values, pooled in four ways; all but the linear layer have nothing to learn."""
+    linear = LinearPooling(keys.shape[0] * keys.shape[1])
+    train(linear, keys, keys[PLACES["the sky"]])
+    return {
+        "none, the mean": Attention(lambda q, k: q.new_zeros(1, q.shape[1], k.shape[1])),
+        "none, a linear layer": linear,
+        "salience of the keys": Attention(lambda q, k: salience(k).expand(-1, q.shape[1], -1)),
+        "the query": Attention("cosine", temperature=0.05),
+    }
+
+
+def train(linear: LinearPooling, keys: Tensor, target: Tensor) -> None:
+    """Learn to tell one patch from noisy copies of the whole image."""
+    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    values = keys.flatten(0, 1)
+    for _ in range(200):
+        noisy = values + torch.randn(8, *values.shape, generator=generator)
+        loss = (linear(target, noisy, noisy) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def salience(keys: Tensor) -> Tensor:
@@ -40,11 +77,12 @@ def load_patches() -> tuple[Tensor, Tensor]:
     return image, (keys - keys.mean((0, 1))) / keys.std((0, 1))
 
 
-def look(keys: Tensor, query: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+@torch.no_grad()
+def look(cues: dict[str, nn.Module], keys: Tensor, query: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """By each cue: the pooled value [D] and the weights [h, w]."""
     flat = keys.flatten(0, 1)[None]
     found = {}
-    for name, attention in CUES.items():
+    for name, attention in cues.items():
         pooled = attention(query.view(1, 1, -1), flat, flat)
         found[name] = pooled[0, 0], attention.attention_weights.view(keys.shape[:2])
     return found
@@ -52,17 +90,17 @@ def look(keys: Tensor, query: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 def main(folder: str = ".") -> None:
     image, keys = load_patches()
-    places = {"the sky": (2, 4), "the roof": (9, 9), "the trees": (18, 36)}
-    looks = {place: look(keys, keys[at]) for place, at in places.items()}
+    cues = build_cues(keys)
+    looks = {place: look(cues, keys, keys[at]) for place, at in PLACES.items()}
 
     print(f"{keys.shape[0] * keys.shape[1]} patches; how much of the weight moves when the query changes")
-    for cue in CUES:
-        weights = [looks[place][cue][1] for place in places]
+    for cue in cues:
+        weights = [looks[place][cue][1] for place in PLACES]
         moved = max((a - b).abs().sum().item() / 2 for a in weights for b in weights)
         print(f"  {cue:<22}{moved:7.1%}")
 
-    figure, grid = pyplot.subplots(len(places), 4, figsize=(11, 5.8), layout="constrained")
-    for row, (place, (i, j)) in zip(grid, places.items(), strict=True):
+    figure, grid = pyplot.subplots(len(PLACES), 1 + len(cues), figsize=(13, 5.6), layout="constrained")
+    for row, (place, (i, j)) in zip(grid, PLACES.items(), strict=True):
         row[0].imshow(image)
         row[0].set_title(f"looking for {place}", fontsize=9)
         box = pyplot.Rectangle((j * PATCH, i * PATCH), PATCH, PATCH, fill=False, color="red", linewidth=2)
@@ -71,7 +109,7 @@ def main(folder: str = ".") -> None:
             axes.imshow(image.mean(-1), cmap="gray", alpha=0.35)
             extent = (0, image.shape[1], image.shape[0], 0)
             top = max(weights.max().item(), 4 / weights.numel())  # equal weights are then pale
-            axes.imshow(weights, cmap="Reds", alpha=0.8, extent=extent, vmin=0, vmax=top)
+            axes.imshow(weights.clamp(min=0), cmap="Reds", alpha=0.8, extent=extent, vmin=0, vmax=top)
             axes.set_title(f"cue: {cue}", fontsize=9)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -11,11 +11,12 @@ from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
 from fastattn.masks import Mask
-from fastattn.nn.layer import AttentionLayer, ValidLens, visible_keys
-from fastattn.validation import check_number, check_tensor
+from fastattn.nn.layer import QueryLayer
+from fastattn.nn.scores import check_features
+from fastattn.validation import check_number
 
 
-class AdditiveAttention(AttentionLayer):
+class AdditiveAttention(QueryLayer):
     """softmax_j(w_v . tanh(W_q q_i + W_k k_j)) v_j, summed over the visible keys: queries and keys may differ
     in size.
 
@@ -58,40 +59,12 @@ class AdditiveAttention(AttentionLayer):
         self.W_q = nn.Linear(query_size, num_hiddens, bias=False, device=device, dtype=dtype)
         self.w_v = nn.Linear(num_hiddens, 1, bias=False, device=device, dtype=dtype)
 
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid_lens: ValidLens | None = None,
-        mask: Mask | Tensor | None = None,
-    ) -> Tensor:
-        """[B, Lq, Dv].
-
-        Args:
-            queries: [B, Lq, query_size], or [Lq, query_size] without a batch, as keys and values then are.
-            keys: [B, Lk, key_size].
-            values: [B, Lk, Dv].
-            valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
-            mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
-        """
-        for name, tensor, linear in (("queries", queries, self.W_q), ("keys", keys, self.W_k)):
-            if check_tensor(name, tensor).dim() == 0 or tensor.shape[-1] != linear.in_features:
-                raise ValueError(
-                    f"{name} must have {linear.in_features} features, got shape {list(tensor.shape)}"
-                )
-        call = Call(
-            "attention",
-            self.W_q(queries),
-            self.W_k(keys),
-            values,
-            mask=visible_keys(mask, valid_lens, queries),
-            scale=1.0,
-            dropout_p=float(self.dropout) if self.training else 0.0,
-            score="additive",
-            score_weights=self.w_v.weight[0],
-            names={"q": "queries", "k": "keys", "v": "values"},
-        )
+    def _attend(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Tensor:
+        check_features("queries", call.q, self.W_q.in_features)
+        check_features("keys", call.k, self.W_k.in_features)
+        call.q, call.k, call.scale = self.W_q(call.q), self.W_k(call.k), 1.0
+        call.score, call.score_weights = "additive", self.w_v.weight[0]
+        call.dropout_p = float(self.dropout) if self.training else 0.0
         return leading.run(self._remember(call))
 
     def extra_repr(self) -> str:

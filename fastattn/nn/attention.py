@@ -13,6 +13,7 @@ from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.masks import Mask, MaskShape
 from fastattn.nn.layer import (
+    NAMES,
     AttentionLayer,
     ValidLens,
     check_ranks,
@@ -29,7 +30,6 @@ from fastattn.weights import attention_weights
 Score = Callable[[Tensor, Tensor], Tensor]
 
 _LAYOUT = "[B, L, D], [B, H, L, D] or [L, D]"
-_NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 
 class Attention(AttentionLayer):
@@ -169,8 +169,8 @@ class Attention(AttentionLayer):
         Args:
             fused: whether the kernels may compute the scores; otherwise they are made here, as a bias.
         """
-        call = Call("attention", queries, keys, keys, scale=1.0, names=_NAMES)
-        call.mask = visible_keys(mask, valid_lens, queries)
+        call = Call("attention", queries, keys, keys, scale=1.0, names=NAMES)
+        call.mask = visible_keys(mask, valid_lens, queries, keys.shape[-2])
         call.bias = (
             bias.unsqueeze(1) if isinstance(bias, Tensor) and bias.dim() == queries.dim() == 3 else bias
         )

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.hard import GRADIENTS, MODES, hard_attention
+from fastattn.call import Call
+from fastattn.hard import attend_hard, check_choices
 from fastattn.masks import Mask
-from fastattn.nn.layer import AttentionLayer, ValidLens, is_transformed, visible_keys
+from fastattn.nn.layer import QueryLayer, is_transformed
 from fastattn.validation import check_number
 
 
-class HardAttention(AttentionLayer):
+class HardAttention(QueryLayer):
     """v_{j(i)}, with j(i) drawn from softmax_j(scale q_i . k_j) in training, its largest weight in eval.
 
     >>> layer = HardAttention().eval()
@@ -23,8 +24,8 @@ class HardAttention(AttentionLayer):
 
     Args:
         mode: "sample": draw in training, take the largest score in eval; "argmax": always the largest.
-        gradient: "straight_through": backward is that of soft attention; "reinforce": forward also returns
-            the logarithm of the chosen keys' probabilities, for the loss.
+        gradient: "straight_through": backward is that of soft attention; "reinforce": the call returns
+            (out, log_prob), log_prob [B, Lq] the logarithms of the chosen keys' probabilities, for the loss.
         scale: of the scores; 1 / sqrt(D) where None.
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
@@ -35,41 +36,15 @@ class HardAttention(AttentionLayer):
         self, mode: str = "sample", gradient: str = "straight_through", scale: float | None = None
     ) -> None:
         super().__init__()
-        for name, value, names in (("mode", mode, MODES), ("gradient", gradient, GRADIENTS)):
-            if value not in names:
-                raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+        check_choices(mode, gradient)
         self.mode, self.gradient = mode, gradient
         self.scale = None if scale is None else check_number("scale", scale)
         self._chosen: tuple[Tensor, int, torch.dtype] | None = None
 
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid_lens: ValidLens | None = None,
-        mask: Mask | Tensor | None = None,
-    ) -> Any:
-        """[B, Lq, Dv]; with gradient="reinforce" also log_prob [B, Lq].
-
-        Args:
-            queries: [B, Lq, D], or without a batch [Lq, D], or [B, heads, Lq, D]; keys and values likewise.
-            keys: [B, Lk, D].
-            values: [B, Lk, Dv].
-            valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
-            mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
-        """
-        *results, index = hard_attention(
-            queries,
-            keys,
-            values,
-            mode=self.mode if self.training else "argmax",
-            gradient=self.gradient,
-            mask=visible_keys(mask, valid_lens, queries),
-            scale=self.scale,
-            return_index=True,
-        )
-        self._chosen = None if is_transformed() else (index, keys.shape[-2], results[0].dtype)
+    def _attend(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Any:
+        call.scale, seqlen_k = self.scale, call.k.shape[-2]
+        *results, index = attend_hard(call, self.mode if self.training else "argmax", self.gradient)
+        self._chosen = None if is_transformed() else (index, seqlen_k, results[0].dtype)
         return results[0] if len(results) == 1 else tuple(results)
 
     @property

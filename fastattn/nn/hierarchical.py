@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from fastattn import leading
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.execution import has_values
-from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, visible_keys
+from fastattn.masks.space import is_integer
+from fastattn.nn.layer import (
+    AttentionLayer,
+    ValidLens,
+    as_tensor,
+    check_bounds,
+    check_lens,
+    check_ranks,
+    join_lens,
+)
 from fastattn.nn.recurrent import read_padded
+from fastattn.spec import dtype_name
+from fastattn.validation import check_tensor
 
 
 class AttentionPooling(AttentionLayer):
@@ -61,12 +71,14 @@ class AttentionPooling(AttentionLayer):
             [B, input_size]; 0 where nothing counts.
         """
         check_ranks((3,), f"[B, L, {self.input_size}]", x=x)
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:2]):
-            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be bool {list(x.shape[:2])}, got {got}")
+        if x.shape[-1] != self.input_size:
+            raise ValueError(f"x must be [B, L, {self.input_size}], got shape {list(x.shape)}")
+        _check_mask(mask, x)
         k = torch.tanh(self.project(x))
         q = self.query.to(k.dtype).expand(x.shape[0], 1, -1)
-        visible = visible_keys(None if mask is None else mask[:, None], valid_lens, x)
+        # A query for each sequence: the lengths are [B], not one for each of x.
+        lens = None if valid_lens is None else check_lens(valid_lens, x.shape[0], 1, x.shape[1], x.device)
+        visible = join_lens(None if mask is None else mask[:, None], lens, x)
         call = Call("attention", q, k, x, mask=visible, scale=1.0, names=_NAMES)
         self._remember(replace(call, q=q.detach().clone()))  # of the parameter, which optimizers change
         return leading.run(call).squeeze(1)
@@ -122,7 +134,7 @@ class HierarchicalAttention(nn.Module):
         self.sentence_encoder = nn.GRU(both, hidden_size, batch_first=True, bidirectional=True, **factory)
         self.sentence_pooling = AttentionPooling(both, attention_size, **factory)
 
-    def forward(self, x: Tensor, valid_lens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid_lens: ValidLens | None = None, mask: Tensor | None = None) -> Tensor:
         """One vector for each document.
 
         Args:
@@ -144,9 +156,7 @@ class HierarchicalAttention(nn.Module):
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, S, W, {self.input_size}], got shape {list(x.shape)}")
         lens = _word_lens(valid_lens, x)
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:3]):
-            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be bool {list(x.shape[:3])}, got {got}")
+        _check_mask(mask, x)
         words = read_padded(self.word_encoder, x.flatten(0, 1), lens.flatten())
         seen = None if mask is None else mask.flatten(0, 1)
         sentences = self.word_pooling(words, lens.flatten(), seen).unflatten(0, lens.shape)
@@ -178,11 +188,25 @@ def pad_documents(documents: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor
     Returns:
         x [B, S, W, ...], 0 in the padding; valid_lens int64 [B, S], words of each sentence.
     Raises:
-        ValueError: no sentence at all.
+        TypeError: a document is no sequence of sentences, or a sentence no tensor.
+        ValueError: no sentence at all; words of different shapes.
     """
+    if isinstance(documents, Tensor | str) or not isinstance(documents, Sequence):
+        raise TypeError(f"documents must be a sequence of documents, got {type(documents).__name__}")
+    for b, document in enumerate(documents):
+        if isinstance(document, Tensor | str) or not isinstance(document, Sequence):
+            got = type(document).__name__
+            raise TypeError(f"documents[{b}] must be a sequence of sentences, got {got}")
+        for s, sentence in enumerate(document):
+            if check_tensor(f"documents[{b}][{s}]", sentence).dim() == 0:
+                raise ValueError(f"documents[{b}][{s}] must be [words, ...], got a number")
     sentences = [sentence for document in documents for sentence in document]
     if not sentences:
         raise ValueError("documents must hold at least one sentence, got none")
+    for sentence in sentences:
+        if sentence.shape[1:] != sentences[0].shape[1:]:
+            first, got = list(sentences[0].shape[1:]), list(sentence.shape[1:])
+            raise ValueError(f"documents must have words of one shape, got {first} and {got}")
     shape = len(documents), max(map(len, documents)), max(map(len, sentences))
     x = sentences[0].new_zeros(*shape, *sentences[0].shape[1:])
     lens = torch.zeros(shape[:2], dtype=torch.int64)
@@ -193,21 +217,28 @@ def pad_documents(documents: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor
     return x, lens.to(x.device)
 
 
-def _word_lens(valid_lens: Tensor | None, x: Tensor) -> Tensor:
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raise unless mask is bool, of x's dimensions but the last."""
+    if mask is None:
+        return
+    if check_tensor("mask", mask).dtype != torch.bool:
+        raise TypeError(f"mask must be bool (True = counts), got {dtype_name(mask.dtype)}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])}, got shape {list(mask.shape)}")
+
+
+def _word_lens(valid_lens: ValidLens | None, x: Tensor) -> Tensor:
     """Words of each sentence, int64 [B, S]."""
     batch, sentences, words = x.shape[:3]
     if valid_lens is None:
         return torch.full((batch, sentences), words, device=x.device)
-    lens = torch.as_tensor(valid_lens, device=x.device)
-    if lens.is_floating_point() or lens.dtype == torch.bool:
-        raise TypeError(f"valid_lens must be integers, got {lens.dtype}")
-    if list(lens.shape) not in ([batch], [batch, sentences]):
+    lens = as_tensor("valid_lens", valid_lens, x.device)
+    if not is_integer(lens):
+        raise TypeError(f"valid_lens must be integers, got {dtype_name(lens.dtype)}")
+    if lens.shape not in ((batch,), (batch, sentences)):
         raise ValueError(f"valid_lens must be [{batch}] or [{batch}, {sentences}], got {list(lens.shape)}")
-    top = sentences if lens.dim() == 1 else words
-    if lens.numel() and has_values(lens):
-        low, high = (int(bound) for bound in lens.aminmax())
-        if low < 0 or high > top:
-            raise ValueError(f"valid_lens must be from 0 to {top}, got {low} to {high}")
     if lens.dim() == 1:
+        check_bounds("valid_lens", lens, sentences, "number of sentences")
         return (torch.arange(sentences, device=x.device) < lens[:, None]) * words
+    check_bounds("valid_lens", lens, words, "number of words")
     return lens.long()

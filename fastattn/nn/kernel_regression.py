@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import leading
+from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
 from fastattn.combine import merge
-from fastattn.kernel_regression import KERNELS, kernel_attention, kernel_call
+from fastattn.kernel_regression import KERNELS, kernel_attention, set_kernel
 from fastattn.masks import Mask, padding
-from fastattn.nn.layer import AttentionLayer, ValidLens, as_tensor, visible_keys
+from fastattn.nn.layer import QueryLayer, as_tensor
 from fastattn.validation import check_number
 
 SMOOTH = ("gaussian", "epanechnikov", "triangular")  # whose loss has a slope along the width
 
 
-class KernelRegression(AttentionLayer):
+class KernelRegression(QueryLayer):
     """y(x) = sum_j K(|x - x_j| / width) y_j / sum_j K(|x - x_j| / width) over the training points j.
 
     `fit` and `predict` make it an estimator of its own; as a layer it takes queries, keys and values. Without
@@ -76,26 +77,10 @@ class KernelRegression(AttentionLayer):
         """The width in force, differentiable where it is learned."""
         return self.log_width.exp()
 
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid_lens: ValidLens | None = None,
-        mask: Mask | Tensor | None = None,
-    ) -> Tensor:
-        """[B, Lq, Dv]: the average of values, weighted by the keys' closeness to each query.
-
-        Args:
-            queries: [B, Lq, D], or [Lq, D] without a batch; keys and values likewise.
-            keys: [B, Lk, D].
-            values: [B, Lk, Dv].
-            valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
-            mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
-        """
-        visible = visible_keys(mask, valid_lens, queries)
-        call = kernel_call(queries, keys, values, kernel=self.kernel, width=self.width, mask=visible)
-        return leading.run(self._remember(call)).to(queries.dtype)
+    def _attend(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Tensor:
+        dtype = call.q.dtype
+        set_kernel(call, self.kernel, self.width)
+        return leading.run(self._remember(call)).to(dtype)
 
     def fit(self, x: Any, y: Any, *, steps: int = 50, lr: float = 0.1, rows: int = 2048) -> KernelRegression:
         """Remember the training points; with learn_width choose the width by the leave-one-out error.
@@ -114,26 +99,36 @@ class KernelRegression(AttentionLayer):
         """
         check_int("steps", steps, 0)
         check_int("rows", rows, 1)
-        self.x, y = self._points("x", x), as_tensor("y", y, self.log_width.device)
-        y = (y if y.is_floating_point() else y.to(self.x.dtype)).to(self.x)
-        if not self.x.is_meta and not self.x.isfinite().all():
-            raise ValueError(f"x must be finite, got {int((~self.x.isfinite()).sum())} numbers that are not")
-        if len(self.x) == 0:
-            raise ValueError(f"x must have at least one point, got shape {list(self.x.shape)}")
-        if y.dim() not in (1, 2) or len(y) != len(self.x):
-            raise ValueError(f"y must be [{len(self.x)}] or [{len(self.x)}, C], got shape {list(y.shape)}")
-        self.y = y.detach()
-        if self.needs_width:
-            with torch.no_grad():
-                self.log_width.copy_(self._rule_of_thumb().log())
-        if self.learn_width and len(y) > 1:
-            optimizer = torch.optim.Adam([self.log_width], lr=lr)
-            with torch.enable_grad():  # fitting is learning, whatever it is called within
+        if check_number("lr", lr) <= 0:
+            raise ValueError(f"lr must be positive, got {lr}")
+        if (self.learn_width or self.needs_width) and self.log_width.is_inference():
+            raise RuntimeError("fit needs a layer whose width may change: make it outside inference_mode")
+        # Fitting is learning, whatever it is called within.
+        with torch.inference_mode(False), torch.enable_grad():
+            self.x, self.y = self._training_points(x, y)
+            if self.needs_width:
+                with torch.no_grad():
+                    self.log_width.copy_(self._rule_of_thumb().log())
+            if self.learn_width and len(self.x) > 1:
+                optimizer = torch.optim.Adam([self.log_width], lr=lr)
                 for _ in range(steps):
                     optimizer.zero_grad()
                     self._loss(rows).backward()
                     optimizer.step()
         return self
+
+    def _training_points(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        """x [N, D] and y [N] or [N, C], checked, of one dtype."""
+        x, y = self._points("x", x), as_tensor("y", y, self.log_width.device).detach()
+        if not x.is_meta and not x.isfinite().all():
+            raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} numbers that are not")
+        if len(x) == 0:
+            raise ValueError(f"x must have at least one point, got shape {list(x.shape)}")
+        if y.dim() not in (1, 2) or len(y) != len(x):
+            raise ValueError(f"y must be [{len(x)}] or [{len(x)}, C], got shape {list(y.shape)}")
+        y = y.to(x)
+        # Autograd keeps no tensor that was made in inference mode.
+        return x.clone() if x.is_inference() else x, y.clone() if y.is_inference() else y
 
     def predict(self, x: Any) -> Tensor:
         """y(x), [M] or [M, C] as the training values are.

@@ -12,11 +12,16 @@ from torch.utils import _pytree as pytree
 
 from fastattn import leading
 from fastattn.call import Call
-from fastattn.execution import autocast
+from fastattn.execution import autocast, has_values
 from fastattn.masks import Mask, dense, padding
+from fastattn.masks.space import is_integer
 from fastattn.spec import dtype_name
+from fastattn.validation import check_tensor
 
 ValidLens = Tensor | Sequence[int] | int
+
+LAYOUTS = {2: "[L, D] without a batch", 3: "[B, L, D]", 4: "[B, H, L, D] with heads"}
+NAMES = {"q": "queries", "k": "keys", "v": "values"}  # what the layers call a call's arguments
 
 
 class AttentionLayer(nn.Module):
@@ -70,6 +75,53 @@ class AttentionLayer(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in ("_last", "_versions")}
 
 
+class QueryLayer(AttentionLayer):
+    """layer(queries, keys, values, valid_lens, mask): what such layers take, checked and explained once.
+
+    A subclass defines `_attend`.
+    """
+
+    _ranks: tuple[int, ...] = (2, 3, 4)  # dimensions that queries may have
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid_lens: ValidLens | None = None,
+        mask: Mask | Tensor | None = None,
+    ) -> Any:
+        """One sum of the visible values for each query; the formula is the layer's.
+
+        Args:
+            queries: [B, Lq, features]; or [Lq, features] without a batch; or, but for `LocalAttention`, with
+                heads [B, H, Lq, features].
+            keys: [B, Lk, features] and so on.
+            values: [B, Lk, Dv] and so on.
+            valid_lens: int [B] or [B, Lq] ([] or [Lq] without a batch), from 0 to Lk: how many of the first
+                keys are visible.
+            mask: a fastattn.masks.Mask, or bool, True = attend: [Lq, Lk], [B, Lq, Lk] or [B, H, Lq, Lk].
+        Returns:
+            [B, Lq, Dv] and so on; 0 for a query that sees no key.
+        Raises:
+            TypeError, ValueError: naming the argument, the rule and the value got.
+        """
+        layouts = ", ".join(LAYOUTS[rank] for rank in self._ranks)
+        check_ranks(self._ranks, layouts, queries=queries, keys=keys, values=values)
+        lens = lens_of(valid_lens, queries, keys.shape[-2])
+        call = Call("attention", queries, keys, values, mask=join_lens(mask, lens, queries), names=NAMES)
+        return self._attend(call, lens, mask)
+
+    def _attend(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Any:
+        """The layer's output.
+
+        Args:
+            call: the three tensors, with what is visible as its mask; it may be changed.
+            lens, mask: what that mask was made of; lens [B] or [B, Lq].
+        """
+        raise NotImplementedError
+
+
 def is_transformed() -> bool:
     """Whether torch.func transforms the call: its tensors must not outlive the transform."""
     return torch._C._are_functorch_transforms_active()
@@ -116,31 +168,70 @@ def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
 
 
 def visible_keys(
-    mask: Mask | Tensor | None, valid_lens: ValidLens | None, queries: Tensor
+    mask: Mask | Tensor | None, valid_lens: ValidLens | None, queries: Tensor, seqlen_k: int
 ) -> Mask | Tensor | None:
     """One mask that lets a pair be seen where both `mask` and `valid_lens` do.
 
     Args:
         mask: a Mask, or bool broadcastable to [..., Lq, Lk].
-        valid_lens: int [B] or [B, Lq]: how many of the first keys are visible; [] or [Lq] for queries
-            without a batch.
+        valid_lens: int [B] or [B, Lq]; [] or [Lq] for queries without a batch.
         queries: [..., Lq, features]; of which only the dimensions are read.
+        seqlen_k: Lk.
     Raises:
-        TypeError: valid_lens are no integers.
-        ValueError: valid_lens of another shape.
+        TypeError, ValueError: as `check_lens` does.
     """
-    if isinstance(mask, Tensor) and mask.dim() == 3 and queries.dim() == 4:
-        mask = mask.unsqueeze(1)  # [B, Lq, Lk], the same for all heads
+    return join_lens(mask, lens_of(valid_lens, queries, seqlen_k), queries)
+
+
+def lens_of(valid_lens: ValidLens | None, queries: Tensor, seqlen_k: int) -> Tensor | None:
+    """`check_lens` for queries [..., Lq, features], which lack a batch where they have two dimensions."""
     if valid_lens is None:
-        return mask
+        return None
+    if queries.dim() > 2:
+        return check_lens(valid_lens, queries.shape[0], queries.shape[-2], seqlen_k, queries.device)
     lens = as_tensor("valid_lens", valid_lens, queries.device)
-    if lens.is_floating_point() or lens.is_complex() or lens.dtype == torch.bool:
+    return check_lens(lens[None], 1, queries.shape[0], seqlen_k, queries.device)
+
+
+def check_lens(
+    valid_lens: ValidLens, batch: int, seqlen_q: int, seqlen_k: int, device: torch.device
+) -> Tensor:
+    """`valid_lens`, how many of the first keys are visible, as int [B] or [B, Lq] on a device.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: they have another shape; or, on CPU, are below 0 or beyond the keys.
+    """
+    lens = as_tensor("valid_lens", valid_lens, device)
+    if not is_integer(lens):
         raise TypeError(f"valid_lens must be integers, got {dtype_name(lens.dtype)}")
-    lens = lens[None] if queries.dim() == 2 else lens
-    batch = queries.shape[0] if queries.dim() > 2 else 1
-    if lens.shape not in ((batch,), (batch, queries.shape[-2])):
-        want = f"[{batch}] or [{batch}, {queries.shape[-2]}]"
+    if lens.shape not in ((batch,), (batch, seqlen_q)):
+        want = f"[{batch}] or [{batch}, {seqlen_q}]"
         raise ValueError(f"valid_lens must be [B] or [B, Lq], here {want}, got shape {list(lens.shape)}")
+    check_bounds("valid_lens", lens, seqlen_k, "number of keys")
+    return lens
+
+
+def check_bounds(name: str, values: Tensor, most: int, what: str) -> None:
+    """Raise unless all values are from 0 to `most`, which is `what`; as far as they can be read here."""
+    if values.numel() and has_values(values):
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < 0 or high > most:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} must be from 0 to the {what}, {most}, got {wrong}")
+
+
+def join_lens(mask: Mask | Tensor | None, lens: Tensor | None, queries: Tensor) -> Mask | Tensor | None:
+    """`visible_keys` of lengths that are checked."""
+    if mask is not None and not isinstance(mask, Mask | Tensor):
+        raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (True = attend), got {dtype_name(mask.dtype)}")
+        if mask.dim() == 3 and queries.dim() == 4:
+            mask = mask.unsqueeze(1)  # [B, Lq, Lk], the same for all heads
+    if lens is None:
+        return mask
     if mask is None:
         return padding(lens)
     if isinstance(mask, Tensor):
@@ -152,9 +243,7 @@ def check_ranks(ranks: tuple[int, ...], layout: str, **inputs: Any) -> None:
     """Raise unless all inputs are tensors of one rank, one of `ranks`; `layout` says how they should look."""
     first = next(iter(inputs))
     for name, x in inputs.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() not in ranks:
+        if check_tensor(name, x).dim() not in ranks:
             raise ValueError(f"{name} must be {layout}, got shape {list(x.shape)}")
         if x.dim() != inputs[first].dim():
             want, got = inputs[first].dim(), list(x.shape)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattn import leading
+from fastattn import execution, leading
+from fastattn.autocast import without_autocast
 from fastattn.call import Call
 from fastattn.checks import check_int
-from fastattn.execution import autocast
 from fastattn.hard import choose_keys
 from fastattn.masks import Mask, as_mask, padding, window
-from fastattn.masks.space import Pairs
-from fastattn.nn.layer import AttentionLayer, ValidLens, is_transformed, visible_keys
+from fastattn.masks.reordered import Reordered
+from fastattn.nn.layer import QueryLayer, is_transformed, join_lens
+from fastattn.nn.scores import check_features
 from fastattn.spec import accumulate_dtype
-from fastattn.validation import check_number, check_tensor, validate
+from fastattn.validation import check_number, validate
 
 CENTRES = ("monotonic", "predictive", "argmax")
 
 
-class LocalAttention(AttentionLayer):
+class LocalAttention(QueryLayer):
     """Attention over the keys j with |j - p_i| <= window, the only ones that are computed.
 
     The centre p_i is the query's own position i ("monotonic", Luong's local-m); predicted, S sigmoid(v_p .
     tanh(W_p q_i)) with S the number of valid keys, the weights then being multiplied by exp(-(j - p_i)^2 /
     (2 s^2)), s = window / 2, and adding up to less than 1 ("predictive", local-p); or the key of the largest
     score ("argmax": locate hard, then look softly). Time grows with Lq * window, but that finding the largest
-    score looks at every key once; memory is that of the arguments, times the window for "predictive".
+    score looks at every key once; memory is that of the arguments.
 
     >>> layer = LocalAttention(window=1)
     >>> out = layer(torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 3))
@@ -48,6 +48,11 @@ class LocalAttention(AttentionLayer):
     Source: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation",
     EMNLP 2015, section 3.2, equations 9 and 10.
     """
+
+    _ranks = (2, 3)
+    # Of the last call, where its queries were sorted: their places, what the weights are multiplied by, and
+    # the leading dimensions.
+    _sorted: tuple[Tensor, Tensor | None, torch.Size] | None = None
 
     def __init__(
         self,
@@ -72,113 +77,115 @@ class LocalAttention(AttentionLayer):
             size = check_int("query_size", query_size, 1)
             self.W_p = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
             self.v_p = nn.Linear(size, 1, bias=False, device=device, dtype=dtype)
-        self._weights: tuple[Tensor, Tensor, Tensor, int, torch.Size] | None = None
 
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid_lens: ValidLens | None = None,
-        mask: Mask | Tensor | None = None,
-    ) -> Tensor:
-        """[B, Lq, Dv].
-
-        Args:
-            queries: [B, Lq, features], or [Lq, features] without a batch, as keys and values then are.
-            keys: [B, Lk, features].
-            values: [B, Lk, Dv].
-            valid_lens: int [B] or [B, Lq]: how many of the first keys are visible.
-            mask: a fastattn.masks.Mask, or bool broadcastable to [B, Lq, Lk], True = attend.
-        """
-        for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
-            if check_tensor(name, tensor).dim() not in (2, 3):
-                raise ValueError(f"{name} must be [B, length, features], got shape {list(tensor.shape)}")
-        visible = visible_keys(mask, valid_lens, queries)
-        names = {"q": "queries", "k": "keys", "v": "values"}
-        call = Call("attention", queries, keys, values, mask=visible, scale=self.scale, names=names)
-        if self.centre == "predictive":
-            return self._around_predictions(call, valid_lens)
-        if self.centre == "argmax":
-            nearby = self._around_largest(call)
-        else:
-            nearby = window(self.window, self.window, align="top_left")
-        if isinstance(visible, Tensor) and visible.dim() == 3:
-            visible = visible.unsqueeze(1)
-        call.mask = nearby if visible is None else nearby & visible
+    def _attend(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Tensor:
+        call.scale, self._sorted = self.scale, None
+        if self.centre != "monotonic":
+            return self._around_centres(call, lens, mask)
+        nearby, seen = window(self.window, self.window, align="top_left"), call.mask
+        if isinstance(seen, Tensor) and seen.dim() == 3:
+            seen = seen.unsqueeze(1)
+        call.mask = nearby if seen is None else nearby & as_mask(seen)
         return leading.run(self._remember(call))
 
-    def _around_largest(self, call: Call) -> Mask:
-        """The windows around each query's key of the largest score."""
-        located = replace(call)
-        leading.fold(located)
-        autocast(located)
-        validate(located)
-        index = choose_keys(located, None)[:, 0]
-        return padding(index + self.window + 1, (index - self.window).clamp(min=0))
-
-    def _around_predictions(self, call: Call, valid_lens: ValidLens | None) -> Tensor:
-        """Luong's local-p, on copies of each query's window of keys and values."""
+    def _around_centres(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Tensor:
+        """The queries sorted by their windows: kernels skip keys that none of 64 neighbours sees."""
+        if self.centre == "predictive":
+            check_features("queries", call.q, self.W_p.in_features)
         lead = leading.fold(call)
-        autocast(call)
+        execution.autocast(call)
         validate(call)
-        seqlen_k, dtype = call.k.shape[2], accumulate_dtype(call.q.dtype)
-        centre = self._predict(call.q, valid_lens, seqlen_k).to(dtype)
-        first = torch.ceil(centre.detach() - self.window).long()
-        j = first.unsqueeze(-1) + torch.arange(2 * self.window + 1, device=first.device)
-        seen = (j >= 0) & (j < seqlen_k) & (j <= centre.detach().unsqueeze(-1) + self.window)
-        j = j.clamp(0, max(seqlen_k - 1, 0))
-        seen = seen & _visible(call, j)
-        distance = (j - centre.unsqueeze(-1)) / (self.window / 2)
-        score = call.scale_value() * (call.q.unsqueeze(-2) * _windows(call.k, j, seen)).sum(-1).to(dtype)
-        empty = ~seen.any(-1, keepdim=True)  # must not reach softmax: its gradient would be NaN
-        weights = torch.where(seen | empty, score, -math.inf).softmax(-1) * torch.exp(-(distance**2) / 2)
-        weights = torch.where(empty, 0.0, weights)
-        self._weights = None if is_transformed() else (weights.detach(), j, seen, seqlen_k, lead)
-        out = (weights.to(call.v.dtype).unsqueeze(-1) * _windows(call.v, j, seen)).sum(-2)
-        return leading.unfold(out, lead)
+        centres = self._centres(call, lens)
+        at = centres.detach().nan_to_num(0.0)  # a NaN query has a window too, to show itself in
+        first = torch.ceil(at - self.window).long()
+        ends = torch.floor(at + self.window).long() + 1
+        ends = ends if lens is None else ends.minimum(lens.view(len(lens), -1))
+        order = torch.argsort(first, dim=-1, stable=True)
+        seen = None if mask is None else as_mask(join_lens(mask, None, call.q))
+        if seen is not None:
+            if torch.compiler.is_compiling() or is_transformed():  # where a mask cannot be reordered
+                order = torch.arange(first.shape[1], device=first.device).expand_as(first)
+            else:
+                seen = Reordered(seen, order)
+        centres, first, ends = (x.gather(1, order) for x in (centres, first, ends))
+        nearby = padding(ends, first.clamp(min=0))
+        call.q, call.mask = _rows(call.q, order), nearby if seen is None else nearby & seen
+        out, share = self._run(call, centres, first)
+        back = order.argsort(-1)
+        if not is_transformed():
+            self._sorted = back, share, lead
+        return leading.unfold(_rows(out, back), lead)
 
-    def _predict(self, queries: Tensor, valid_lens: ValidLens | None, seqlen_k: int) -> Tensor:
-        """The centre of each query [B, 1, Lq, features], between 0 and its number of valid keys."""
-        if queries.shape[-1] != self.W_p.in_features:
-            raise ValueError(f"queries must have {self.W_p.in_features} features, got {queries.shape[-1]}")
-        share = torch.sigmoid(self.v_p(torch.tanh(self.W_p(queries)))).squeeze(-1)
-        if valid_lens is None:
-            return seqlen_k * share
-        lens = torch.as_tensor(valid_lens, device=queries.device).clamp(0, seqlen_k)
-        return lens.reshape(share.shape[0], 1, -1) * share
+    def _centres(self, call: Call, lens: Tensor | None) -> Tensor:
+        """p_i [B, Lq], differentiable where predicted; -1 for a query that sees no key."""
+        if self.centre == "argmax":
+            return choose_keys(call, None)[:, 0].to(accumulate_dtype(call.q.dtype))
+        share = torch.sigmoid(self.v_p(torch.tanh(self.W_p(call.q)))).flatten(1)
+        share = share.to(accumulate_dtype(call.q.dtype))
+        return share * (call.k.shape[2] if lens is None else lens.view(len(lens), -1))
+
+    def _run(self, call: Call, centres: Tensor, first: Tensor) -> tuple[Tensor, Tensor | None]:
+        """out [B, 1, Lq, Dv] of sorted queries, and what their weights, detached, are to be multiplied by."""
+        if self.centre == "argmax":
+            return execution.run(self._remember(call)), None
+        narrow, dtype = call.q.dtype, centres.dtype
+        call.q, call.k, call.v = call.q.to(dtype) * call.scale_value(), call.k.to(dtype), call.v.to(dtype)
+        call.scale, call.return_lse = 1.0, True
+        with without_autocast(call.q.device):  # its casts are made; positions want more digits
+            _, whole = execution.run(replace(call, v=torch.zeros_like(call.v[..., :1])))
+            constant = _add_gaussian(call, centres, first, self.window)
+            out, lse = execution.run(self._remember(call))
+        # The kernels' weights, with the Gaussian in their scores, add up to 1; Luong's to this.
+        share = torch.where(whole == -torch.inf, 0.0, lse + constant.unsqueeze(1) - whole)
+        share = share.exp().unsqueeze(-1)
+        return (out * share).to(narrow), share.detach()
 
     @property
     def attention_weights(self) -> Tensor | None:
         """The weights of the last call, [B, Lq, Lk]; of "predictive" they add up to less than 1."""
-        if self._weights is None:
+        if self._sorted is None or self._last is None:
             return super().attention_weights
-        weights, j, seen, seqlen_k, lead = self._weights
-        whole = weights.new_zeros(*weights.shape[:3], seqlen_k)
-        return leading.unfold(whole.scatter_add_(3, j, torch.where(seen, weights, 0.0)), lead)
+        back, share, lead = self._sorted
+        with without_autocast(back.device):
+            weights = super().attention_weights
+        return leading.unfold(_rows(weights if share is None else weights * share, back), lead)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_weights": None}
+        return {name: value for name, value in super().__getstate__().items() if name != "_sorted"}
 
     def extra_repr(self) -> str:
         return f"window={self.window}, centre={self.centre!r}"
 
 
-def _visible(call: Call, j: Tensor) -> Tensor:
-    """Whether the call's mask lets each query see its keys j [B, 1, Lq, W]."""
-    if call.mask is None:
-        return torch.ones_like(j, dtype=torch.bool)
-    shape, device = call.mask_shape(), call.q.device
-    mask = as_mask(call.mask)
-    mask._check(shape, device)
-    b = torch.arange(shape.batch, device=device).view(-1, 1, 1, 1)
-    i = torch.arange(shape.seqlen_q, device=device).view(1, 1, -1, 1)
-    return mask._visible(Pairs(shape, b, torch.zeros_like(b[:1]), i, j))
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """Rows `order` [B, Lq] of x [B, 1, Lq, n]."""
+    return x.gather(2, order[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3]))
 
 
-def _windows(x: Tensor, j: Tensor, seen: Tensor) -> Tensor:
-    """x [B, 1, Lk, n] at j [B, 1, Lq, W]: [B, 1, Lq, W, n], 0 where not seen."""
-    if x.shape[2] == 0:
-        return x.new_zeros(*j.shape, x.shape[3])
-    at = j.flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[3])
-    return x.gather(2, at).unflatten(2, j.shape[2:]).masked_fill(~seen.unsqueeze(-1), 0)
+def _add_gaussian(call: Call, centres: Tensor, first: Tensor, reach: int) -> Tensor:
+    """Have the call add -(j - p)^2 / (2 s^2), s = reach / 2, to its scores, but for a number for each row.
+
+    The square is 2 j p - j^2 - p^2, so that products of a few features more make it, and gradients of p are
+    theirs. Large positions would cancel: so they are counted from within 2 reach, f(j) = j mod 4 reach -
+    2 reach, and for a window that this cuts in two from half a period further on.
+
+    Args:
+        call: q [B, 1, Lq, D] and k [B, 1, Lk, D], which become wider by 4; its scale is 1.
+        centres: p [B, Lq]; first: int [B, Lq], the first j with j >= p - reach.
+    Returns:
+        [B, Lq], to be added to the call's lse.
+    """
+    half, inverse = 2 * reach, 4.0 / reach**2  # 1 / s^2
+    phases = torch.tensor([0, half], device=first.device)
+    j = torch.arange(call.k.shape[2], device=first.device)
+    f = ((j[:, None] + phases).remainder(2 * half) - half).to(call.k.dtype)  # [Lk, 2]
+    features = torch.stack([f * f, f], -1).flatten(1)
+    begin = first.remainder(2 * half)
+    is_cut = begin >= half
+    p = (torch.where(is_cut, begin - half, begin) - half) + (centres - first)
+    slopes = torch.stack([torch.full_like(p, -0.5 * inverse), p * inverse], -1)
+    chosen = torch.stack([~is_cut, is_cut], -1)  # [B, Lq, 2]
+    slopes = torch.where(chosen.unsqueeze(-1), slopes.unsqueeze(-2), 0.0).flatten(-2)  # [B, Lq, 4]
+    call.q = torch.cat([call.q, slopes.unsqueeze(1)], -1)
+    call.k = torch.cat([call.k, features.expand(*call.k.shape[:2], -1, -1)], -1)
+    return -0.5 * inverse * p * p

@@ -20,6 +20,7 @@ from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
 from fastattn.nn.cache import KVCache
 from fastattn.nn.extra_keys import attend_with_extra_keys
+from fastattn.nn.layer import check_lens
 from fastattn.nn.nested import attend_to_nested, is_nested_self_attention
 from fastattn.nn.visibility import merge_masks
 from fastattn.projections import Projections, check_projections
@@ -200,6 +201,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             if not isinstance(cache, KVCache):
                 raise TypeError(f"cache must be a fastattn.nn.KVCache, got {type(cache).__name__}")
             seqlen_k = cache.length + (0 if cache.is_complete else seqlen_k)
+        if valid_lens is not None:
+            valid_lens = check_lens(valid_lens, batch, seqlen_q, seqlen_k, query.device)
         # torch takes the hint for the mask only where it returns no weights and there is no key padding.
         hint = is_causal and (attn_mask is None or (not need_weights and key_padding_mask is None))
         merged, scored = merge_masks(

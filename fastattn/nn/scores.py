@@ -130,8 +130,8 @@ class BilinearScore(ProductScore):
         nn.init.xavier_uniform_(self.weight)
 
     def operands(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float]:
-        _check_features("queries", queries, self.weight.shape[0])
-        _check_features("keys", keys, self.weight.shape[1])
+        check_features("queries", queries, self.weight.shape[0])
+        check_features("keys", keys, self.weight.shape[1])
         return queries @ self.weight, keys, 1.0
 
     def extra_repr(self) -> str:
@@ -170,8 +170,8 @@ class AdditiveScore(nn.Module):
 
     def operands(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(W_q q, W_k k, w) for `fastattn.additive_attention`."""
-        _check_features("queries", queries, self.W_q.in_features)
-        _check_features("keys", keys, self.W_k.in_features)
+        check_features("queries", queries, self.W_q.in_features)
+        check_features("keys", keys, self.W_k.in_features)
         return self.W_q(queries), self.W_k(keys), self.w_v.weight[0]
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -180,7 +180,8 @@ class AdditiveScore(nn.Module):
         return torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3)) @ w.to(q.dtype)
 
 
-def _check_features(name: str, x: Tensor, size: int) -> None:
+def check_features(name: str, x: Tensor, size: int) -> None:
+    """Raise unless the vectors x [..., features] have `size` features."""
     if x.shape[-1] != size:
         raise ValueError(f"{name} must have {size} features, got shape {list(x.shape)}")
 

@@ -68,7 +68,7 @@ class SingleHeadAttention(AttentionLayer):
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
         _check_x(x, self.d_model)
-        visible = visible_keys(_unblocked(mask), valid_lens, x)
+        visible = visible_keys(_unblocked(mask), valid_lens, x, x.shape[1])
         call = Call("attention", self.W_q(x), self.W_k(x), self.W_v(x), mask=visible, names=_NAMES)
         output = leading.run(self._remember(call))  # which brings the call to four dimensions
         weights = attention_weights(call.q, call.k, mask=call.mask)
@@ -141,7 +141,7 @@ class MultiHeadSelfAttention(AttentionLayer):
             out_proj_weight=self.W_o.weight,
             out_proj_bias=self.W_o.bias,
             num_heads=self.num_heads,
-            mask=visible_keys(visible, valid_lens, x),
+            mask=visible_keys(visible, valid_lens, x, x.shape[1]),
             need_weights=True,
             average_weights=False,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.nn.attention import Attention
-from fastattn.nn.layer import check_ranks
+from fastattn.nn.layer import ValidLens, check_lens, check_ranks
 
 
 class SentenceEncoder(nn.Module):
@@ -37,26 +37,27 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.attention = Attention("scaled_dot") if attention is None else attention
 
-    def forward(self, x: Tensor, valid_lens: Tensor | Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid_lens: ValidLens | None = None) -> Tensor:
         """One vector for each sentence.
 
         Args:
             x: [B, L, d], vectors of words.
-            valid_lens: int [B], words of each sentence; the rest is padding. Beyond L: L. None for all.
+            valid_lens: int [B], words of each sentence, from 0 to L; the rest is padding. None for all.
         Returns:
             [B, d]; 0 for a sentence without words.
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
         check_ranks((3,), "[B, L, d]", x=x)
+        if valid_lens is not None:
+            valid_lens = check_lens(valid_lens, len(x), x.shape[1], x.shape[1], x.device)
+            if valid_lens.dim() != 1:
+                raise ValueError(f"valid_lens must be [{len(x)}], got shape {list(valid_lens.shape)}")
         y = self.attention(x, valid_lens=valid_lens)
         y = y[0] if isinstance(y, tuple) else y
         if valid_lens is None:
             return y.mean(1) if y.shape[1] else y.new_zeros(y.shape[0], y.shape[2])
-        lens = torch.as_tensor(valid_lens, device=y.device)
-        if lens.shape != x.shape[:1]:
-            raise ValueError(f"valid_lens must be [{len(x)}], got shape {list(lens.shape)}")
-        lens = lens.clamp(0, x.shape[1])[:, None]
+        lens = valid_lens[:, None]
         words = torch.arange(y.shape[1], device=y.device) < lens
         return torch.where(words[..., None], y, 0).sum(1) / lens.clamp(min=1)
 
