@@ -172,7 +172,7 @@ def _set_processors(work: Work) -> None:
     for name, module in work.open():
         before: Any = getattr(module, "processor", None)
         ours = diffusers.processor_for(module)
-        if isinstance(before, diffusers.FastAttnProcessor | diffusers.FastAddedKVAttnProcessor):
+        if isinstance(before, diffusers.Processor):
             if work.holds(module):
                 work.replaced[name] = PROCESSOR
             else:

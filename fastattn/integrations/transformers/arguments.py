@@ -39,6 +39,11 @@ def implied_mask(seqlen_q: int, is_causal: bool, sliding_window: int | None) -> 
     return None if left is None else window(left, left, align="top_left")
 
 
+def is_constant(position_bias: Tensor | None) -> bool:
+    """Whether it is the same number for all scores, which a softmax does not see."""
+    return position_bias is not None and position_bias.numel() == 1 and not position_bias.requires_grad
+
+
 def add_bias(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Bias | Tensor | None:
     """The sum of both; a table of relative positions stays one where it is alone."""
     if position_bias is None:

@@ -76,8 +76,10 @@ def fastattn_attention(
     if indices is not None:
         mask = arguments.both(mask, arguments.chosen_keys(indices, key.shape[2]))
     call = Call("attention", query, key, value, mask, None, scaling, softcap, None, dropout)
-    call.bias = arguments.add_bias(bias, position_bias, query.dtype)
     logits = sinks if s_aux is None else s_aux
+    if logits is None and arguments.is_constant(position_bias):
+        position_bias = None
+    call.bias = arguments.add_bias(bias, position_bias, query.dtype)
     if logits is not None and logits.numel() == query.shape[1]:
         call.sinks, logits = logits.reshape(-1), None
     wanted = wants_weights(kwargs)
