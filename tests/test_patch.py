@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_support import rand
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,15 +22,10 @@ import fastattn.nn
 from fastattn.integrations.handwritten.swap import is_swapped, notes_of
 from fastattn.integrations.torch import override_sdpa, replace_modules
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 E, HEADS = 16, 2
 
-
-@pytest.fixture(autouse=True)
-def one_thread(use_threads):
-    """On models this small, threads only wait for one another."""
-    use_threads(1)
 
 
 class Base(nn.Module):
@@ -114,10 +110,6 @@ def new_model() -> nn.Sequential:
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(E, HEADS, 2 * E, dropout=0.0, batch_first=True)
     return nn.Sequential(encoder, Calls(), CallsByAFunction(), WritesOut(), Mixes())
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
