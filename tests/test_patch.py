@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from patch_support import rand
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -106,6 +107,38 @@ class HasItsOwnGradient(Base):
         return self.merge(Double.apply(q @ k.mT).softmax(-1) @ v)
 
 
+@torch.jit.script
+def scripted_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.jit.script
+def scripted_softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores * 0.5, -1)
+
+
+@torch.jit.script
+def scripted_scale(scores: Tensor) -> Tensor:
+    return scores * 0.5
+
+
+class CallsAScript(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(scripted_attention(*self.heads(x)))
+
+
+class HasAScriptedSoftmax(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(scripted_softmax(q @ k.mT) @ v)
+
+
+class HasAScriptInBetween(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(scripted_scale(q @ k.mT).softmax(-1) @ v)
+
+
 def new_model() -> nn.Sequential:
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(E, HEADS, 2 * E, dropout=0.0, batch_first=True)
@@ -184,6 +217,31 @@ def test_what_is_left_and_why():
     assert torch.equal(replaced_forward(X), X)
 
 
+@pytest.mark.parametrize("kind", [CallsAScript, HasAScriptedSoftmax, HasAScriptInBetween])
+def test_functions_of_torchscript(kind):
+    """What they compute is computed as it was, and the report says so."""
+    model = kind()
+    want = outcome(model, X)
+    report = fastattn.patch(model)
+    assert all(torch.equal(a, b) for a, b in zip(outcome(model, X), want, strict=True))
+    if kind is HasAScriptInBetween:  # known once it has run
+        assert "computed as written so far, for its scores went into scripted_scale" in str(report)
+    else:
+        assert report.left == {"": "it attends in a function that is compiled by TorchScript"}
+
+
+def test_scripted_models():
+    """As a whole or in parts, and with a hand in front."""
+    model = torch.jit.script(nn.Sequential(Calls(), WritesOut(), nn.Linear(E, E)))
+    want = model(X)
+    report = fastattn.patch(model)
+    assert not report.replaced
+    assert set(report.left.values()) == {"it is compiled by TorchScript"}
+    assert list(report.left) == ["0", "1"]
+    assert torch.equal(model(X), want)
+    assert list(fastattn.patch(nn.Sequential(model, Calls())).replaced) == ["1"]
+
+
 def test_weights_come_with_the_output():
     model = ReturnsWeights()
     want, want_weights = model(X)
@@ -241,6 +299,21 @@ def test_undone_where_the_block_ends():
         raise KeyError
     assert not is_swapped(model[1])
     report.undo()
+
+
+def test_after_another_change_of_class():
+    model = nn.Sequential(Calls(), nn.MultiheadAttention(E, HEADS))
+    report = fastattn.patch(model)
+    for module, name in ((model[0].qkv, "weight"), (model[0], "note"), (model[1], "in_proj_weight")):
+        if name == "note":
+            module.note = nn.Parameter(torch.ones(1))
+        parametrize.register_parametrization(module, name, nn.Identity())
+    with pytest.warns(UserWarning, match="has become a Parametrized.* since and is left so"):
+        report.undo()
+    for module, name in ((model[0], "note"), (model[1], "in_proj_weight")):
+        parametrize.remove_parametrizations(module, name)
+    report.undo()
+    assert [type(module) for module in model] == [Calls, nn.MultiheadAttention]
 
 
 def test_after_replace_modules():

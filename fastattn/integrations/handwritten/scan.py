@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import re
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ DEPTH = 3
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
 GRADIENT = "an autograd function"
+SCRIPT = "in TorchScript: "
 CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
 
@@ -26,8 +28,11 @@ def style(module: nn.Module) -> str | None:
     Returns:
         "interface": through transformers' table of attention functions; "call": by
         F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
-        likewise, perhaps with an autograd function in between; None: not at all.
+        likewise, perhaps with an autograd function in between; "scripted": by one of these, in a function
+        that TorchScript has compiled; None: not at all.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # it has no code in Python
     kind: Any = type(module)
     names = _names(kind)
     if names[f"own {INTERFACE}"]:
@@ -42,7 +47,33 @@ def style(module: nn.Module) -> str | None:
         return "opaque"
     if any(names[name] for name in CALLS):
         return "call"
-    return "written out" if is_written_out else None
+    if is_written_out:
+        return "written out"
+    scripted = Counter({name[len(SCRIPT) :]: n for name, n in names.items() if name.startswith(SCRIPT)})
+    if not scripted["softmax"] and not any(scripted[name] for name in (*PRODUCTS, *CALLS)):
+        return None
+    if has_softmax:
+        scripted["softmax"] += 1
+    for name in PRODUCTS:
+        scripted[name] += names[name]
+    return "scripted" if _attends(scripted) else None
+
+
+def attends_in_script(module: torch.jit.ScriptModule) -> bool:
+    """Whether a scripted module, or one in it, computes attention."""
+    graph = getattr(module, "inlined_graph", None)  # a module without a forward has none
+    return graph is not None and _attends(_operations(graph))
+
+
+def _attends(operations: Counter[str]) -> bool:
+    if any(operations[name] for name in CALLS):
+        return True
+    return bool(operations["softmax"]) and sum(operations[name] for name in PRODUCTS) > 1
+
+
+def _operations(graph: Any) -> Counter[str]:
+    """How often TorchScript's code calls each function of torch."""
+    return Counter(re.findall(r"aten::(\w+)", str(graph)))
 
 
 @functools.cache
@@ -72,6 +103,9 @@ def _count(function: types.FunctionType, depth: int, found: Counter[str], seen: 
         called: Any = function.__globals__.get(name) if is_global else None
         if isinstance(called, type) and issubclass(called, torch.autograd.Function):
             found[GRADIENT] += 1
+        if isinstance(called, torch.jit.ScriptFunction):
+            for operation, count in _operations(called.inlined_graph).items():
+                found[f"{SCRIPT}{operation}"] += count
         if depth and isinstance(called, types.FunctionType) and _package(called.__module__) != "torch":
             _count(called, depth - 1, found, seen)
 

@@ -21,8 +21,13 @@ from fastattn.integrations.torch.override import Mode, override_sdpa
 _notes: WeakKeyDictionary[nn.Module, Notes] = WeakKeyDictionary()
 
 
+def is_ours(kind: type) -> bool:
+    """Whether a class is one that `swap` has made."""
+    return "_fastattn_stock" in vars(kind)
+
+
 def is_swapped(module: nn.Module) -> bool:
-    return "_fastattn_stock" in vars(type(module))
+    return is_ours(type(module))
 
 
 def swap(module: nn.Module) -> None:
