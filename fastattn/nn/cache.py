@@ -105,7 +105,9 @@ class KVCache:
             index: int64 [B'], entries of the present batch; B' may differ from B.
         """
         if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+            self._keys, self._values = (
+                _chosen(held, index, self.length) for held in (self._keys, self._values)
+            )
             self._is_cut = False
 
     def _filled(self, tensor: Tensor | None) -> Tensor:
@@ -134,6 +136,16 @@ class KVCache:
 
 def _leading(tensor: Tensor) -> str:
     return ", ".join(map(str, tensor.shape[:3]))
+
+
+def _chosen(held: Tensor, index: Tensor, length: int) -> Tensor:
+    """Entries `index` of `held`, of which only `length` tokens are copied; as much room as before."""
+    tokens = held[:, :, :length]
+    if torch.is_grad_enabled():
+        return tokens.index_select(0, index)
+    found = held.new_empty(index.shape[0], *held.shape[1:])
+    torch.index_select(tokens, 0, index, out=found[:, :, :length])
+    return found
 
 
 def _grown(held: Tensor | None, new: Tensor, begin: int, reserved: int, is_cut: bool) -> Tensor:
