@@ -19,7 +19,7 @@ from fastattn.call import Call
 from fastattn.dispatch import Explanation
 from fastattn.lowering import lower
 from fastattn.masks import Mask
-from fastattn.plain import plain_views
+from fastattn.plain import mask_options, plain_views
 from fastattn.spec import DISTANCE_SCORES
 from fastattn.validation import check_tensor, check_values, validate, validate_options
 
@@ -128,8 +128,7 @@ def plain_attention(
 ) -> Any:
     """`attention` where `plain_views` found nothing to check about q, k and v."""
     if (
-        mask is None
-        and bias is None
+        bias is None
         and softcap is None
         and sinks is None
         and dropout_seed is None
@@ -140,9 +139,12 @@ def plain_attention(
         if scale is None:
             scale = 1.0 / math.sqrt(views[1][1][3])
         if type(scale) is float and -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:  # finite in every dtype's kernels
-            if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-                return autograd.plain(q, k, v, views, scale)
-            return cpu.small(q, views, scale)
+            wants_gradient = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+            if mask is None:
+                return autograd.plain(q, k, v, views, scale) if wants_gradient else cpu.small(q, views, scale)
+            options = None if wants_gradient else mask_options(mask, views)
+            if options is not None:
+                return cpu.small(q, views, scale, options=options)
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
     validate_options(call)
     if call.dropout_p == 1:

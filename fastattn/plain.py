@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn.backends import cpu
 from fastattn.dispatch import forced_by_environment
+from fastattn.masks import Mask
+from fastattn.masks.band import Band
 from fastattn.watch import observers
 
 # Bound once: each lookup through a module costs as much as the call itself.
@@ -63,3 +67,24 @@ def plain_views(q: Tensor, k: Tensor, v: Tensor) -> cpu.Views | None:
                 (pointer_v, shape_v, strides_v),
             )
     return None
+
+
+def mask_options(mask: Mask | Tensor, views: cpu.Views) -> dict[str, Any] | None:
+    """What the CPU kernels need to know of the mask of such a call, where it is a band or a bool tensor.
+
+    None sends the call down the full path, as in `plain_views`.
+    """
+    if type(mask) is Band:
+        lo, hi = mask.lo, mask.hi
+        return {"band": (None, None, lo, hi) if mask.align == "bottom_right" else (lo, hi, None, None)}
+    if type(mask) is not Tensor or mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() != 4:
+        return None
+    _, (_, shape_q, _), (_, shape_k, _), _ = views
+    whole = (shape_q[0], shape_q[1], shape_q[2], shape_k[2])
+    strides = []
+    for size, full, stride in zip(mask.shape, whole, mask.stride(), strict=True):
+        if size not in (1, full):
+            return None
+        strides.append(0 if size == 1 else stride)
+    pointer = mask.data_ptr()
+    return {"mask": (pointer, whole, tuple(strides))} if pointer else None

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 import fastattn.nn
 from fastattn.integrations.handwritten.swap import is_swapped, notes_of
+from fastattn.integrations.routes import OPAQUE
 from fastattn.integrations.torch import override_sdpa, replace_modules
 
 pytestmark = pytest.mark.usefixtures("native", "one_thread")
@@ -209,7 +211,7 @@ def test_what_is_left_and_why():
     assert dict(report.left) == {
         "linear": "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a "
         "product, a softmax and a product",
-        "own": "a function with a gradient of its own may stand between its product and its softmax",
+        "own": OPAQUE,
         "replaced": "its forward was replaced",
         "scripted": "it is compiled by TorchScript",
         "ours": "it is fastattn's already",
@@ -223,16 +225,51 @@ def test_functions_of_torchscript(kind):
     model = kind()
     want = outcome(model, X)
     report = fastattn.patch(model)
+    attends = "it attends in a function that is compiled by TorchScript"
+    assert report.left == {"": OPAQUE if kind is HasAScriptInBetween else attends}
     assert all(torch.equal(a, b) for a, b in zip(outcome(model, X), want, strict=True))
-    if kind is HasAScriptInBetween:  # known once it has run
-        assert "computed as written so far, for its scores went into scripted_scale" in str(report)
-    else:
-        assert report.left == {"": "it attends in a function that is compiled by TorchScript"}
+
+
+class HasAHiddenScript(Base):
+    """Its code does not show it."""
+
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(self.scale(q @ k.mT).softmax(-1) @ v)
+
+
+def test_hidden_functions_of_torchscript():
+    """They get the values where no gradient would be lost, and are told of where one would."""
+    model = HasAHiddenScript(scripted_scale)
+    want = model(X)
+    report = fastattn.patch(model)
+    with torch.no_grad():
+        assert torch.equal(model(X), want)
+    with pytest.raises(RuntimeError, match=r"(?s)autograd would not see that: leave this module .* skip="):
+        model(X)
+    report.undo()
+    assert torch.equal(model(X), want)
+
+
+class ForScript(nn.Module):
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.qkv, self.calls = nn.Linear(E, 3 * E), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.calls:
+            return F.scaled_dot_product_attention(q, k, v)
+        return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
 
 
 def test_scripted_models():
-    """As a whole or in parts, and with a hand in front."""
-    model = torch.jit.script(nn.Sequential(Calls(), WritesOut(), nn.Linear(E, E)))
+    """By what they compute, whatever they are called."""
+    model = torch.jit.script(nn.Sequential(ForScript(True), ForScript(False), nn.Linear(E, E)))
     want = model(X)
     report = fastattn.patch(model)
     assert not report.replaced

@@ -222,7 +222,7 @@ def t5_layer(path, is_decoder, has_bias):
     model, name = path.split(".")
     layers = __import__(f"transformers.models.{model}.modeling_{model}", fromlist=[name])
     config = getattr(transformers, T5_LAYERS.get(path, "UdopConfig"))(
-        num_heads=3, relative_attention_max_distance=50
+        hidden_size=24, num_heads=3, d_kv=8, relative_attention_max_distance=50
     )
     config.is_decoder, config._attn_implementation = is_decoder, "fastattn"
     return getattr(layers, name)(config, has_relative_attention_bias=has_bias, layer_idx=0)

@@ -40,7 +40,7 @@ class Patch:
                 undo = self._undo.pop()
                 if not undo():
                     rest.append(undo)
-            self._undo += reversed(rest)
+            self._undo.extend(reversed(rest))
 
     def __enter__(self) -> Patch:
         return self

@@ -27,6 +27,10 @@ CALL = "its scaled_dot_product_attention is fastattn's"
 WRITTEN_OUT = "its product, softmax and product are one call of fastattn"
 ALREADY = "it is fastattn's already"
 SHARED_MASK = "its model hands the same mask to modules that are not on the attention interface"
+OPAQUE = (
+    "a function with a gradient of its own, or one that TorchScript has compiled, may stand between its product "
+    "and its softmax"
+)
 SCRIPTED = "it is compiled by TorchScript"
 NOT_FOUND = (
     "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a product, a "
@@ -252,7 +256,7 @@ def _why_not(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced"
     if style(module) == "opaque":
-        return "a function with a gradient of its own may stand between its product and its softmax"
+        return OPAQUE
     if style(module) == "scripted":
         return "it attends in a function that is compiled by TorchScript"
     return None

@@ -149,10 +149,14 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(
-            f"{func} was called from C++ with attention weights that have not been computed, where autograd "
-            f"would not see that: {_LEAVE}"
-        )
+        # Called from C++, past every mode, and past autograd.
+        if any(isinstance(x, Lazy) and x.has_gradient for x in tree_leaves((args, kwargs))):
+            raise RuntimeError(
+                f"{func} was called from C++ with attention weights that have not been computed, where autograd "
+                f"would not see that: {_LEAVE}"
+            )
+        args, kwargs = tree_map(without_lazy, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return repr(self.settled())
@@ -183,6 +187,13 @@ class Lazy(Tensor):
         for parent in self.parents:
             if parent.made is None:
                 parent.check_inputs()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether autograd is to follow the values back to what they are computed from."""
+        if not self.tracks_gradient:
+            return False
+        return any(t.requires_grad for t, _ in self.inputs) or any(p.has_gradient for p in self.parents)
 
     @property
     def is_alone(self) -> bool:

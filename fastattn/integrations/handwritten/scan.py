@@ -17,7 +17,7 @@ from torch import nn
 DEPTH = 3
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
-GRADIENT = "an autograd function"
+OPAQUE = "an autograd function, or one of TorchScript"
 SCRIPT = "in TorchScript: "
 CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
@@ -28,8 +28,8 @@ def style(module: nn.Module) -> str | None:
     Returns:
         "interface": through transformers' table of attention functions; "call": by
         F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
-        likewise, perhaps with an autograd function in between; "scripted": by one of these, in a function
-        that TorchScript has compiled; None: not at all.
+        likewise, perhaps with a function in between that is C++ for all that Python sees; "scripted": by one
+        of these, in a function that TorchScript has compiled; None: not at all.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return None  # it has no code in Python
@@ -43,7 +43,7 @@ def style(module: nn.Module) -> str | None:
         or any(isinstance(child, nn.Softmax) for child in module.children())
     )
     is_written_out = has_softmax and sum(names[name] for name in PRODUCTS) > 1
-    if is_written_out and names[GRADIENT]:
+    if is_written_out and names[OPAQUE]:
         return "opaque"
     if any(names[name] for name in CALLS):
         return "call"
@@ -102,8 +102,9 @@ def _count(function: types.FunctionType, depth: int, found: Counter[str], seen: 
             found[f"own {name}"] += 1
         called: Any = function.__globals__.get(name) if is_global else None
         if isinstance(called, type) and issubclass(called, torch.autograd.Function):
-            found[GRADIENT] += 1
+            found[OPAQUE] += 1
         if isinstance(called, torch.jit.ScriptFunction):
+            found[OPAQUE] += 1
             for operation, count in _operations(called.inlined_graph).items():
                 found[f"{SCRIPT}{operation}"] += count
         if depth and isinstance(called, types.FunctionType) and _package(called.__module__) != "torch":

@@ -97,7 +97,7 @@ class FastLayer(_InPlace):
         """All keys [B, Hkv, L, D] and values [B, Hkv, L, Dv], the new ones at the end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._append(key_states, value_states)
+        self.keys, self.values = self.cache.append(key_states, value_states)
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -132,10 +132,11 @@ class FastSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
         self.cumulative_length += key_states.shape[2]
         if self.first and self.cache.length + key_states.shape[2] > self.cache.capacity:
             self._restart(self.keys, self.values)
-        self._append(key_states, value_states)
-        found = self.keys, self.values
-        self.first = max(0, self.cache.length - (self.sliding_window - 1))
-        self._view()
+        keys, values = self.cache.append(key_states, value_states)
+        length, first = self.cache.length, self.first
+        found = keys.narrow(2, first, length - first), values.narrow(2, first, length - first)
+        self.first = first = max(0, length - (self.sliding_window - 1))
+        self.keys, self.values = keys.narrow(2, first, length - first), values.narrow(2, first, length - first)
         return found
 
     def reset(self) -> None:
