@@ -139,12 +139,13 @@ def plain_attention(
         if scale is None:
             scale = 1.0 / math.sqrt(views[1][1][3])
         if type(scale) is float and -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:  # finite in every dtype's kernels
-            wants_gradient = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
-            if mask is None:
-                return autograd.plain(q, k, v, views, scale) if wants_gradient else cpu.small(q, views, scale)
-            options = None if wants_gradient else mask_options(mask, views)
-            if options is not None:
-                return cpu.small(q, views, scale, options=options)
+            if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+                if mask is None:
+                    return autograd.plain(q, k, v, views, scale)
+            else:
+                options = None if mask is None else mask_options(mask, views)
+                if mask is None or options is not None:
+                    return cpu.small(q, views, scale, options=options)
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
     validate_options(call)
     if call.dropout_p == 1:

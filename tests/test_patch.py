@@ -30,7 +30,6 @@ pytestmark = pytest.mark.usefixtures("native", "one_thread")
 E, HEADS = 16, 2
 
 
-
 class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()

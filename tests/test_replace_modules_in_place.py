@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from patch_support import rand
-from replace_modules_support import NAMES, OURS, TORCHS, B, Doubled, E, L, S, new_model, types
-from torch import Tensor, nn
+from replace_modules_support import OURS, TORCHS, B, Doubled, E, L, S, new_model, types
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastattn.nn
@@ -130,7 +130,6 @@ def test_every_kind_of_attention(options):
 
 class Mine(nn.MultiheadAttention):
     """A subclass."""
-
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")

@@ -1,4 +1,4 @@
-"""Models of transformers on fastattn in use: ways to write, half precision, threads, files, copies, compilers."""
+"""Models of transformers on fastattn in use: ways to write, half precision, threads, files, copies."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_ways_to_write(name, way, cache):
 
 
 def scores_of(model, ids, mask, cache):
-    """The scores after each of the last four tokens, read one by one as `generate` does, [B, 4, vocabulary]."""
+    """The scores after each of the last four tokens, read one by one as `generate` does: [B, 4, n]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     found, start = [], ids.shape[1] - 4
     for begin, end in ((0, start + 1), *((at, at + 1) for at in range(start + 1, ids.shape[1]))):

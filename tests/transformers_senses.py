@@ -80,8 +80,13 @@ def picture_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
     """Padded texts that begin with the 16 patches of a picture."""
     inputs = padded(24)
     inputs["input_ids"][:, 4:20] = PICTURE_TOKEN
-    inputs["token_type_ids"] = (inputs["input_ids"] == PICTURE_TOKEN).long()
     return {**inputs, **image()}
+
+
+def marked_picture_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
+    """The same for models that are told where the picture is."""
+    inputs = picture_in_text(padded)
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == PICTURE_TOKEN).long()}
 
 
 def patches_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
@@ -294,8 +299,8 @@ MULTIMODAL = [
             "projection_dim": 32,
             "hidden_size": 32,
         },
-        picture_in_text,
-        prompts=partial(picture_in_text, left_padded),
+        marked_picture_in_text,
+        prompts=partial(marked_picture_in_text, left_padded),
     ),
     Architecture(
         "Gemma 3 multimodal",
@@ -314,8 +319,8 @@ MULTIMODAL = [
             "image_token_index": PICTURE_TOKEN,
             "mm_tokens_per_image": 16,
         },
-        picture_in_text,
-        prompts=partial(picture_in_text, left_padded),
+        marked_picture_in_text,
+        prompts=partial(marked_picture_in_text, left_padded),
     ),
     Architecture(
         "Qwen2-VL",

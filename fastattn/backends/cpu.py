@@ -71,7 +71,7 @@ def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
 def small(
     q: Tensor, views: Views, scale: float, lse: Tensor | None = None, options: dict[str, Any] | None = None
 ) -> Tensor:
-    """out of a dense call, of which `views` and fastattn._C's `options` say everything but the scale; fills lse."""
+    """out of a dense call that `views` and fastattn._C's `options` say all about but the scale; fills lse."""
     code, view_q, view_k, view_v = views
     _, shape, strides = view_q
     if view_v[1][3] == shape[3] and q.is_contiguous():

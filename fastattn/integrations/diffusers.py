@@ -131,7 +131,9 @@ def _context(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | N
     """What keys and values are projected from, [B, S, C]."""
     if encoder_hidden_states is None:
         return hidden_states
-    return attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
+    if attn.norm_cross:
+        return attn.norm_encoder_hidden_states(encoder_hidden_states)
+    return encoder_hidden_states
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:

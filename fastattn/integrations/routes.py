@@ -28,8 +28,8 @@ WRITTEN_OUT = "its product, softmax and product are one call of fastattn"
 ALREADY = "it is fastattn's already"
 SHARED_MASK = "its model hands the same mask to modules that are not on the attention interface"
 OPAQUE = (
-    "a function with a gradient of its own, or one that TorchScript has compiled, may stand between its product "
-    "and its softmax"
+    "a function with a gradient of its own, or one that TorchScript has compiled, may stand between its "
+    "product and its softmax"
 )
 SCRIPTED = "it is compiled by TorchScript"
 NOT_FOUND = (
@@ -81,8 +81,8 @@ class Work:
                 return True
             if _is_derived(module):
                 warnings.warn(
-                    f"a module that fastattn patched has become a {type(module).__qualname__} since and is left "
-                    "so: undo that change first, then call undo() again",
+                    f"a module that fastattn patched has become a {type(module).__qualname__} since and is "
+                    "left so: undo that change first, then call undo() again",
                     stacklevel=3,
                 )
                 return False
@@ -94,7 +94,7 @@ class Work:
 
 
 def _is_derived(module: nn.Module) -> bool:
-    """Whether the class that we gave a module is now the base of its class, as a parametrization leaves it."""
+    """Whether the class that we gave a module is now a base of its class, as a parametrization leaves it."""
     return any(base is MultiheadAttention or is_ours(base) for base in type(module).__mro__[1:])
 
 

@@ -90,7 +90,7 @@ class KVCache:
         return self.keys, self.values
 
     def _has_room(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether these fit what is held and go where nobody has looked yet: what most steps of decoding do."""
+        """Whether these fit what is held and go where nobody has looked: what most steps of decoding do."""
         held, other = self._keys, self._values
         if held is None or other is None or self.static or self._is_cut or torch.is_grad_enabled():
             return False

@@ -152,8 +152,8 @@ class Lazy(Tensor):
         # Called from C++, past every mode, and past autograd.
         if any(isinstance(x, Lazy) and x.has_gradient for x in tree_leaves((args, kwargs))):
             raise RuntimeError(
-                f"{func} was called from C++ with attention weights that have not been computed, where autograd "
-                f"would not see that: {_LEAVE}"
+                f"{func} was called from C++ with attention weights that have not been computed, where "
+                f"autograd would not see that: {_LEAVE}"
             )
         args, kwargs = tree_map(without_lazy, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -46,6 +46,10 @@ def _fast(layer: Any, capacity: int) -> Any:
     return FastSlidingLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
 
 
+def _from(tokens: Tensor, begin: int) -> Tensor:
+    return tokens.narrow(2, begin, tokens.shape[2] - begin) if begin else tokens
+
+
 class _InPlace(DynamicLayer):
     """A layer whose `keys` and `values` are views of the last tokens of a KVCache."""
 
@@ -133,11 +137,9 @@ class FastSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
         if self.first and self.cache.length + key_states.shape[2] > self.cache.capacity:
             self._restart(self.keys, self.values)
         keys, values = self.cache.append(key_states, value_states)
-        length, first = self.cache.length, self.first
-        found = keys.narrow(2, first, length - first), values.narrow(2, first, length - first)
-        self.first = first = max(0, length - (self.sliding_window - 1))
-        self.keys, self.values = keys.narrow(2, first, length - first), values.narrow(2, first, length - first)
-        return found
+        begin, self.first = self.first, max(0, self.cache.length - (self.sliding_window - 1))
+        self.keys, self.values = _from(keys, self.first), _from(values, self.first)
+        return _from(keys, begin), _from(values, begin)
 
     def reset(self) -> None:
         self.is_initialized = False  # else older versions keep the tokens, as zeros

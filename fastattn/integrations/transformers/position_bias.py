@@ -34,8 +34,8 @@ _LAYERS: dict[str, bool | None] = {
     "pix2struct.Pix2StructTextAttention": False,
 }
 
-# Layers that make zeros [1, H, Lq, Lk] in cross-attention, where they are given no position_bias. UMT5's do so
-# too, but cannot be given one.
+# Layers that make zeros [1, H, Lq, Lk] in cross-attention, where they are given no position_bias. UMT5's do
+# so too, but cannot be given one.
 _ZEROS = (*(path for path in _LAYERS if path != "umt5.UMT5Attention"), "udop.UdopAttention")
 
 
