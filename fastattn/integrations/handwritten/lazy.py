@@ -59,10 +59,12 @@ class Notes:
     Attributes:
         fused: calls of attention that its products became.
         scores, weights: functions that no call of attention has, for which they were computed as written.
+        refused: the last error that was raised below C++, which may have lost it.
     """
 
     def __init__(self) -> None:
         self.fused = 0
+        self.refused: str | None = None
         self.scores: set[str] = set()
         self.weights: set[str] = set()
 
@@ -150,11 +152,13 @@ class Lazy(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Called from C++, past every mode, and past autograd.
-        if any(isinstance(x, Lazy) and x.has_gradient for x in tree_leaves((args, kwargs))):
-            raise RuntimeError(
-                f"{func} was called from C++ with attention weights that have not been computed, where "
-                f"autograd would not see that: {_LEAVE}"
-            )
+        for lazy in tree_leaves((args, kwargs)):
+            if isinstance(lazy, Lazy) and lazy.has_gradient:
+                lazy.notes.refused = (
+                    f"{func} was called from C++ with attention weights that have not been computed, where "
+                    f"autograd would not see that: {_LEAVE}"
+                )
+                raise RuntimeError(lazy.notes.refused)
         args, kwargs = tree_map(without_lazy, (args, kwargs or {}))
         return func(*args, **kwargs)
 
