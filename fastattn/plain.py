@@ -18,6 +18,7 @@ from fastattn.dispatch import forced_by_environment
 from fastattn.execution import run
 from fastattn.lowering import lower
 from fastattn.masks import Mask
+from fastattn.masks.band import Band
 from fastattn.validation import validate_options
 from fastattn.watch import observers
 
@@ -94,8 +95,7 @@ def plain_attention(
 ) -> Any:
     """`attention` where `plain_views` found nothing to check about q, k and v."""
     if (
-        mask is None
-        and bias is None
+        bias is None
         and softcap is None
         and sinks is None
         and dropout_seed is None
@@ -107,8 +107,12 @@ def plain_attention(
             scale = 1.0 / math.sqrt(views[1][1][3])
         if type(scale) is float and -_FLOAT32_MAX <= scale <= _FLOAT32_MAX:  # finite in every dtype's kernels
             if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-                return autograd.plain(q, k, v, views, scale)
-            return cpu.small(q, views, scale)
+                if mask is None:
+                    return autograd.plain(q, k, v, views, scale)
+            else:
+                options = None if mask is None else mask_options(mask, views)
+                if mask is None or options is not None:
+                    return cpu.small(q, views, scale, options=options)
     call = Call("attention", q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse)
     validate_options(call)
     if call.dropout_p == 1:
@@ -117,3 +121,24 @@ def plain_attention(
     operands, params = lower(call)
     out, lse = autograd.eager(cpu, q, k, v, operands, params, return_lse)
     return (out, lse) if return_lse else out
+
+
+def mask_options(mask: Mask | Tensor, views: Views) -> dict[str, Any] | None:
+    """What the CPU kernels need to know of the mask of such a call, where it is a band or a bool tensor.
+
+    None sends the call down the full path, as in `plain_views`.
+    """
+    if type(mask) is Band:
+        lo, hi = mask.lo, mask.hi
+        return {"band": (None, None, lo, hi) if mask.align == "bottom_right" else (lo, hi, None, None)}
+    if type(mask) is not Tensor or mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() != 4:
+        return None
+    _, (_, shape_q, _), (_, shape_k, _), _ = views
+    whole = (shape_q[0], shape_q[1], shape_q[2], shape_k[2])
+    strides = []
+    for size, full, stride in zip(mask.shape, whole, mask.stride(), strict=True):
+        if size not in (1, full):
+            return None
+        strides.append(0 if size == 1 else stride)
+    pointer = mask.data_ptr()
+    return {"mask": (pointer, whole, tuple(strides))} if pointer else None

@@ -32,7 +32,7 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for each in zoo:
-        writes = "yes" if each.generates and each in TEXTS else ""
+        writes = "yes" if each.prompts else ""
         bites = ", ".join([*each.without, *each.bites])
         lines.append(f"| {each.family} | {each.name} | `{each.model}` | {bites} | {writes} |")
     return "\n".join(lines)

@@ -56,6 +56,12 @@ def use_threads() -> Iterator:
 
 
 @pytest.fixture
+def one_thread(use_threads) -> None:
+    """For models and tensors so small that threads only wait for one another."""
+    use_threads(1)
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The keyword arguments of each call that reaches our function through the override."""
     from fastattn.integrations.torch import stand_ins

@@ -7,8 +7,10 @@ import io
 from typing import Any
 
 import docs_tables
+import patch_support
 import pytest
 import torch
+from patch_support import assert_same_outcome, gradients, trainable
 from torch import Tensor, nn
 
 import fastattn
@@ -23,43 +25,26 @@ from fastattn.integrations.diffusers import (  # noqa: E402
     processor_for,
 )
 
-pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(use_threads):
-    """On models this small, threads only wait for one another."""
-    use_threads(1)
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return patch_support.rand(*shape, seed=seed, dtype=torch.float64)
 
 
 def prepared(module: nn.Module) -> nn.Module:
-    """In float64, with parameters that all matter."""
-    module = module.double().eval()
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, 1.0 if parameter.dim() < 2 and parameter.mean() > 0.5 else 0.0, 0.3)
-    return module
+    return patch_support.prepared(module.double())
 
 
 def outcome(module: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The output, and the gradients of the parameters."""
     out = module(*args, **kwargs)
     out = out if isinstance(out, Tensor) else out[0]
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(out.square().mean(), parameters, allow_unused=True)
-    return [out, *(gradient for gradient in gradients if gradient is not None)]
+    return [out, *gradients(out.square().mean(), trainable(module))]
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
-    assert len(got) == len(want)
-    scale = max(gradient.abs().max().item() for gradient in want[1:])
-    torch.testing.assert_close(got[0], want[0], rtol=1e-10, atol=1e-11)
-    for ours, theirs in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10 * scale)
+    assert_same_outcome(got, want, 1e-10)
 
 
 X, TEXT = rand(2, 9, 16), rand(2, 5, 12, seed=1)

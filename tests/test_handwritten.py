@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import patch_support
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,19 +13,13 @@ from torch import Tensor
 
 from fastattn.integrations.handwritten import AttentionMode, Notes, without_lazy
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 B, H, L, S, D = 2, 3, 5, 7, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread(use_threads):
-    """On tensors this small, threads only wait for one another."""
-    use_threads(1)
-
-
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return patch_support.rand(*shape, seed=seed, dtype=dtype)
 
 
 def visible(*shape: int) -> Tensor:

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import docs_tables
+import patch_support
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,37 +18,25 @@ from fastattn.integrations.routes import CALL, SHARED_MASK, stock_class
 
 transformers = pytest.importorskip("transformers")
 from off_interface_zoo import DECODERS, OTHERS  # noqa: E402
+from patch_support import gradients, rand, trainable  # noqa: E402
 
 from fastattn.integrations.transformers.off_interface import LEFT  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("native", "one_thread"), pytest.mark.filterwarnings("ignore")]
+
+transformers.logging.set_verbosity_error()
 
 ZOO = {**DECODERS, **OTHERS}
 B, L = 2, 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread(use_threads):
-    """On models this small, threads only wait for one another."""
-    use_threads(1)
-    transformers.logging.set_verbosity_error()
-
-
 def prepared(model: nn.Module) -> Any:
-    """With parameters that all matter."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, 1.0 if parameter.dim() < 2 and parameter.mean() > 0.5 else 0.0, 0.2)
-    return model.eval()
+    return patch_support.prepared(model, 0.2)
 
 
 def base_model(name: str) -> Any:
     config = getattr(transformers, f"{name}Config")(**copy.deepcopy(ZOO[name]))
     return prepared(getattr(transformers, f"{name}Model")(config))
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 IDS = torch.randint(4, 60, (B, L), generator=torch.Generator().manual_seed(0))
@@ -85,9 +74,7 @@ def outcome(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], 
     """What a model returns on real tokens, and the gradients of the parameters."""
     parts = real_parts(model(**inputs))
     loss = sum(part.square().mean() for part in parts if part.requires_grad)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return parts, [gradient for gradient in gradients if gradient is not None]
+    return parts, gradients(loss, trainable(model))
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
@@ -103,11 +90,11 @@ def test_forward_and_backward(name):
     """Each module is replaced, and what it writes out fuses; or it is left, for the reason in the table."""
     model = base_model(name)
     inputs = inputs_of(name, model)
-    parts, gradients = outcome(model, inputs)
+    parts, want_gradients = outcome(model, inputs)
     report = fastattn.patch(model)
     got, got_gradients = outcome(model, inputs)
     assert_same(got, parts)
-    assert_same(got_gradients, gradients)
+    assert_same(got_gradients, want_gradients)
     for module, how in report._as_run().items():
         kind = stock_class(model.get_submodule(module)).__name__
         if kind != "Attention" or name != "OpenAIGPT":  # whose mask multiplies its scores

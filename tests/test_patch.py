@@ -8,28 +8,26 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_support import rand
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn
 from fastattn.integrations.handwritten.swap import is_swapped, notes_of
+from fastattn.integrations.routes import OPAQUE
 from fastattn.integrations.torch import override_sdpa, replace_modules
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 E, HEADS = 16, 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread(use_threads):
-    """On models this small, threads only wait for one another."""
-    use_threads(1)
 
 
 class Base(nn.Module):
@@ -110,14 +108,42 @@ class HasItsOwnGradient(Base):
         return self.merge(Double.apply(q @ k.mT).softmax(-1) @ v)
 
 
+@torch.jit.script
+def scripted_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.jit.script
+def scripted_softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores * 0.5, -1)
+
+
+@torch.jit.script
+def scripted_scale(scores: Tensor) -> Tensor:
+    return scores * 0.5
+
+
+class CallsAScript(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(scripted_attention(*self.heads(x)))
+
+
+class HasAScriptedSoftmax(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(scripted_softmax(q @ k.mT) @ v)
+
+
+class HasAScriptInBetween(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(scripted_scale(q @ k.mT).softmax(-1) @ v)
+
+
 def new_model() -> nn.Sequential:
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(E, HEADS, 2 * E, dropout=0.0, batch_first=True)
     return nn.Sequential(encoder, Calls(), CallsByAFunction(), WritesOut(), Mixes())
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -184,12 +210,72 @@ def test_what_is_left_and_why():
     assert dict(report.left) == {
         "linear": "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a "
         "product, a softmax and a product",
-        "own": "a function with a gradient of its own may stand between its product and its softmax",
+        "own": OPAQUE,
         "replaced": "its forward was replaced",
         "scripted": "it is compiled by TorchScript",
         "ours": "it is fastattn's already",
     }
     assert torch.equal(replaced_forward(X), X)
+
+
+@pytest.mark.parametrize("kind", [CallsAScript, HasAScriptedSoftmax, HasAScriptInBetween])
+def test_functions_of_torchscript(kind):
+    """What they compute is computed as it was, and the report says so."""
+    model = kind()
+    want = outcome(model, X)
+    report = fastattn.patch(model)
+    attends = "it attends in a function that is compiled by TorchScript"
+    assert report.left == {"": OPAQUE if kind is HasAScriptInBetween else attends}
+    assert all(torch.equal(a, b) for a, b in zip(outcome(model, X), want, strict=True))
+
+
+class HasAHiddenScript(Base):
+    """Its code does not show it."""
+
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(self.scale(q @ k.mT).softmax(-1) @ v)
+
+
+def test_hidden_functions_of_torchscript():
+    """They get the values where no gradient would be lost, and are told of where one would."""
+    model = HasAHiddenScript(scripted_scale)
+    want = model(X)
+    report = fastattn.patch(model)
+    with torch.no_grad():
+        assert torch.equal(model(X), want)
+    with pytest.raises(RuntimeError, match=r"(?s)autograd would not see that: leave this module .* skip="):
+        model(X)
+    report.undo()
+    assert torch.equal(model(X), want)
+
+
+class ForScript(nn.Module):
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.qkv, self.calls = nn.Linear(E, 3 * E), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.calls:
+            return F.scaled_dot_product_attention(q, k, v)
+        return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+
+
+def test_scripted_models():
+    """By what they compute, whatever they are called."""
+    model = torch.jit.script(nn.Sequential(ForScript(True), ForScript(False), nn.Linear(E, E)))
+    want = model(X)
+    report = fastattn.patch(model)
+    assert not report.replaced
+    assert set(report.left.values()) == {"it is compiled by TorchScript"}
+    assert list(report.left) == ["0", "1"]
+    assert torch.equal(model(X), want)
+    assert list(fastattn.patch(nn.Sequential(model, Calls())).replaced) == ["1"]
 
 
 def test_weights_come_with_the_output():
@@ -249,6 +335,21 @@ def test_undone_where_the_block_ends():
         raise KeyError
     assert not is_swapped(model[1])
     report.undo()
+
+
+def test_after_another_change_of_class():
+    model = nn.Sequential(Calls(), nn.MultiheadAttention(E, HEADS))
+    report = fastattn.patch(model)
+    for module, name in ((model[0].qkv, "weight"), (model[0], "note"), (model[1], "in_proj_weight")):
+        if name == "note":
+            module.note = nn.Parameter(torch.ones(1))
+        parametrize.register_parametrization(module, name, nn.Identity())
+    with pytest.warns(UserWarning, match="has become a Parametrized.* since and is left so"):
+        report.undo()
+    for module, name in ((model[0], "note"), (model[1], "in_proj_weight")):
+        parametrize.remove_parametrizations(module, name)
+    report.undo()
+    assert [type(module) for module in model] == [Calls, nn.MultiheadAttention]
 
 
 def test_after_replace_modules():

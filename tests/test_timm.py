@@ -8,8 +8,10 @@ from importlib import import_module
 from typing import Any
 
 import docs_tables
+import patch_support
 import pytest
 import torch
+from patch_support import assert_same_outcome, gradients, trainable
 from timm_support import import_timm
 from torch import Tensor, nn
 
@@ -18,14 +20,7 @@ from fastattn.integrations.routes import CALL, NOT_FOUND, WRITTEN_OUT
 from fastattn.integrations.timm import LEFT
 
 timm = import_timm()
-pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(use_threads):
-    """On models this small, threads only wait for one another."""
-    use_threads(1)
-
+pytestmark = pytest.mark.usefixtures("native", "one_thread")
 
 HEADS, IMAGE, TOKENS = {"dim": 16, "num_heads": 2}, (2, 16, 4, 4), (2, 9, 16)
 KEYS = {**HEADS, "key_dim": 8}
@@ -172,14 +167,8 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def prepared(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module in float64 whose every parameter matters: layer scales and biases start at nothing."""
     torch.manual_seed(0)
-    module = make().double()
-    module.eval()  # which some modules do not return from
-    for parameter in module.parameters():
-        centre = 1.0 if parameter.dim() < 2 and parameter.mean() > 0.5 else 0.0
-        nn.init.normal_(parameter, centre, 0.3)
-    return module
+    return patch_support.prepared(make().double())
 
 
 def outcome(module: nn.Module, x: Tensor, *inputs: Any) -> list[Tensor]:
@@ -187,18 +176,12 @@ def outcome(module: nn.Module, x: Tensor, *inputs: Any) -> list[Tensor]:
     x = x.clone().requires_grad_()
     out = module(x, *inputs)
     out = out[0] if isinstance(out, tuple) else out
-    leaves = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
-    gradients = torch.autograd.grad(out.square().mean(), leaves, allow_unused=True)
-    return [out, *(gradient for gradient in gradients if gradient is not None)]
+    return [out, *gradients(out.square().mean(), [x, *trainable(module)])]
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
-    """To a few bits of float64, of the output and of the largest gradient."""
-    assert len(got) == len(want)
-    scale = max(gradient.abs().max().item() for gradient in want[1:])
-    torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-12)
-    for ours, theirs in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11 * scale)
+    """To a few bits of float64."""
+    assert_same_outcome(got, want, 1e-11)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from transformers_senses import SENSES  # noqa: E402
-from transformers_support import counted, run  # noqa: E402
+from transformers_support import alone, continue_text, counted, run, typed  # noqa: E402
 from transformers_texts import TEXTS  # noqa: E402
 from transformers_zoo import PADDED, left_padded  # noqa: E402
 
@@ -31,12 +31,11 @@ WRITERS = [
         marks=() if cache == "dynamic" or architecture.name in CACHED else pytest.mark.slow,
         id=f"{architecture.name}-{cache}",
     )
-    for architecture in TEXTS
-    if architecture.generates
+    for architecture in ZOO
+    if architecture.prompts
     for cache in ("dynamic", "FastCache", "static")
-    if cache == "dynamic" or architecture.family != "encoder-decoder"
+    if cache == "dynamic" or not architecture.is_encoder_decoder
 ]
-NEW = 5
 
 
 def by_name(value):
@@ -75,39 +74,14 @@ def test_sinks_bite():
     assert (run(model, architecture, "fastattn", torch.float32)[0] - with_them).abs().max() > 1e-2
 
 
-def continue_text(model, attention, inputs, **options):
-    """The new tokens [B, n] and their scores [n, B, vocabulary]."""
-    model.set_attn_implementation(attention)
-    result = model.generate(
-        **inputs,
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    return result.sequences[:, -NEW:], torch.stack(result.scores)
-
-
-def prompts(architecture):
-    """Padded texts of which each row alone, without padding, is what a model should see."""
-    inputs = left_padded()
-    if architecture.family == "encoder-decoder":  # whose positions count from the first token, padding or not
-        inputs = {name: value.flip(1) for name, value in inputs.items()}
-    return inputs
-
-
 @pytest.mark.parametrize("architecture, cache", WRITERS)
 def test_generate(architecture, cache):
     """Padded texts go on as each of them does alone: eager attention in float64 and no mask at all."""
-    model, inputs = architecture.build().eval(), prompts(architecture)
-    alone = [
-        continue_text(model.double(), "eager", {"input_ids": ids[real.bool()][None]})
-        for ids, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    ]
-    tokens = torch.cat([tokens for tokens, _ in alone])
-    scores = torch.cat([scores for _, scores in alone], 1)
+    model, inputs = architecture.build().eval(), architecture.prompts()
+    batches = [alone(inputs, row) for row in (0, 1)] if architecture.ignores_padding else [inputs]
+    expected = [continue_text(model.double(), "eager", typed(batch, torch.float64)) for batch in batches]
+    tokens = torch.cat([tokens for tokens, _ in expected])
+    scores = torch.cat([scores for _, scores in expected], 1)
     _, native = continue_text(model.float(), "eager", inputs)
     options = {"past_key_values": FastCache(config=model.config)} if cache == "FastCache" else {}
     if cache == "static":

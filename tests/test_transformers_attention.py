@@ -215,16 +215,43 @@ T5_LAYERS = {
 
 def test_every_table_has_a_test():
     assert set(T5_LAYERS) == set(tables._LAYERS)
+    assert {*T5_LAYERS, "udop.UdopAttention"} - {"umt5.UMT5Attention"} == set(tables._ZEROS)
+
+
+def t5_layer(path, is_decoder, has_bias):
+    model, name = path.split(".")
+    layers = __import__(f"transformers.models.{model}.modeling_{model}", fromlist=[name])
+    config = getattr(transformers, T5_LAYERS.get(path, "UdopConfig"))(
+        hidden_size=24, num_heads=3, d_kv=8, relative_attention_max_distance=50
+    )
+    config.is_decoder, config._attn_implementation = is_decoder, "fastattn"
+    return getattr(layers, name)(config, has_relative_attention_bias=has_bias, layer_idx=0)
+
+
+@pytest.mark.parametrize("path", tables._ZEROS)
+def test_no_zeros_in_cross_attention(path):
+    """T5's layers make a tensor of zeros [1, H, Lq, Lk] there, and hand it on to the next."""
+    layer = t5_layer(path, True, False).eval()
+    torch.manual_seed(0)
+    width = next(layer.children()).in_features
+    texts, sources = torch.randn(2, 5, width), torch.randn(2, 7, width)
+    out, bias, *_ = layer(texts, key_value_states=sources)
+    assert bias.numel() == 1 and not bias.any()
+    again, *_ = layer(texts, key_value_states=sources, position_bias=bias)
+    assert torch.equal(again, out)
+    layer.config._attn_implementation = "eager"
+    want, zeros, *_ = layer(texts, key_value_states=sources)
+    assert zeros.shape == (1, 3, 5, 7)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    # In self-attention what is not given is still the layer's own.
+    assert layer(texts)[1].shape == (1, 3, 5, 5)
 
 
 @pytest.mark.parametrize("is_decoder", [False, True])
 @pytest.mark.parametrize("path", T5_LAYERS)
 def test_tables_stay_tables(path, is_decoder):
-    model, name = path.split(".")
-    layers = __import__(f"transformers.models.{model}.modeling_{model}", fromlist=[name])
-    config = getattr(transformers, T5_LAYERS[path])(num_heads=3, relative_attention_max_distance=50)
-    config.is_decoder, config._attn_implementation = is_decoder, "fastattn"
-    layer = getattr(layers, name)(config, has_relative_attention_bias=True, layer_idx=0)
+    layer = t5_layer(path, is_decoder, True)
+    config = layer.config
     for sizes in ((150, 150, 0), (40, 150, 110), (5, 150, 0)):
         bias = layer.compute_bias(*sizes[:2], past_seen_tokens=sizes[2])
         assert isinstance(bias, tables.BiasTensor) and bias.shape == (1, 3, *sizes[:2])

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers_texts import GROUPED, TEXT
-from transformers_zoo import VOCABULARY, Architecture, Inputs, floats, right_padded, token_ids
+from transformers_zoo import (
+    VOCABULARY,
+    Architecture,
+    Inputs,
+    floats,
+    left_padded,
+    right_padded,
+    token_ids,
+)
 
 PICTURE_TOKEN = VOCABULARY
 
@@ -66,22 +76,41 @@ def text_and_image() -> Inputs:
     return {**right_padded(), **image()}
 
 
-def picture_in_text() -> Inputs:
+def picture_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
     """Padded texts that begin with the 16 patches of a picture."""
-    inputs = right_padded(24)
+    inputs = padded(24)
     inputs["input_ids"][:, 4:20] = PICTURE_TOKEN
-    inputs["token_type_ids"] = (inputs["input_ids"] == PICTURE_TOKEN).long()
     return {**inputs, **image()}
 
 
-def patches_in_text() -> Inputs:
+def marked_picture_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
+    """The same for models that are told where the picture is."""
+    inputs = picture_in_text(padded)
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == PICTURE_TOKEN).long()}
+
+
+def patches_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
     """The same for Qwen2-VL: 16 patches, merged four to a token, after the mark of a picture's start."""
-    inputs = right_padded(14)
+    inputs = padded(14)
     inputs["input_ids"][:, 4] = 1
     inputs["input_ids"][:, 5:9] = PICTURE_TOKEN
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == PICTURE_TOKEN).int()
     grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
     return {**inputs, "pixel_values": floats(32, 3 * 2 * 8 * 8), "image_grid_thw": grid}
+
+
+def sound_in_text(padded: Callable[[int], Inputs] = right_padded) -> Inputs:
+    """The same for Qwen2-Audio: 40 frames, pooled four to a token."""
+    inputs = padded(18)
+    inputs["input_ids"][:, 4:14] = PICTURE_TOKEN
+    frames = torch.ones(2, 40, dtype=torch.int64)
+    return {**inputs, "input_features": floats(2, 8, 40), "feature_attention_mask": frames}
+
+
+def begun_transcripts() -> Inputs:
+    """Two sounds, and what was written of them so far, the first padded on the left."""
+    texts = {f"decoder_{name}": value for name, value in left_padded(6).items()}
+    return {"input_features": floats(2, 8, 40), **texts}
 
 
 def trajectory() -> Inputs:
@@ -186,6 +215,7 @@ AUDIOS = [
         },
         spectrogram,
         config="WhisperConfig",
+        prompts=begun_transcripts,
     ),
     _hear(
         "Speech2Text",
@@ -201,6 +231,8 @@ AUDIOS = [
         },
         padded_features,
         config="Speech2TextConfig",
+        prompts=padded_features,
+        ignores_padding=False,  # its convolutions see the padding
     ),
     *(
         _hear(name, f"{model}Model", SPEECH, waveform, config=f"{model}Config", output="last_hidden_state")
@@ -253,6 +285,7 @@ MULTIMODAL = [
             "vision_feature_layer": -1,
         },
         picture_in_text,
+        prompts=partial(picture_in_text, left_padded),
     ),
     Architecture(
         "PaliGemma",
@@ -266,7 +299,8 @@ MULTIMODAL = [
             "projection_dim": 32,
             "hidden_size": 32,
         },
-        picture_in_text,
+        marked_picture_in_text,
+        prompts=partial(marked_picture_in_text, left_padded),
     ),
     Architecture(
         "Gemma 3 multimodal",
@@ -285,7 +319,8 @@ MULTIMODAL = [
             "image_token_index": PICTURE_TOKEN,
             "mm_tokens_per_image": 16,
         },
-        picture_in_text,
+        marked_picture_in_text,
+        prompts=partial(marked_picture_in_text, left_padded),
     ),
     Architecture(
         "Qwen2-VL",
@@ -315,6 +350,28 @@ MULTIMODAL = [
             "vision_start_token_id": 1,
         },
         patches_in_text,
+        prompts=partial(patches_in_text, left_padded),
+    ),
+    Architecture(
+        "Qwen2-Audio",
+        "multimodal",
+        "Qwen2AudioForConditionalGeneration",
+        "Qwen2AudioConfig",
+        {
+            "text_config": {**GROUPED, "vocab_size": VOCABULARY + 1, "model_type": "qwen2"},
+            "audio_config": {
+                "num_mel_bins": 8,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 48,
+                "max_source_positions": 20,
+                "model_type": "qwen2_audio_encoder",
+            },
+            "audio_token_index": PICTURE_TOKEN,
+        },
+        sound_in_text,
+        prompts=partial(sound_in_text, left_padded),
     ),
 ]
 

@@ -56,3 +56,36 @@ def run(model: Any, architecture: Architecture, attention: str, dtype: torch.dty
     (output * weights).sum().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return [output.detach(), torch.cat(gradients).clone()]
+
+
+NEW = 5
+
+
+def continue_text(model: Any, attention: str, inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
+    """The new tokens [B, n] and their scores [n, B, vocabulary]."""
+    model.set_attn_implementation(attention)
+    # Not the model's own: Whisper's is about recordings longer than its encoder.
+    result = transformers.GenerationMixin.generate(
+        model,
+        **inputs,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return result.sequences[:, -NEW:], torch.stack(result.scores)
+
+
+def alone(inputs: Inputs, row: int) -> Inputs:
+    """One entry of a batch of two, without its padding and without a mask."""
+    entry = {name: value.chunk(2)[row] for name, value in inputs.items()}
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = entry.pop(name, None)
+        if mask is not None:
+            real = mask[0].bool()
+            entry = {
+                key: value[:, real] if value.shape == mask.shape else value for key, value in entry.items()
+            }
+    return entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers_zoo import VOCABULARY, Architecture, right_padded, seq2seq
+from transformers_zoo import VOCABULARY, Architecture, left_padded, right_padded, seq2seq, sources
 
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -27,7 +27,7 @@ def _decoder(
     config = more.pop("config", f"{model}Config")
     suffix = more.pop("suffix", "ForCausalLM")
     return Architecture(
-        name, family, f"{model}{suffix}", config, options, right_padded, generates=True, **more
+        name, family, f"{model}{suffix}", config, options, right_padded, prompts=left_padded, **more
     )
 
 
@@ -198,7 +198,7 @@ def _seq2seq(name: str, model: str, options: dict[str, Any], **more: Any) -> Arc
         f"{model}Config",
         options,
         seq2seq,
-        generates=True,
+        prompts=sources,
         **more,
     )
 

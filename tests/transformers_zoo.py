@@ -31,7 +31,9 @@ class Architecture:
         output: the output to compare.
         without: options that turn features off, one dictionary for each; the output must then change.
         bites: features that a test of their own turns off.
-        generates: whether to compare `generate` with left padding.
+        prompts: makes the arguments of `generate`, two padded texts; None for a model that does not write.
+        ignores_padding: whether such a text goes on as it does alone, without padding. Where not, the model
+            itself counts padded tokens.
     """
 
     name: str
@@ -43,7 +45,12 @@ class Architecture:
     output: str = "logits"
     without: dict[str, dict[str, Any]] = field(default_factory=dict)
     bites: tuple[str, ...] = ()
-    generates: bool = False
+    prompts: Callable[[], Inputs] | None = None
+    ignores_padding: bool = True
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return "decoder_input_ids" in self.inputs()
 
     def build(self, **changed: Any) -> Any:
         """The model in training mode, with weights large enough that attention is far from uniform."""
@@ -86,6 +93,11 @@ def right_padded(length: int = LENGTH) -> Inputs:
     ids, mask = token_ids(length), torch.ones(2, length, dtype=torch.int64)
     ids[1, -PADDED:], mask[1, -PADDED:] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def sources() -> Inputs:
+    """Two texts to translate, the first of which ends in padding."""
+    return {name: value.flip(1) for name, value in left_padded().items()}
 
 
 def seq2seq() -> Inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,10 @@ def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
     return q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
 
 
-def small(q: Tensor, views: Views, scale: float, lse: Tensor | None = None) -> Tensor:
-    """out of a dense call without options, of which `views` says everything but the scale; fills lse."""
+def small(
+    q: Tensor, views: Views, scale: float, lse: Tensor | None = None, options: dict[str, Any] | None = None
+) -> Tensor:
+    """out of a dense call that `views` and fastattn._C's `options` say all about but the scale; fills lse."""
     code, view_q, view_k, view_v = views
     _, shape, strides = view_q
     if view_v[1][3] == shape[3] and q.is_contiguous():
@@ -64,7 +67,8 @@ def small(q: Tensor, views: Views, scale: float, lse: Tensor | None = None) -> T
         out = output_like(q, view_v[1][3])
         view_out = (out.data_ptr(), out.shape, out.stride())
     view_lse = None if lse is None else view(lse)
-    _C.attention_fwd(code, view_q, view_k, view_v, view_out, view_lse, scale, torch.get_num_threads(), None)
+    threads = torch.get_num_threads()
+    _C.attention_fwd(code, view_q, view_k, view_v, view_out, view_lse, scale, threads, options)
     return out
 
 

@@ -11,20 +11,18 @@ from torch import Tensor
 
 from fastattn.functional import attention
 
-__all__ = ["FastAddedKVAttnProcessor", "FastAttnProcessor", "processor_for"]
+__all__ = ["FastAddedKVAttnProcessor", "FastAttnProcessor", "Processor", "processor_for"]
 
 
-class FastAttnProcessor:
-    """diffusers' AttnProcessor2_0 on `fastattn.attention`: self- and cross-attention, with masks.
-
-    >>> unet.set_attn_processor(FastAttnProcessor())  # doctest: +SKIP
+class Processor:
+    """What the processors share.
 
     Heads are read as views of the projections, [B, S, H, D] as they lie, and a mask is never repeated for
-    the heads. Dropout, as there, is the output's alone.
+    the heads. Dropout, as in diffusers, is the output's alone.
 
     Args:
-        scale: of the scores; 1 / sqrt(head_dim) where None, as AttnProcessor2_0 has it whatever the module's
-            `scale_qk` says.
+        scale: of the scores; 1 / sqrt(head_dim) where None, as the stock processors of PyTorch 2 have it
+            whatever the module's `scale_qk` says.
     """
 
     def __init__(self, scale: float | None = None) -> None:
@@ -32,6 +30,16 @@ class FastAttnProcessor:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(scale={self.scale})"
+
+
+class FastAttnProcessor(Processor):
+    """diffusers' AttnProcessor2_0 on `fastattn.attention`: self- and cross-attention, with masks.
+
+    >>> unet.set_attn_processor(FastAttnProcessor())  # doctest: +SKIP
+
+    Args:
+        scale: as in Processor.
+    """
 
     def __call__(
         self,
@@ -60,11 +68,7 @@ class FastAttnProcessor:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states
-        if encoder_hidden_states is not None:
-            context = encoder_hidden_states
-            if attn.norm_cross:
-                context = attn.norm_encoder_hidden_states(context)
+        context = _context(attn, hidden_states, encoder_hidden_states)
         query = _heads(attn, attn.to_q(hidden_states))
         key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
         if attn.norm_q is not None:
@@ -79,18 +83,12 @@ class FastAttnProcessor:
         return hidden_states / attn.rescale_output_factor
 
 
-class FastAddedKVAttnProcessor:
+class FastAddedKVAttnProcessor(Processor):
     """diffusers' AttnAddedKVProcessor2_0 on ours: a text's keys and values, then the image's.
 
     Args:
-        scale: of the scores; 1 / sqrt(head_dim) where None.
+        scale: as in Processor.
     """
-
-    def __init__(self, scale: float | None = None) -> None:
-        self.scale = scale
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(scale={self.scale})"
 
     def __call__(
         self,
@@ -102,11 +100,7 @@ class FastAddedKVAttnProcessor:
         """The module's output, [B, C, ...] as hidden_states; other arguments as in FastAttnProcessor."""
         residual = hidden_states
         hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        context = hidden_states
-        if encoder_hidden_states is not None:
-            context = encoder_hidden_states
-            if attn.norm_cross:
-                context = attn.norm_encoder_hidden_states(context)
+        context = _context(attn, hidden_states, encoder_hidden_states)
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query = _heads(attn, attn.to_q(hidden_states))
         key, value = _heads(attn, attn.add_k_proj(context)), _heads(attn, attn.add_v_proj(context))
@@ -131,6 +125,15 @@ def processor_for(module: Any) -> Any:
     if type(processor) is stock.AttnAddedKVProcessor:
         return FastAddedKVAttnProcessor(module.scale)
     return None
+
+
+def _context(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+    """What keys and values are projected from, [B, S, C]."""
+    if encoder_hidden_states is None:
+        return hidden_states
+    if attn.norm_cross:
+        return attn.norm_encoder_hidden_states(encoder_hidden_states)
+    return encoder_hidden_states
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:

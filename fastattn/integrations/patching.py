@@ -25,17 +25,22 @@ class Patch:
     replaced: Mapping[str, str]
     left: Mapping[str, str]
     _modules: Mapping[str, nn.Module] = field(repr=False, compare=False)
-    _undo: list[Callable[[], None]] = field(repr=False, compare=False)
+    _undo: list[Callable[[], bool]] = field(repr=False, compare=False)
 
     def undo(self) -> None:
         """Make the modules what they were, with the weights they have now; a second time nothing happens.
 
         Patches of one model may be undone in any order: each gives back what it took. Copies made in between
-        stay as they are.
+        stay as they are. A module that got another class since (by a parametrization, say) is left, with a
+        warning.
         """
         with lock:
+            rest = []
             while self._undo:
-                self._undo.pop()()
+                undo = self._undo.pop()
+                if not undo():
+                    rest.append(undo)
+            self._undo.extend(reversed(rest))
 
     def __enter__(self) -> Patch:
         return self

@@ -6,6 +6,7 @@ import fnmatch
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,10 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fastattn.integrations.handwritten.scan import style
-from fastattn.integrations.handwritten.swap import is_swapped, swap, swap_back
+from fastattn.integrations.handwritten.scan import attends_in_script, style
+from fastattn.integrations.handwritten.swap import is_ours, is_swapped, swap, swap_back
 from fastattn.integrations.timm import LEFT as LEFT_IN_TIMM
 from fastattn.integrations.torch import replace_modules
+from fastattn.nn import MultiheadAttention
 
 MODULE = "became fastattn.nn.MultiheadAttention"
 INTERFACE = 'attn_implementation="fastattn"'
@@ -25,6 +27,11 @@ CALL = "its scaled_dot_product_attention is fastattn's"
 WRITTEN_OUT = "its product, softmax and product are one call of fastattn"
 ALREADY = "it is fastattn's already"
 SHARED_MASK = "its model hands the same mask to modules that are not on the attention interface"
+OPAQUE = (
+    "a function with a gradient of its own, or one that TorchScript has compiled, may stand between its "
+    "product and its softmax"
+)
+SCRIPTED = "it is compiled by TorchScript"
 NOT_FOUND = (
     "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a product, a "
     "softmax and a product"
@@ -41,7 +48,7 @@ class Work:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.replaced: dict[str, str] = {}
         self.left: dict[str, str] = {}
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], bool]] = []
         self._key = object()
         for pattern in skip:
             named = fnmatch.filter(self.modules, pattern) + fnmatch.filter(self.modules, f"{pattern}.*")
@@ -68,12 +75,27 @@ class Work:
         """Undo by `give_back`, if the module is then still held by this patch."""
         _owners[module] = key = self._key
 
-        def undo() -> None:
-            if _owners.get(module) is key:
-                del _owners[module]
-                give_back()
+        def undo() -> bool:
+            """Whether there is nothing left to undo."""
+            if _owners.get(module) is not key:
+                return True
+            if _is_derived(module):
+                warnings.warn(
+                    f"a module that fastattn patched has become a {type(module).__qualname__} since and is "
+                    "left so: undo that change first, then call undo() again",
+                    stacklevel=3,
+                )
+                return False
+            del _owners[module]
+            give_back()
+            return True
 
         self.undo.append(undo)
+
+
+def _is_derived(module: nn.Module) -> bool:
+    """Whether the class that we gave a module is now a base of its class, as a parametrization leaves it."""
+    return any(base is MultiheadAttention or is_ours(base) for base in type(module).__mro__[1:])
 
 
 def stock_class(module: nn.Module) -> type:
@@ -172,7 +194,7 @@ def _set_processors(work: Work) -> None:
     for name, module in work.open():
         before: Any = getattr(module, "processor", None)
         ours = diffusers.processor_for(module)
-        if isinstance(before, diffusers.FastAttnProcessor | diffusers.FastAddedKVAttnProcessor):
+        if isinstance(before, diffusers.Processor):
             if work.holds(module):
                 work.replaced[name] = PROCESSOR
             else:
@@ -212,7 +234,7 @@ def _how(module: nn.Module) -> str | None:
     if "transformers" in sys.modules and _is_named_in_transformers(module):
         return WRITTEN_OUT
     found = style(module)
-    if found in ("written out", "opaque"):
+    if found in ("written out", "opaque", "scripted"):
         return WRITTEN_OUT
     # An attention module of diffusers calls a processor, which calls the function.
     return CALL if found == "call" or callable(getattr(module, "processor", None)) else None
@@ -234,7 +256,9 @@ def _why_not(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced"
     if style(module) == "opaque":
-        return "a function with a gradient of its own may stand between its product and its softmax"
+        return OPAQUE
+    if style(module) == "scripted":
+        return "it attends in a function that is compiled by TorchScript"
     return None
 
 
@@ -262,6 +286,11 @@ def _name_the_rest(work: Work) -> None:
         reason = _known_reason(module)
         if reason is not None:
             work.left[name] = reason
+    # The innermost first: of a compiled module nothing but what all in it computes can be told.
+    scripts = [(name, m) for name, m in work.open() if isinstance(m, torch.jit.ScriptModule)]
+    for name, module in reversed(scripts):
+        if attends_in_script(module) and not any(_is_inside(other, name) for other in work.left):
+            work.left[name] = SCRIPTED
     decided = [*work.replaced, *work.left]
     for name, module in list(work.open()):
         kind = getattr(module, "original_name", stock_class(module).__name__)
@@ -269,8 +298,7 @@ def _name_the_rest(work: Work) -> None:
             _is_inside(name, other) or _is_inside(other, name) for other in decided
         ):
             continue
-        is_script = isinstance(module, torch.jit.ScriptModule)
-        work.left[name] = "it is compiled by TorchScript" if is_script else NOT_FOUND
+        work.left[name] = SCRIPTED if isinstance(module, torch.jit.ScriptModule) else NOT_FOUND
 
 
 ROUTES = (_replace_modules, _set_interface, _set_processors, _swap, _name_the_rest)

@@ -77,6 +77,8 @@ class KVCache:
             ValueError: shapes, dtypes or devices that do not fit each other or what the cache holds; a
                 static cache that is full.
         """
+        if self._has_room(keys, values):
+            return self._written(keys, values)
         self._check(keys, values)
         if self.static:
             self._keys, self._values, self.length = keys, values, keys.shape[2]
@@ -86,6 +88,35 @@ class KVCache:
         self._values = _grown(self._values, values, begin, self._reserved, self._is_cut)
         self._is_cut = False
         return self.keys, self.values
+
+    def _has_room(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these fit what is held and go where nobody has looked: what most steps of decoding do."""
+        held, other = self._keys, self._values
+        if held is None or other is None or self.static or self._is_cut or torch.is_grad_enabled():
+            return False
+        if keys.dim() != 4 or values.dim() != 4:
+            return False
+        batch, heads, room, dim = held.shape
+        new = keys.shape[2]
+        return (
+            self.length + new <= room
+            and keys.shape == (batch, heads, new, dim)
+            and values.shape == (batch, heads, new, other.shape[3])
+            and keys.dtype is held.dtype
+            and values.dtype is other.dtype
+            and keys.device == held.device == values.device
+            and held.is_inference() == keys.is_inference()
+        )
+
+    def _written(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`append` in place."""
+        begin, new = self.length, keys.shape[2]
+        self.length = end = begin + new
+        views = []
+        for held, tokens in ((self._keys, keys), (self._values, values)):
+            held.narrow(2, begin, new).copy_(tokens)  # type: ignore[union-attr]
+            views.append(held.narrow(2, 0, end))  # type: ignore[union-attr]
+        return views[0], views[1]
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`.
@@ -105,7 +136,9 @@ class KVCache:
             index: int64 [B'], entries of the present batch; B' may differ from B.
         """
         if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+            self._keys, self._values = (
+                _chosen(held, index, self.length) for held in (self._keys, self._values)
+            )
             self._is_cut = False
 
     def _filled(self, tensor: Tensor | None) -> Tensor:
@@ -134,6 +167,16 @@ class KVCache:
 
 def _leading(tensor: Tensor) -> str:
     return ", ".join(map(str, tensor.shape[:3]))
+
+
+def _chosen(held: Tensor, index: Tensor, length: int) -> Tensor:
+    """Entries `index` of `held`, of which only `length` tokens are copied; as much room as before."""
+    tokens = held[:, :, :length]
+    if torch.is_grad_enabled():
+        return tokens.index_select(0, index)
+    found = held.new_empty(index.shape[0], *held.shape[1:])
+    torch.index_select(tokens, 0, index, out=found[:, :, :length])
+    return found
 
 
 def _grown(held: Tensor | None, new: Tensor, begin: int, reserved: int, is_cut: bool) -> Tensor:

@@ -59,10 +59,12 @@ class Notes:
     Attributes:
         fused: calls of attention that its products became.
         scores, weights: functions that no call of attention has, for which they were computed as written.
+        refused: the last error that was raised below C++, which may have lost it.
     """
 
     def __init__(self) -> None:
         self.fused = 0
+        self.refused: str | None = None
         self.scores: set[str] = set()
         self.weights: set[str] = set()
 
@@ -149,10 +151,16 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(
-            f"{func} was called from C++ with attention weights that have not been computed, where autograd "
-            f"would not see that: {_LEAVE}"
-        )
+        # Called from C++, past every mode, and past autograd.
+        for lazy in tree_leaves((args, kwargs)):
+            if isinstance(lazy, Lazy) and lazy.has_gradient:
+                lazy.notes.refused = (
+                    f"{func} was called from C++ with attention weights that have not been computed, where "
+                    f"autograd would not see that: {_LEAVE}"
+                )
+                raise RuntimeError(lazy.notes.refused)
+        args, kwargs = tree_map(without_lazy, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return repr(self.settled())
@@ -183,6 +191,13 @@ class Lazy(Tensor):
         for parent in self.parents:
             if parent.made is None:
                 parent.check_inputs()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether autograd is to follow the values back to what they are computed from."""
+        if not self.tracks_gradient:
+            return False
+        return any(t.requires_grad for t, _ in self.inputs) or any(p.has_gradient for p in self.parents)
 
     @property
     def is_alone(self) -> bool:

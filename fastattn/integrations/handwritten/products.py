@@ -11,7 +11,8 @@ from torch import Tensor
 from fastattn.autocast import autocast_dtype
 from fastattn.autograd import is_traced
 from fastattn.integrations.handwritten.lazy import RULES, Lazy, Notes
-from fastattn.integrations.handwritten.rules import as_number, output, pending
+from fastattn.integrations.handwritten.rules.registry import as_number, pending
+from fastattn.integrations.handwritten.rules.weights import output
 from fastattn.integrations.handwritten.scores import Scores, Weights
 from fastattn.spec import FLOAT_DTYPES
 

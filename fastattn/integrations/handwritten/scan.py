@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import re
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from torch import nn
 DEPTH = 3
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
-GRADIENT = "an autograd function"
+OPAQUE = "an autograd function, or one of TorchScript"
+SCRIPT = "in TorchScript: "
 CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
 
@@ -26,8 +28,11 @@ def style(module: nn.Module) -> str | None:
     Returns:
         "interface": through transformers' table of attention functions; "call": by
         F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
-        likewise, perhaps with an autograd function in between; None: not at all.
+        likewise, perhaps with a function in between that is C++ for all that Python sees; "scripted": by one
+        of these, in a function that TorchScript has compiled; None: not at all.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # it has no code in Python
     kind: Any = type(module)
     names = _names(kind)
     if names[f"own {INTERFACE}"]:
@@ -38,11 +43,37 @@ def style(module: nn.Module) -> str | None:
         or any(isinstance(child, nn.Softmax) for child in module.children())
     )
     is_written_out = has_softmax and sum(names[name] for name in PRODUCTS) > 1
-    if is_written_out and names[GRADIENT]:
+    if is_written_out and names[OPAQUE]:
         return "opaque"
     if any(names[name] for name in CALLS):
         return "call"
-    return "written out" if is_written_out else None
+    if is_written_out:
+        return "written out"
+    scripted = Counter({name[len(SCRIPT) :]: n for name, n in names.items() if name.startswith(SCRIPT)})
+    if not scripted["softmax"] and not any(scripted[name] for name in (*PRODUCTS, *CALLS)):
+        return None
+    if has_softmax:
+        scripted["softmax"] += 1
+    for name in PRODUCTS:
+        scripted[name] += names[name]
+    return "scripted" if _attends(scripted) else None
+
+
+def attends_in_script(module: torch.jit.ScriptModule) -> bool:
+    """Whether a scripted module, or one in it, computes attention."""
+    graph = getattr(module, "inlined_graph", None)  # a module without a forward has none
+    return graph is not None and _attends(_operations(graph))
+
+
+def _attends(operations: Counter[str]) -> bool:
+    if any(operations[name] for name in CALLS):
+        return True
+    return bool(operations["softmax"]) and sum(operations[name] for name in PRODUCTS) > 1
+
+
+def _operations(graph: Any) -> Counter[str]:
+    """How often TorchScript's code calls each function of torch."""
+    return Counter(re.findall(r"aten::(\w+)", str(graph)))
 
 
 @functools.cache
@@ -71,7 +102,11 @@ def _count(function: types.FunctionType, depth: int, found: Counter[str], seen: 
             found[f"own {name}"] += 1
         called: Any = function.__globals__.get(name) if is_global else None
         if isinstance(called, type) and issubclass(called, torch.autograd.Function):
-            found[GRADIENT] += 1
+            found[OPAQUE] += 1
+        if isinstance(called, torch.jit.ScriptFunction):
+            found[OPAQUE] += 1
+            for operation, count in _operations(called.inlined_graph).items():
+                found[f"{SCRIPT}{operation}"] += count
         if depth and isinstance(called, types.FunctionType) and _package(called.__module__) != "torch":
             _count(called, depth - 1, found, seen)
 

@@ -21,8 +21,13 @@ from fastattn.integrations.torch.override import Mode, override_sdpa
 _notes: WeakKeyDictionary[nn.Module, Notes] = WeakKeyDictionary()
 
 
+def is_ours(kind: type) -> bool:
+    """Whether a class is one that `swap` has made."""
+    return "_fastattn_stock" in vars(kind)
+
+
 def is_swapped(module: nn.Module) -> bool:
-    return "_fastattn_stock" in vars(type(module))
+    return is_ours(type(module))
 
 
 def swap(module: nn.Module) -> None:
@@ -86,8 +91,14 @@ def _run(module: nn.Module, stock: Any, args: tuple[Any, ...], kwargs: dict[str,
             return stock.forward(module, *args, **kwargs)
     notes = notes_of(module)
     before = notes.fused
-    with AttentionMode(notes):
-        out = stock.forward(module, *args, **kwargs)
+    notes.refused = None
+    try:
+        with AttentionMode(notes):
+            out = stock.forward(module, *args, **kwargs)
+    except RuntimeError as error:
+        if notes.refused is None or notes.refused in str(error):
+            raise
+        raise RuntimeError(notes.refused) from error  # TorchScript leaves the message of an error out
     if isinstance(out, Tensor) and not isinstance(out, Lazy):
         return out
     if isinstance(out, tuple) and notes.fused > before and _from_transformers(stock):

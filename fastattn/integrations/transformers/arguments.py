@@ -10,20 +10,25 @@ from fastattn.integrations.transformers.mask_tensor import MaskTensor
 from fastattn.integrations.transformers.position_bias import BiasTensor
 from fastattn.masks import Mask, as_mask, causal, dense, documents, window
 from fastattn.masks.band import Band
+from fastattn.masks.dense import Dense
 
 
 def same_batch(*tensors: Tensor) -> list[Tensor]:
     """The tensors, those of batch size 1 expanded to the others'."""
+    batch = tensors[0].shape[0]
+    if all(tensor.shape[0] == batch for tensor in tensors):
+        return list(tensors)
     batch = max(tensor.shape[0] for tensor in tensors)
     return [t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in tensors]
 
 
 def split_mask(
-    attention_mask: Tensor | Mask | None, dtype: torch.dtype
+    attention_mask: Tensor | Mask, dtype: torch.dtype
 ) -> tuple[Mask | Tensor | None, Tensor | None]:
     """(mask, additive bias), of which attention_mask is one."""
     if isinstance(attention_mask, MaskTensor):
-        return attention_mask.mask, None
+        mask = attention_mask.mask
+        return mask.tensor if isinstance(mask, Dense) else mask, None
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
         return None, _as_bias(attention_mask, dtype)
     return attention_mask, None
@@ -39,10 +44,13 @@ def implied_mask(seqlen_q: int, is_causal: bool, sliding_window: int | None) -> 
     return None if left is None else window(left, left, align="top_left")
 
 
-def add_bias(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Bias | Tensor | None:
+def is_constant(position_bias: Tensor) -> bool:
+    """Whether it is the same number for all scores, which a softmax does not see."""
+    return position_bias.numel() == 1 and not position_bias.requires_grad
+
+
+def add_bias(bias: Tensor | None, position_bias: Tensor, dtype: torch.dtype) -> Bias | Tensor:
     """The sum of both; a table of relative positions stays one where it is alone."""
-    if position_bias is None:
-        return bias
     if isinstance(position_bias, BiasTensor):
         if bias is None:
             return position_bias.bias

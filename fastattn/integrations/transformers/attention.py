@@ -69,35 +69,47 @@ def fastattn_attention(
                 f'{name} must be None: {what} is not supported, use attn_implementation="{instead}"'
             )
     query, key, value = arguments.same_batch(query, key, value)
-    mask, bias = arguments.split_mask(attention_mask, query.dtype)
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        mask = arguments.implied_mask(query.shape[2], causal, sliding_window)
+        mask, bias = arguments.implied_mask(query.shape[2], causal, sliding_window), None
+    else:
+        mask, bias = arguments.split_mask(attention_mask, query.dtype)
     if indices is not None:
         mask = arguments.both(mask, arguments.chosen_keys(indices, key.shape[2]))
-    call = Call("attention", query, key, value, mask, None, scaling, softcap, None, dropout)
-    call.bias = arguments.add_bias(bias, position_bias, query.dtype)
     logits = sinks if s_aux is None else s_aux
+    if position_bias is not None and not (logits is None and arguments.is_constant(position_bias)):
+        bias = arguments.add_bias(bias, position_bias, query.dtype)
+    of_heads = None
     if logits is not None and logits.numel() == query.shape[1]:
-        call.sinks, logits = logits.reshape(-1), None
+        of_heads, logits = logits.reshape(-1), None
     wanted = wants_weights(kwargs)
+    if cu_seq_lens_q is None and logits is None and not wanted:
+        out = attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=scaling,
+            softcap=softcap,
+            sinks=of_heads,
+            dropout_p=dropout,
+        )
+        return out.transpose(1, 2).contiguous(), None
+    call = Call("attention", query, key, value, mask, bias, scaling, softcap, of_heads, dropout)
     if cu_seq_lens_q is not None:
         starts = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        if arguments.is_local(mask) and call.bias is None and logits is None and not wanted:
+        if arguments.is_local(mask) and bias is None and logits is None and not wanted:
             return _varlen(call, *starts), None
         call.mask = arguments.packed(mask, *starts, call.seqlens())
     weights = returned_weights(call) if wanted else None
-    out = _run(call, logits is not None)
+    out = attention(query, key, value, bias=bias, return_lse=logits is not None, **_options(call))
     if logits is not None:
         out, lse = out
         # exp(lse) / (exp(lse) + exp(sink)) is what the sink leaves of every weight.
         share = torch.sigmoid(lse[..., None] - logits).to(out.dtype)
         out, weights = out * share, None if weights is None else weights * share
     return out.transpose(1, 2).contiguous(), weights
-
-
-def _run(call: Call, return_lse: bool) -> Any:
-    return attention(call.q, call.k, call.v, bias=call.bias, return_lse=return_lse, **_options(call))
 
 
 def _varlen(call: Call, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:

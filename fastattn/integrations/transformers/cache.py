@@ -46,6 +46,10 @@ def _fast(layer: Any, capacity: int) -> Any:
     return FastSlidingLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
 
 
+def _from(tokens: Tensor, begin: int) -> Tensor:
+    return tokens.narrow(2, begin, tokens.shape[2] - begin) if begin else tokens
+
+
 class _InPlace(DynamicLayer):
     """A layer whose `keys` and `values` are views of the last tokens of a KVCache."""
 
@@ -97,7 +101,7 @@ class FastLayer(_InPlace):
         """All keys [B, Hkv, L, D] and values [B, Hkv, L, Dv], the new ones at the end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._append(key_states, value_states)
+        self.keys, self.values = self.cache.append(key_states, value_states)
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -132,11 +136,10 @@ class FastSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
         self.cumulative_length += key_states.shape[2]
         if self.first and self.cache.length + key_states.shape[2] > self.cache.capacity:
             self._restart(self.keys, self.values)
-        self._append(key_states, value_states)
-        found = self.keys, self.values
-        self.first = max(0, self.cache.length - (self.sliding_window - 1))
-        self._view()
-        return found
+        keys, values = self.cache.append(key_states, value_states)
+        begin, self.first = self.first, max(0, self.cache.length - (self.sliding_window - 1))
+        self.keys, self.values = _from(keys, self.first), _from(values, self.first)
+        return _from(keys, begin), _from(values, begin)
 
     def reset(self) -> None:
         self.is_initialized = False  # else older versions keep the tokens, as zeros

@@ -1,4 +1,4 @@
-"""T5's position bias as the table that it is, instead of the N x N tensor that its models make of it."""
+"""T5's position bias as the table that it is, instead of the N x N tensors that its models make of it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ _LAYERS: dict[str, bool | None] = {
     "switch_transformers.SwitchTransformersAttention": None,
     "pix2struct.Pix2StructTextAttention": False,
 }
+
+# Layers that make zeros [1, H, Lq, Lk] in cross-attention, where they are given no position_bias. UMT5's do
+# so too, but cannot be given one.
+_ZEROS = (*(path for path in _LAYERS if path != "umt5.UMT5Attention"), "udop.UdopAttention")
 
 
 class BiasTensor(Tensor):
@@ -75,18 +79,28 @@ class BiasTensor(Tensor):
 
 
 def keep_tables() -> None:
-    """Let the layers of T5 and its relatives hand on a BiasTensor, where their model runs on fastattn."""
+    """Let the layers of T5 and its relatives make no N x N tensor, where their model runs on fastattn."""
     for path, bidirectional in _LAYERS.items():
-        model, name = path.split(".")
-        try:
-            layer = getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
-        except (ImportError, AttributeError):  # a version of transformers without it
-            continue
-        if not hasattr(layer.compute_bias, "_keeps_table"):
-            layer.compute_bias = _with_table(layer.compute_bias, bidirectional)
+        _wrap(path, "compute_bias", functools.partial(_with_table, bidirectional=bidirectional))
+    for path in _ZEROS:
+        _wrap(path, "forward", _without_zeros)
 
 
-def _with_table(original: Any, bidirectional: bool | None) -> Any:
+def _wrap(path: str, method: str, wrapper: Any) -> None:
+    """Put a method of a layer into a wrapper, once."""
+    model, name = path.split(".")
+    try:
+        layer = getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
+    except (ImportError, AttributeError):  # a version of transformers without it
+        return
+    original = getattr(layer, method)
+    if not hasattr(original, "_is_fastattn"):
+        wrapped = wrapper(original)
+        wrapped._is_fastattn = True
+        setattr(layer, method, wrapped)
+
+
+def _with_table(original: Any, *, bidirectional: bool | None) -> Any:
     """`compute_bias` that keeps the table where it can, and is the original everywhere else."""
 
     @functools.wraps(original)
@@ -104,8 +118,27 @@ def _with_table(original: Any, bidirectional: bool | None) -> Any:
         )
         return BiasTensor(bias, query_length, key_length)
 
-    compute_bias._keeps_table = True  # type: ignore[attr-defined]
     return compute_bias
+
+
+def _without_zeros(original: Any) -> Any:
+    """`forward` that, in cross-attention, is given one zero for all scores instead of making one for each."""
+
+    @functools.wraps(original)
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        mask: Any = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        is_bare = position_bias is None and key_value_states is not None
+        if is_bare and not self.has_relative_attention_bias and self.config._attn_implementation == NAME:
+            position_bias = hidden_states.new_zeros(1, 1, 1, 1)
+        return original(self, hidden_states, mask, key_value_states, position_bias, **kwargs)
+
+    return forward
 
 
 def _alignment(query_length: int, key_length: int, past_seen_tokens: Any) -> Any:

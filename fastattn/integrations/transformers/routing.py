@@ -29,7 +29,7 @@ def is_ours(module: Any) -> bool:
 
 def shares_mask(module: nn.Module) -> bool:
     """Whether a module off the interface takes a mask, which its model makes as the interface wants it."""
-    is_off = not is_model(module) and style(module) in ("written out", "call", "opaque")
+    is_off = not is_model(module) and style(module) in ("written out", "call", "opaque", "scripted")
     return is_off and any("mask" in name for name in inspect.signature(module.forward).parameters)
 
 

@@ -35,8 +35,9 @@ def read(mask_function: MaskFunction, frame: Frame) -> Mask | None:
     try:
         with _LookUps():
             return _truth(mask_function(batch, _Head(frame), q_idx, kv_idx)).mask
-    except Exception:
-        # Whatever the reason, the function is then called with numbers, where an error of its own shows.
+    except (Opaque, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        # What code raises that expected tensors of indices. The function is then called with those, where an
+        # error of its own shows.
         return None
 
 
