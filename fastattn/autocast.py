@@ -15,9 +15,7 @@ def autocast_dtype(tensor: Any) -> torch.dtype | None:
     if not isinstance(tensor, Tensor):
         return None
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if _is_on(device) else None
 
 
 def cast(values: Iterable[Any], dtype: torch.dtype) -> list[Any]:
@@ -45,6 +43,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """For computations whose dtypes are settled: the inside of a call, and backward wherever it is called."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _is_on(device.type) else contextlib.nullcontext()
+
+
+def _is_on(device: str) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.9 cannot trace is_autocast_available
+        return device != "meta" and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

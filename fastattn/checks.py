@@ -23,7 +23,7 @@ def check_int(name: str, value: Any, least: int | None = None, *, or_none: bool 
     none = " or None" if or_none else ""
     if type(value) is not int and not isinstance(value, torch.SymInt):
         try:
-            if isinstance(value, bool | Tensor):
+            if isinstance(value, (bool, Tensor)):
                 raise TypeError
             value = operator.index(value)
         except TypeError:

@@ -90,7 +90,7 @@ def multi_head_attention(
         raise ValueError(f"num_heads must be a multiple of num_kv_heads {heads_kv}, got {heads}")
     check_bool("need_weights", need_weights)
     check_bool("average_weights", average_weights)
-    if not isinstance(in_proj_weight, Tensor | list | tuple):
+    if not isinstance(in_proj_weight, (Tensor, list, tuple)):
         raise TypeError(f"in_proj_weight must be one tensor or three, got {type(in_proj_weight).__name__}")
     w_in = in_proj_weight if isinstance(in_proj_weight, Tensor) else tuple(in_proj_weight)
     b_in, w_out, b_out = in_proj_bias, out_proj_weight, out_proj_bias

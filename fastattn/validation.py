@@ -112,7 +112,7 @@ def _check_qkv_shapes(call: Call, name_q: str, name_k: str, name_v: str) -> None
 
 def check_number(name: str, value: Any, dtype: torch.dtype = torch.float64) -> float:
     """`value` as a Python float that is finite in `dtype`."""
-    if isinstance(value, torch.SymFloat | torch.SymInt):
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
@@ -177,7 +177,7 @@ def broadcasts(shape: torch.Size, want: Sequence[int]) -> bool:
     """Whether `shape` broadcasts to exactly `want`."""
     if len(shape) > len(want):
         return False
-    return all(n == 1 or n == m for n, m in zip(reversed(shape), reversed(want), strict=False))
+    return all(n == 1 or n == m for n, m in zip(shape, want[len(want) - len(shape) :], strict=True))
 
 
 def _check_mask(call: Call) -> None:

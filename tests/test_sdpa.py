@@ -90,5 +90,7 @@ def test_dropout_sample(dtype):
             wide["query"], wide["key"], torch.eye(6, dtype=torch.float64), None, 0, wide["is_causal"]
         )
         variance = p / (1 - p) * weights.square() @ wide["value"].square()
-        ratio = got["out"].double().var(0).view(variance.shape) / variance
-        assert (ratio - 1).abs().max() < 0.15
+        # Beside chance, each draw is rounded to the spacing of the smallest numbers.
+        spacing = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        off = (got["out"].double().var(0).view(variance.shape) - variance).abs()
+        assert (off <= 0.15 * variance + 2 * spacing * variance.sqrt() + spacing**2).all()

@@ -148,7 +148,7 @@ class HierarchicalAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
-        if isinstance(x, list | tuple):
+        if isinstance(x, (list, tuple)):
             raise TypeError(
                 f"x must be a tensor, got {type(x).__name__}: pad_documents makes one of documents"
             )
