@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastattn import dispatch, reference
 from fastattn.autocast import without_autocast
-from fastattn.backends import cpu, cpu_summary
+from fastattn.backends import cpu
+from fastattn.backends.triton import summary as triton_summary
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
@@ -156,7 +157,7 @@ def summarize(
         lse: [B, Hq, Lq], what `attention` returned with return_lse for these arguments, which saves its
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
             One of another call raises, but where |lse| is 16 or more it is not checked.
-        backend: "cpu" or "reference"; None chooses. The reference holds the whole matrix.
+        backend: "triton", "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
     Raises:
@@ -188,11 +189,14 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
         NotImplementedError: a backend was forced that cannot compute them.
     """
     forced = dispatch.forced_backend(call.backend)
-    reasons = {"cpu": cpu.supports(spec_of(call)), "reference": None}
-    name = forced or next(name for name, reason in reasons.items() if reason is None)
+    spec = spec_of(call)
+    reasons = {"triton": triton_summary.supports(spec), "cpu": cpu.supports(spec), "reference": None}
+    # On CPU tensors Triton is interpreted: only where forced.
+    able = (name for name, reason in reasons.items() if reason is None and (name, spec.device) != ("triton", "cpu"))
+    name = forced or next(able)
     reason = reasons.get(name, "it has no summary kernels")
     if reason is not None:
-        raise NotImplementedError(f"backend {name!r} cannot summarize {spec_of(call)}: {reason}")
+        raise NotImplementedError(f"backend {name!r} cannot summarize {spec}: {reason}")
     if name == "reference":
         if forced is None:
             _warn_once(reasons["cpu"])
@@ -201,7 +205,7 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
         call.scale = call.scale_value()
         call.q, call.k = F.pad(call.q, (0, 1)), F.pad(call.k, (0, 1))
     operands, params = lower(call)
-    return fused.run(cpu_summary, call.q, call.k, lse, operands, params, wanted)
+    return fused.run(fused._KERNELS[name], call.q, call.k, lse, operands, params, wanted)
 
 
 def _warn_once(reason: str | None) -> None:
