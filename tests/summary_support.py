@@ -76,7 +76,7 @@ def key_orders(keys: int) -> list[Tensor]:
 def weights_and_lse(inputs: Inputs, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The whole matrix in the dtype in which kernels accumulate; its keys are added up in the given order."""
     q, k, options = arguments(inputs)
-    dtype = accumulate_dtype(inputs.case.dtype)
+    dtype = accumulate_dtype(q.dtype)
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     visible = reference._visible(options.get("mask"), shape, q.device)
     bias = reference._bias(options.get("bias"), shape, q)

@@ -192,7 +192,11 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     spec = spec_of(call)
     reasons = {"triton": triton_summary.supports(spec), "cpu": cpu.supports(spec), "reference": None}
     # On CPU tensors Triton is interpreted: only where forced.
-    able = (name for name, reason in reasons.items() if reason is None and (name, spec.device) != ("triton", "cpu"))
+    able = (
+        name
+        for name, reason in reasons.items()
+        if reason is None and (name, spec.device) != ("triton", "cpu")
+    )
     name = forced or next(able)
     reason = reasons.get(name, "it has no summary kernels")
     if reason is not None:

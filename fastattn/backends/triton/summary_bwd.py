@@ -6,7 +6,7 @@ docs/kernels/summary.md derives it; csrc/cpu/weight_gradients.h is the same on t
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.gradient import load_lse, load_per_row, score_gradient
+from fastattn.backends.triton.gradient import load_lse, load_per_row
 from fastattn.backends.triton.tile import (
     LN2,
     apply,
@@ -75,7 +75,7 @@ def summary_bwd_rows(
     seen = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
     start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
-    for t in range(0, count):
+    for t in range(count):
         j0, bits = key_tile(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
@@ -105,23 +105,22 @@ def summary_bwd_rows(
 
 @triton.jit
 def _score_gradient(
-    s, lse, residual, mean, delta, losses, lengths, rules, b, h, q_begin, i, j, begin, end, len_q, len_k, bits,
+    s, lse, residual, mean, dlse, losses, lengths, rules, b, h, q_begin, i, j, begin, end, len_q, len_k, bits,
     NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """(which pairs are seen, the gradient by scale * q·k) from s = q·k; i, begin and end in the shape of rows."""
+    """(which pairs are seen, the gradient by scale * q·k) from s = q·k; i, begin and end in rows' shape."""
     row_lse = load_lse(lse, b, h, q_begin, i, NATURAL)
     row_residual = load_per_row(residual, b, h, q_begin, i)
-    final, _ = apply(rules, s, b, h, i, j, begin, end, len_k - len_q, len_q, len_k, bits, True)
-    log_p = (final - row_lse) - row_residual
+    s, slope = apply(rules, s, b, h, i, j, begin, end, len_k - len_q, len_q, len_k, bits, True)
+    log_p = (s - row_lse) - row_residual
+    p = exp_of(log_p, NATURAL)
     log_p = log_p if NATURAL else log_p * LN2
-    dp = _loss_gradient(losses, log_p, lengths, b, h, i, tl.minimum(j, len_k - 1), len_q, len_k)
+    gradient = _loss_gradient(losses, log_p, lengths, b, h, i, tl.minimum(j, len_k - 1), len_q, len_k)
     # The mean goes before the gradient of lse comes: where one key has all the weight this is exactly 0.
-    dp -= load_per_row(mean, b, h, q_begin, i)
-    _, _, ds = score_gradient(
-        rules, s, dp, row_lse, row_residual, load_per_row(delta, b, h, q_begin, i), 1.0, b, h, i, j, begin, end,
-        len_k - len_q, len_q, len_k, bits, NATURAL, True, True,
-    )  # fmt: skip
-    return final != float("-inf"), ds
+    gradient -= load_per_row(mean, b, h, q_begin, i)
+    ds = p * (gradient + load_per_row(dlse, b, h, q_begin, i)) * slope
+    seen = s != float("-inf")
+    return seen, tl.where(seen, ds, 0.0)
 
 
 @triton.jit
@@ -136,7 +135,7 @@ def _add_product(acc, ds, seen, rows, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["lengths"])
 def summary_bwd_dq(
-    q, k, lse, losses, mean, delta, residual, dq, lengths, rules, scale,
+    q, k, lse, losses, mean, dlse, residual, dq, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,12 +154,12 @@ def summary_bwd_dq(
     rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
-    for t in range(0, count):
+    for t in range(count):
         j0, bits = key_tile(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
         seen, ds = _score_gradient(
-            s, lse, residual, mean, delta, losses, lengths, rules, b, h, q_begin, i[:, None],
+            s, lse, residual, mean, dlse, losses, lengths, rules, b, h, q_begin, i[:, None],
             (j0 + tl.arange(0, BLOCK_N))[None, :], begin[:, None], end[:, None], len_q, len_k, bits, NATURAL,
         )  # fmt: skip
         acc = _add_product(acc, ds, seen, keys, PRECISION)
@@ -169,7 +168,7 @@ def summary_bwd_dq(
 
 @triton.jit(do_not_specialize=["lengths"])
 def summary_bwd_dk(
-    q, k, lse, losses, mean, delta, residual, dk, lengths, rules, scale,
+    q, k, lse, losses, mean, dlse, residual, dk, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -189,10 +188,10 @@ def summary_bwd_dk(
     first = tl.maximum(j0 - hi, 0)
     stop = tl.minimum(tl.minimum(j0 + BLOCK_N, len_k) - lo, len_q)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for g in range(0, group):
+    for g in range(group):
         h = h_kv * group + g
         start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
-        for t in range(0, count):
+        for t in range(count):
             i0, bits = row_tile(rules, start, t, BLOCK_M)
             i = tl.minimum(i0 + r, len_q - 1)
             begin, end = key_range(rules, b, i, len_q, len_k)
@@ -200,7 +199,7 @@ def summary_bwd_dk(
             rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
             s = product(keys, tl.trans(rows), None, PRECISION)
             seen, ds = _score_gradient(
-                s, lse, residual, mean, delta, losses, lengths, rules, b, h, q_begin, i[None, :],
+                s, lse, residual, mean, dlse, losses, lengths, rules, b, h, q_begin, i[None, :],
                 (j0 + n)[:, None], begin[None, :], end[None, :], len_q, len_k, bits, NATURAL,
             )  # fmt: skip
             acc = _add_product(acc, ds, seen, rows, PRECISION)

@@ -75,13 +75,15 @@ def summary_cells(
         start, count = row_tiles(
             rules, b, h, j0 // BLOCK_N, first_row, tl.minimum(row_end, last - lo + 1), BLOCK_M
         )
-        for t in range(0, count):
+        for t in range(count):
             i0, bits = row_tile(rules, start, t, BLOCK_M)
             if (i0 < row_end) & (i0 + BLOCK_M > row_begin):
                 i = tl.minimum(i0 + r, len_q - 1)
                 begin, end = key_range(rules, b, i, len_q, len_k)
                 end = tl.where((i0 + r >= row_begin) & (i0 + r < row_end), end, 0)
-                rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
+                rows = load_rows(
+                    row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True
+                )
                 s = product(rows, tl.trans(keys), None, PRECISION)
                 s, _ = apply(
                     rules, s, b, h, i[:, None], (j0 + n)[None, :], begin[:, None], end[:, None], len_k - len_q,

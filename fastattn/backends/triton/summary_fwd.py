@@ -90,7 +90,7 @@ def summary_fwd(
         links = tl.full([BLOCK_M, BLOCK_K], float("-inf"), tl.float32)
         keys_of = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
     start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
-    for t in range(0, count):
+    for t in range(count):
         j0, bits = key_step(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)

@@ -42,15 +42,15 @@ class SummaryLaunch(host.Launch):
         self.inputs = rows(q), rows(k)
         self.config = bias_config(self.arch, self.widest, self.itemsize)
 
-    def run_summary(
-        self, kernel: Any, programs: int, config: TileConfig, *args: Any, **more: Any
-    ) -> None:
+    def run_summary(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **more: Any) -> None:
         """Launch a kernel with those of the constants that it has."""
         constants = {**constants_of(kernel, self.constants), **more}
         host.launch(kernel, programs, config, *self.inputs, *args, **constants)
 
 
-def forward(q: Tensor, k: Tensor, operands: Operands, params: Params, wanted: Wanted, results: Results) -> None:
+def forward(
+    q: Tensor, k: Tensor, operands: Operands, params: Params, wanted: Wanted, results: Results
+) -> None:
     """Fill the results, of q and keys that are not empty."""
     q, k = dense_last(q), dense_last(k)
     with host._device_of(q):
@@ -138,7 +138,7 @@ def backward(
         call = SummaryLaunch(q, k, operands, params)
         config = call.config
         mean, residual = torch.empty_like(lse), torch.empty_like(lse)
-        delta = torch.zeros_like(lse) if dlse is None else -dlse
+        dlse = torch.zeros_like(lse) if dlse is None else dlse
         call.run_summary(
             summary_bwd_rows,
             call.tiles(config, q.shape[1]),
@@ -151,11 +151,11 @@ def backward(
             call.lengths,
             call.rules,
         )
-        shared = per_row(lse), losses, per_row(mean), per_row(delta), per_row(residual)
+        shared = per_row(lse), losses, per_row(mean), per_row(dlse), per_row(residual)
         last = call.lengths, call.rules, params.scale
         programs = call.tiles(config, q.shape[1])
         call.run_summary(summary_bwd_dq, programs, config, *shared, rows(dq), *last)
         call.run_summary(summary_bwd_dk, call.key_tiles(config), config, *shared, rows(dk), *last)
         if operands.sinks is None or not needs_sinks:
             return None
-        return host._sink_gradient(operands.sinks, lse, residual, mean + delta)
+        return host._sink_gradient(operands.sinks, lse, residual, mean - dlse)
