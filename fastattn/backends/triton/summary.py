@@ -1,4 +1,4 @@
-"""The Triton kernels behind `fastattn.inspect.summarize`, to the contract of fastattn.backends.cpu_summary."""
+"""The Triton kernels behind `fastattn.inspect.summarize`, by the contract of backends.cpu_summary."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Sums, or maxima, of the weights over the cells of a grid: pooled maps, and what each key receives, whose grid
-has one row and a column for each key.
+"""Sums, or maxima, of the weights over the cells of a grid: pooled maps, and what each key receives, whose
+grid has one row and a column for each key.
 
 A program owns some rows of one row of cells, and walks all keys: nothing is atomic.
 """
@@ -86,8 +86,8 @@ def summary_cells(
                 )
                 s = product(rows, tl.trans(keys), None, PRECISION)
                 s, _ = apply(
-                    rules, s, b, h, i[:, None], (j0 + n)[None, :], begin[:, None], end[:, None], len_k - len_q,
-                    len_q, len_k, bits, True,
+                    rules, s, b, h, i[:, None], (j0 + n)[None, :], begin[:, None], end[:, None],
+                    len_k - len_q, len_q, len_k, bits, True,
                 )  # fmt: skip
                 at = bh.to(tl.int64) * lengths.seqlen_q + i
                 p = exp_of(s - tl.load(shift + at)[:, None], NATURAL) * tl.load(factor + at)[:, None]

@@ -1,6 +1,6 @@
-"""Statistics of the weights of each row, in one walk over its keys: entropy, distance, and the largest weights.
+"""Statistics of the weights of each row, in one walk over its keys: entropy, distance, the largest weights.
 
-All are sums or maxima over e = exp(s - m), m the largest score so far, and are rescaled as an online softmax is.
+All are sums or maxima over e = exp(s - m), m the largest score so far, rescaled as an online softmax is.
 docs/kernels/summary.md has the derivation.
 """
 
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fastattn.backends.triton.pair_scores import key_step, key_steps
 from fastattn.backends.triton.tile import (
+    FAR,
     LN2,
     apply,
     exp_of,
@@ -22,30 +23,30 @@ from fastattn.backends.triton.tile import (
 
 
 @triton.jit
-def _insert(links, keys, score, key, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Lists [M, BLOCK_K] of scores, descending, and their keys, with one more of each row, [M], where it is
-    above the last. Behind equal scores: keys arrive in ascending order."""
-    column = tl.arange(0, BLOCK_K)[None, :]
-    place = tl.sum((links >= score[:, None]).to(tl.int32), 1)[:, None]
-    left = tl.maximum(column - 1, 0) + tl.zeros_like(keys)
-    moved = tl.where(column == place, score[:, None], tl.gather(links, left, 1))
-    moved_keys = tl.where(column == place, key[:, None], tl.gather(keys, left, 1))
-    stays = (column < place) | (column >= TOP_K)
-    return tl.where(stays, links, moved), tl.where(stays, keys, moved_keys)
+def _no_links(BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Unordered lists [BLOCK_M, BLOCK_K] of scores, and of keys that all differ; what is beyond TOP_K stays."""
+    column = tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
+    return tl.where(column < TOP_K, float("-inf"), float("inf")), -1 - column
 
 
 @triton.jit
-def _add_links(links, keys, s, j0, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The lists with the scores [M, N] of the keys from j0 on; late tiles have few that enter."""
+def _add_links(links, keys, s, j0, BLOCK_N: tl.constexpr):
+    """The lists after the scores [M, N] of the keys from j0 on. Few of a late tile enter.
+
+    Keys come in ascending order and only a larger score displaces, the last of the least, so that the first of
+    equal scores stay.
+    """
     n = tl.arange(0, BLOCK_N)[None, :]
-    last = tl.arange(0, BLOCK_K)[None, :] == TOP_K - 1
-    least = tl.max(tl.where(last, links, float("-inf")), 1)
+    least = tl.min(links, 1)
     largest = tl.max(s, 1)
     while tl.max((largest > least).to(tl.int32), 0) > 0:
         at = tl.argmax(s, 1)
-        links, keys = _insert(links, keys, largest, j0 + at, TOP_K, BLOCK_K)
+        last = tl.max(tl.where(links == least[:, None], keys, -FAR), 1)
+        displaced = (keys == last[:, None]) & (largest > least)[:, None]
+        links = tl.where(displaced, largest[:, None], links)
+        keys = tl.where(displaced, j0 + at[:, None], keys)
         s = tl.where(n == at[:, None], float("-inf"), s)
-        least = tl.max(tl.where(last, links, float("-inf")), 1)
+        least = tl.min(links, 1)
         largest = tl.max(s, 1)
     return links, keys
 
@@ -87,8 +88,7 @@ def summary_fwd(
         m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
         total = tl.where(m == float("-inf"), 0.0, 1.0)
     if TOP_K > 0:
-        links = tl.full([BLOCK_M, BLOCK_K], float("-inf"), tl.float32)
-        keys_of = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+        links, keys_of = _no_links(BLOCK_M, TOP_K, BLOCK_K)
     start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
         j0, bits = key_step(rules, start, t, BLOCK_N)
@@ -103,7 +103,7 @@ def summary_fwd(
         best_key = tl.where(largest > best, j0 + tl.argmax(known, 1), best_key)
         best = tl.maximum(best, largest)
         if TOP_K > 0:
-            links, keys_of = _add_links(links, keys_of, known, j0, TOP_K, BLOCK_N, BLOCK_K)
+            links, keys_of = _add_links(links, keys_of, known, j0, BLOCK_N)
 
         m_new = tl.maximum(m, largest)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # of a row that has seen nothing yet
@@ -137,9 +137,15 @@ def summary_fwd(
     tl.store(max_weight + at, weight, mask=inside)
     tl.store(max_index + at, tl.where(weight > 0, best_key, -1).to(tl.int64), mask=inside)
     if TOP_K > 0:
-        c = tl.arange(0, BLOCK_K)[None, :]
-        weights = exp_of(links - m[:, None], NATURAL) / divisor[:, None]
-        at = at[:, None] * TOP_K + c
-        inside = inside[:, None] & (c < TOP_K)
-        tl.store(topk_weights + at, weights, mask=inside)
-        tl.store(topk_indices + at, tl.where(weights > 0, keys_of, -1).to(tl.int64), mask=inside)
+        column = tl.arange(0, BLOCK_K)[None, :]
+        links = tl.where(column < TOP_K, links, float("-inf"))
+        for place in range(TOP_K):  # descending, the first of equal scores first
+            largest = tl.max(links, 1)
+            key = tl.min(tl.where(links == largest[:, None], keys_of, FAR), 1)
+            links = tl.where(keys_of == key[:, None], float("-inf"), links)
+            keys_of = tl.where(keys_of == key[:, None], FAR, keys_of)
+            weight = exp_of(largest - m, NATURAL) / divisor
+            tl.store(topk_weights + at * TOP_K + place, weight, mask=inside)
+            tl.store(
+                topk_indices + at * TOP_K + place, tl.where(weight > 0, key, -1).to(tl.int64), mask=inside
+            )

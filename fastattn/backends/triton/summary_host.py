@@ -24,7 +24,7 @@ MAX_PARTS = 16
 
 
 class Losses(NamedTuple):
-    """Gradients of statistics, dense float32, or None; that of pooled means divided by the pairs of a cell."""
+    """Gradients of statistics, dense float32, or None; that of pooled means divided by a cell's pairs."""
 
     entropy: Any  # [B, Hq, Lq]
     received: Any  # [B, Hq, Lk]
