@@ -76,7 +76,7 @@ def key_orders(keys: int) -> list[Tensor]:
 def dense(inputs: Inputs, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, scores and lse in the dtype in which kernels accumulate, keys added up in the given order."""
     q, k, options = arguments(inputs)
-    dtype = accumulate_dtype(inputs.case.dtype)
+    dtype = accumulate_dtype(q.dtype)
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     visible = reference._visible(options.get("mask"), shape, q.device)
     bias = reference._bias(options.get("bias"), shape, q)

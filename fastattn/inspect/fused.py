@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, without_double_backward
 from fastattn.backends import cpu_summary
 from fastattn.backends.cpu_summary import results_like
+from fastattn.backends.triton import summary as triton_summary
 from fastattn.lowering import Operands, Params
 from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _no_gradient, _params
 from fastattn.strides import output_like
@@ -38,7 +39,7 @@ _library = torch.library.Library("fastattn", "FRAGMENT")
 _library.define(f"attention_summary{_FORWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"attention_summary_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
 
-_KERNELS: dict[str, Any] = {cpu_summary.name: cpu_summary}
+_KERNELS: dict[str, Any] = {kernels.name: kernels for kernels in (triton_summary, cpu_summary)}
 
 
 def run(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastattn import dispatch, reference
 from fastattn.autocast import without_autocast
-from fastattn.backends import cpu, cpu_summary
+from fastattn.backends import cpu
+from fastattn.backends.triton import summary as triton_summary
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.checks import check_int
@@ -159,7 +160,7 @@ def summarize(
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
             Rows whose |lse| is 16 or more save nothing, since rounding took too much of it. One of another
             call raises where a row's weights would not add up to 1 (the reference does not read it).
-        backend: "cpu" or "reference"; None chooses. The reference holds the whole matrix.
+        backend: "triton", "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
     Raises:
@@ -189,26 +190,33 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     """
     forced = dispatch.forced_backend(call.backend)
     if forced is None and call.q.is_cpu and cpu.available():
-        return _fused(call, wanted, lse)  # it supports all of these: no spec is needed to know
-    reasons = {"cpu": cpu.supports(spec_of(call)), "reference": None}
-    name = forced or next(name for name, reason in reasons.items() if reason is None)
+        return _fused("cpu", call, wanted, lse)  # it supports all of these: no spec is needed to know
+    spec = spec_of(call)
+    reasons = {"triton": triton_summary.supports(spec), "cpu": cpu.supports(spec), "reference": None}
+    # On CPU tensors Triton is interpreted: only where forced.
+    able = (
+        name
+        for name, reason in reasons.items()
+        if reason is None and (name, spec.device) != ("triton", "cpu")
+    )
+    name = forced or next(able)
     reason = reasons.get(name, "it has no summary kernels")
     if reason is not None:
-        raise NotImplementedError(f"backend {name!r} cannot summarize {spec_of(call)}: {reason}")
+        raise NotImplementedError(f"backend {name!r} cannot summarize {spec}: {reason}")
     if name == "reference":
         if forced is None:
             _warn_once(reasons["cpu"])
         return _defined(call, wanted)
-    return _fused(call, wanted, lse)
+    return _fused(name, call, wanted, lse)
 
 
-def _fused(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
-    """The statistics by the kernels of the CPU."""
+def _fused(name: str, call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
+    """The statistics by a backend's kernels."""
     if call.q.shape[-1] == 0:  # no products: every score is zero, as with one zero component
         call.scale = call.scale_value()
         call.q, call.k = F.pad(call.q, (0, 1)), F.pad(call.k, (0, 1))
     operands, params = lower(call)
-    return fused.run(cpu_summary, call.q, call.k, lse, operands, params, wanted)
+    return fused.run(fused._KERNELS[name], call.q, call.k, lse, operands, params, wanted)
 
 
 def _warn_once(reason: str | None) -> None:

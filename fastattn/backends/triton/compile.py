@@ -23,12 +23,13 @@ from torch import Tensor
 
 from fastattn import masks
 from fastattn.backends import triton as backend
-from fastattn.backends.triton import host
+from fastattn.backends.triton import host, summary
 from fastattn.backends.triton.configs import SHARED_MEMORY, TileConfig
 from fastattn.backends.triton.cubin import Usage, usage
 from fastattn.biases import ALiBi
 from fastattn.call import Call
-from fastattn.lowering import lower
+from fastattn.lowering import Operands, Params, lower
+from fastattn.weight_statistics import DIFFERENTIABLE, Wanted
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -132,6 +133,8 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
         call.score, call.scale, call.score_weights = name, 1.0, torch.zeros(head_dim, requires_grad=True)
     elif name == "triangular":
         call.score, call.scale, call.mask = name, 1.0, masks.causal()
+    elif name == "summary":
+        call.mask, call.sinks = masks.causal(), torch.zeros(2)
     elif name not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
     return call
@@ -139,7 +142,7 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 
 VARIANTS = (
     "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
-    "dropout", "varlen", "paged", "additive", "triangular",
+    "dropout", "varlen", "paged", "additive", "triangular", "summary",
 )  # fmt: skip
 
 
@@ -200,10 +203,26 @@ def compile_variant(
     operands, params = lower(call)
     found: list[tuple[str, TileConfig, Any]] = []
     with torch.no_grad(), compiling(arch, found):
+        if name == "summary":
+            _summarize(call, operands, params)
+            return _described(found, arch, name, dtype, head_dim)
         out, lse = backend.forward(call.q, call.k, call.v, operands, params)
         if gradients and lse is not None and call.block_table is None:
             needs = (True,) * 7
             backend.backward(call.q, call.k, call.v, out, lse, out, lse, operands, params, needs)
+    return _described(found, arch, name, dtype, head_dim)
+
+
+def _summarize(call: Call, operands: Operands, params: Params) -> None:
+    """Everything that a summary would launch."""
+    results = summary.forward(call.q, call.k, None, operands, params, Wanted(8, (4, 4)))
+    grads = results[:DIFFERENTIABLE]
+    summary.backward(call.q, call.k, results.lse, grads, operands, params, "mean", (True,) * 5)
+
+
+def _described(
+    found: list[tuple[str, TileConfig, Any]], arch: int, name: str, dtype: torch.dtype, head_dim: int
+) -> list[Compiled]:
     return [
         Compiled(
             kernel,

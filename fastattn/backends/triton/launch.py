@@ -32,3 +32,8 @@ def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constan
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def constants_of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Those constants of a call that a kernel takes."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -69,7 +69,7 @@ def pair_fwd(
         l = l * rescale + tl.sum(p, 1)
         m = m_new
         if rules.dropout is not None:
-            p = tl.where(kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+            p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
         values = load_rows(
             row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.backends.triton import host
 from fastattn.backends.triton.arguments import per_row, rows
 from fastattn.backends.triton.configs import TileConfig
+from fastattn.backends.triton.launch import constants_of
 from fastattn.backends.triton.pair_bwd_dkdv import pair_bwd_dkdv
 from fastattn.backends.triton.pair_bwd_dq import pair_bwd_dq
 from fastattn.backends.triton.pair_bwd_rows import pair_bwd_rows
@@ -42,7 +43,7 @@ class PairLaunch(host.Launch):
 
     def run_pairs(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **more: Any) -> None:
         """Launch a kernel with those of the constants that it has."""
-        constants = {name: value for name, value in self.constants.items() if name in kernel.arg_names}
+        constants = constants_of(kernel, self.constants)
         args = *self.inputs, *args, self.lengths, self.rules
         host.launch(kernel, programs, config, *args, **constants, **more)
 
