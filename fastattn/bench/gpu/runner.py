@@ -45,13 +45,13 @@ class Options:
     filter: str = ""
     minutes: float = 9.0
     flex: bool = False
-    rest: float = 0.15
+    rest: float = 0.1
     min_sample: float = 0.015
     host_calls: int = 100
 
     @property
     def rounds(self) -> int:
-        return 3 if self.quick else 5
+        return 3 if self.quick else 4
 
     def cases(self) -> list[BenchCase]:
         """The chosen cases, in order.
