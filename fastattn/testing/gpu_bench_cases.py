@@ -90,7 +90,11 @@ def option_cases() -> Iterator[BenchCase]:
         for length in (4096, TOKENS):
             for mask in (None, CAUSAL_MASK):
                 tag = DENSE if mask is None else CAUSAL
-                grouped = {"heads_kv": 8, "mask": mask, "quick": length == 4096 and mask is not None}
+                grouped: dict[str, Any] = {
+                    "heads_kv": 8,
+                    "mask": mask,
+                    "quick": length == 4096 and mask is not None,
+                }
                 yield bench_case(f"gqa {timed}", (1, 64, length, 128), tag=tag, **grouped, **common)
         yield bench_case(f"window 1024 {timed}", long, mask=window, quick=True, **common)
         yield bench_case(f"window 1024 {timed}", short, mask=window, **common)

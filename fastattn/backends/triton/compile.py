@@ -290,10 +290,11 @@ def write(rows: list[Compiled], failed: list[str], asked: int, folder: Path) -> 
     from fastattn.backends.triton.compile_table import table
 
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"triton": _version(), "torch": torch.__version__, "calls": asked, "failed": failed}
+    version = _version()
+    facts = {"triton": version, "torch": torch.__version__, "calls": asked, "failed": failed}
     plain = {**facts, "kernels": [row.row() for row in rows]}
     (folder / "compile.json").write_text(json.dumps(plain, indent=1) + "\n")
-    (folder / "compile.md").write_text("\n".join(table(rows, failed, facts["triton"])) + "\n")
+    (folder / "compile.md").write_text("\n".join(table(rows, failed, version)) + "\n")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -59,6 +59,7 @@ def draw(report: dict[str, Any], path: Path) -> bool:
                 _rates(grid[at][column], chosen, lengths)
                 grid[0][column].set_title(group, fontsize=9)
             grid[at][0].set_ylabel(f"D={dim}, TFLOP/s", fontsize=8)
+        grid[0][0].set_ylim(0, 1.06 * max(row["tflops"] for row in lines))
         part.legend(*_legend(grid), frameon=False, fontsize=8, loc="outside upper right", ncols=6)
     if names:
         _ratios(parts.pop(0).subplots(), bars, names)
@@ -75,7 +76,6 @@ def _rates(axes: Axes, rows: list[dict[str, Any]], lengths: list[int]) -> None:
         width = 1.8 if name == OURS else 1.0
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3.5, lw=width, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
     axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
     axes.minorticks_off()
     axes.tick_params(labelsize=7, labelbottom=True)

@@ -169,7 +169,8 @@ def run(
     """
     started = time.perf_counter() if started is None else started
     clocks = clocks or (DeviceClock(device, options.rest), HostClock(device))
-    cases, results = options.cases(), []
+    cases = options.cases()
+    results: list[Result] = []
     for number, bench in enumerate(cases):
         if time.perf_counter() - started > 60 * options.minutes:
             return results, [case.name for case in cases[number:]]
