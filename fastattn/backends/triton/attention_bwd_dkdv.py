@@ -76,7 +76,7 @@ def _add_rows(
     return dk, dv, column
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_bwd_dkdv(
     q, k, v, lse, dout, delta, residual, dk, dv, columns, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

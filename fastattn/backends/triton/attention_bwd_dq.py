@@ -17,7 +17,7 @@ from fastattn.backends.triton.tile import (
 )
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_bwd_dq(
     q, k, v, lse, dout, delta, residual, dq, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -21,7 +21,7 @@ from fastattn.backends.triton.tile import (
 LARGE_LSE = tl.constexpr(64.0)
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_bwd_rows(
     q, k, out, lse, dout, dlse, delta, residual, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -80,7 +80,7 @@ def _contain(
     return tl.where(reached > 0, float("nan"), acc)
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_fwd(
     q, k, v, out, lse, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
