@@ -260,7 +260,9 @@ def main(arguments: list[str]) -> int:
         "--out", type=Path, help="write compile.json and compile.md into this folder, as they grow"
     )
     given = parser.parse_args(arguments)
-    jobs = list(product(given.arch, given.dtype, given.variant, given.head_dim))
+    # A run that is cut short has the first variants everywhere.
+    ordered = product(given.variant, given.dtype, given.head_dim, given.arch)
+    jobs = [(arch, dtype, variant, head_dim) for variant, dtype, head_dim, arch in ordered]
     rows: list[Compiled] = []
     failed: list[str] = []
     for made, failure in _attempts(jobs, given.jobs):

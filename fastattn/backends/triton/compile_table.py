@@ -13,8 +13,8 @@ HEADING = """\
 Written by `python -m fastattn.backends.triton.compile --out DIR`, with triton {version}. A line is a kernel
 for an architecture, a dtype and a head dim, and for the calls that share its tile; ranges are over those
 calls. *Registers* are a thread's; *spilled* is its stack frame in bytes; *in loops* counts the instructions
-that read or write a spilled register inside an innermost loop with a matrix product, of the call that has most,
-and names it. The loop that is entered for results that are not finite counts too."""
+that read or write a spilled register inside an innermost loop with a matrix product, of the call that has
+most, and names it. The loop that is entered for results that are not finite counts too."""
 COLUMNS = (
     "sm",
     "kernel",
