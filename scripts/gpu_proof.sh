@@ -17,6 +17,7 @@ PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-$PWD/gpu-proof}"
 BENCH_FLAGS="${BENCH_FLAGS:-}"
 STEPS=(report install tests check speed)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # where installing fails, the other steps still run
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 report() {
@@ -37,7 +38,7 @@ PY
 
 install() {
   local flags=(--no-deps --no-build-isolation --no-index --editable .)
-  if "$PYTHON" -c 'import pybind11' && command -v cmake ninja c++ >/dev/null; then
+  if "$PYTHON" -c 'import pybind11' 2>/dev/null && command -v cmake && command -v ninja && command -v c++; then
     "$PYTHON" -m pip install "${flags[@]}" || FASTATTN_NATIVE=0 "$PYTHON" -m pip install "${flags[@]}"
   else
     echo "no pybind11, cmake, ninja or C++ compiler: the pure-Python part alone, which has the Triton kernels"
