@@ -17,13 +17,14 @@ import torch
 from triton_support import needs_triton
 
 from fastattn import masks
-from fastattn.bench.contenders import OURS, Contender
+from fastattn.bench.contenders import OURS, Contender, ours, sdpa
 from fastattn.bench.flex import band_mod, mask_mod, score_mod
 from fastattn.bench.gpu import check, contenders, device, report, runner
 from fastattn.bench.gpu.goals import GOALS
 from fastattn.bench.gpu.runner import Options, Result, run, run_case
 from fastattn.bench.measure import Ratio, Timing
-from fastattn.bench.work import Work
+from fastattn.bench.padded import padded
+from fastattn.bench.work import Work, additive
 from fastattn.cli import bench_gpu, main
 from fastattn.testing.bench_case import BenchCase, bench_case
 from fastattn.testing.cases import alibi, always, tensor_bias
@@ -110,8 +111,12 @@ def test_cases_cover_what_is_promised():
 
 def test_compiled_paths_take_part_at_some_lengths_of_the_grid_and_everywhere_else():
     compiled = {case.name for case in GPU_BENCH_CASES if is_compiled(case)}
-    assert {"full-forward-16x16384x128", "causal-backward-64x4096x128"} <= compiled
-    assert "full-forward-512x512x128" not in compiled
+    assert {
+        "full-forward-16x16384x128",
+        "causal-backward-64x4096x128",
+        "full-forward-32x16384x64",
+    } <= compiled
+    assert not {"full-forward-512x512x128", "full-forward-128x4096x64"} & compiled
     assert {case.name for case in GPU_BENCH_CASES if case.group.startswith("gqa")} <= compiled
 
 
@@ -137,8 +142,7 @@ def test_moved_inputs_keep_numbers_strides_and_surroundings():
             assert moved.data_ptr() != leaf.data_ptr()
         assert len(there.fixed) == len(inputs.fixed)
     assert there.mask is None
-    meta = make_inputs(case, device="meta") if False else inputs.on("meta")
-    assert all(leaf.device.type == "meta" for leaf in meta.leaves.values())
+    assert all(leaf.device.type == "meta" for leaf in inputs.on("meta").leaves.values())
 
 
 @pytest.mark.parametrize(
@@ -173,8 +177,6 @@ def test_flex_is_a_path_for_each_option(options):
     bench = tiny("x", **options)
     inputs = make_inputs(bench.case)
     function = contenders.flex(inputs, compiled=False)
-    from fastattn.bench.contenders import ours
-
     q, k, v = (inputs.leaves[name] for name in "qkv")
     torch.testing.assert_close(function(q, k, v), ours(inputs)(q, k, v), atol=1e-5, rtol=1e-4)
 
@@ -570,10 +572,27 @@ def test_the_command_line_without_a_device(capsys, monkeypatch):
         main(["bench", "--gpu", "fast"])
 
 
-def test_the_clock_of_a_test_is_no_clock():
-    """The invented times above come from the fake clock alone."""
+def test_samples_are_taken_after_a_first_one_that_sets_their_size():
     times = itertools.count(1)
     timings = runner.time_all(
         [Contender(OURS, lambda: None)], lambda way, calls: float(next(times)), QUICK, 1
     )
     assert timings[OURS].seconds == (2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mask": CAUSAL_MASK}, {"mask": causal_documents}, {"bias": tensor_bias("h", "q", "k")},
+     {"bias": alibi(), "mask": CAUSAL_MASK}, PACKED],
+    ids=["causal", "documents", "bias", "alibi", "varlen"],
+)  # fmt: skip
+def test_what_pytorch_is_given_lies_on_the_device(options):
+    """A device without numbers plays the GPU: its tensors do not mix with one left on the CPU."""
+    inputs = make_inputs(tiny("x", **options).case).on("meta")
+    if inputs.case.op == "varlen":
+        inputs = padded(inputs)
+        assert inputs.mask.device.type == "meta"
+    else:
+        assert additive(inputs).device.type == "meta"
+    q, k, v = (inputs.leaves[name] for name in "qkv")
+    assert sdpa(inputs)(q, k, v).device.type == "meta"

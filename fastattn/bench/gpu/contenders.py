@@ -124,13 +124,13 @@ def varlen_ways(calls: Calls) -> list[Contender]:
 def jagged(inputs: Inputs) -> Forward:
     """PyTorch's call with nested tensors, made of the packed ones in each call, which copies nothing."""
     offsets, lengths = inputs.fixed[0].long(), inputs.case.lengths_q
-    bounds = {"min_seqlen": min(lengths), "max_seqlen": max(lengths)}
+    bounds: dict[str, Any] = {"min_seqlen": min(lengths), "max_seqlen": max(lengths)}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nested = (
             torch.nested.nested_tensor_from_jagged(x, offsets, **bounds).transpose(1, 2) for x in (q, k, v)
         )
-        out: Any = F.scaled_dot_product_attention(*nested)
+        out: Any = F.scaled_dot_product_attention(*nested)  # type: ignore[arg-type]
         return out.transpose(1, 2).values()
 
     return call
@@ -142,8 +142,9 @@ def torch_varlen(inputs: Inputs) -> Forward | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    call: Any = varlen_attn  # its signature differs from version to version, but not in these
     starts, longest = inputs.fixed, (max(inputs.case.lengths_q), max(inputs.case.lengths_k))
-    return lambda q, k, v: varlen_attn(q, k, v, *starts, *longest)
+    return lambda q, k, v: call(q, k, v, *starts, *longest)
 
 
 def flex(inputs: Inputs, compiled: bool) -> Forward | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.contenders import OURS
-from fastattn.bench.plot import INK
+from fastattn.bench.plot import INK, TICKS
 from fastattn.testing.gpu_bench_cases import CAUSAL, DENSE, HOST, PASSES
 
 if TYPE_CHECKING:
@@ -50,12 +50,17 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     FigureCanvasAgg(figure)
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if dims:
-        grid = parts.pop(0).subplots(len(dims), len(GRID), sharex=True, sharey=True, squeeze=False)
+        part = parts.pop(0)
+        grid = part.subplots(len(dims), len(GRID), sharex=True, sharey=True, squeeze=False)
+        lengths = sorted({row["seqlen"] for row in lines})
         for at, dim in enumerate(dims):
             for column, group in enumerate(GRID):
                 chosen = [row for row in lines if row["group"] == group and row["head_dim"] == dim]
-                _rates(grid[at][column], chosen, group if at == 0 else "", f"D={dim}" if column == 0 else "")
-        grid[0][0].legend(*_legend(grid), frameon=False, fontsize=7, loc="upper left")
+                _rates(grid[at][column], chosen, lengths)
+                grid[0][column].set_title(group, fontsize=9)
+            grid[at][0].set_ylabel(f"D={dim}, TFLOP/s", fontsize=8)
+        grid[0][0].set_ylim(0, 1.06 * max(row["tflops"] for row in lines))
+        part.legend(*_legend(grid), frameon=False, fontsize=8, loc="outside upper right", ncols=6)
     if names:
         _ratios(parts.pop(0).subplots(), bars, names)
     figure.suptitle(_title(report), fontsize=10, x=0.01, ha="left")
@@ -63,7 +68,7 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _rates(axes: Axes, rows: list[dict[str, Any]], title: str, label: str) -> None:
+def _rates(axes: Axes, rows: list[dict[str, Any]], lengths: list[int]) -> None:
     """TFLOP/s over the length, a line for each path."""
     for name in dict.fromkeys(row["path"] for row in rows):
         points = sorted((row["seqlen"], row["tflops"]) for row in rows if row["path"] == name)
@@ -71,16 +76,10 @@ def _rates(axes: Axes, rows: list[dict[str, Any]], title: str, label: str) -> No
         width = 1.8 if name == OURS else 1.0
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3.5, lw=width, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    lengths = sorted({row["seqlen"] for row in rows})
     axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
     axes.minorticks_off()
-    axes.tick_params(labelsize=8, labelbottom=True)
+    axes.tick_params(labelsize=7, labelbottom=True)
     axes.grid(color="#dddddd", lw=0.6)
-    if title:
-        axes.set_title(title, fontsize=9)
-    if label:
-        axes.set_ylabel(f"{label}, TFLOP/s", fontsize=8)
 
 
 def _legend(grid: Any) -> tuple[list[Any], list[str]]:
@@ -111,8 +110,13 @@ def _ratios(axes: Axes, rows: list[dict[str, Any]], names: list[str]) -> None:
             color=INK,
             ha="center",
         )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    ratios = [1.0, *(row["ratio"] for row in rows if row["ratio"] is not None)]
+    low, high = min(ratios) / 1.1, max(ratios) * 1.1
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.7)
     axes.grid(axis="x", color="#dddddd", lw=0.6)

@@ -45,13 +45,13 @@ class Options:
     filter: str = ""
     minutes: float = 9.0
     flex: bool = False
-    rest: float = 0.15
+    rest: float = 0.1
     min_sample: float = 0.015
     host_calls: int = 100
 
     @property
     def rounds(self) -> int:
-        return 3 if self.quick else 5
+        return 3 if self.quick else 4
 
     def cases(self) -> list[BenchCase]:
         """The chosen cases, in order.
@@ -169,7 +169,8 @@ def run(
     """
     started = time.perf_counter() if started is None else started
     clocks = clocks or (DeviceClock(device, options.rest), HostClock(device))
-    cases, results = options.cases(), []
+    cases = options.cases()
+    results: list[Result] = []
     for number, bench in enumerate(cases):
         if time.perf_counter() - started > 60 * options.minutes:
             return results, [case.name for case in cases[number:]]

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Proves on a machine with an NVIDIA GPU what needs one, and leaves the logs in a folder:
+#
+#   bash scripts/gpu_proof.sh                 # everything, about 20 minutes on an H200
+#   bash scripts/gpu_proof.sh report install check    # some steps, where a session is short
+#
+# Steps: report (the machine), install (the package, from this checkout), tests (tests/test_gpu.py and others that take a
+# CUDA device), check (every case against the float64 reference), speed (against PyTorch's paths). check and speed are the
+# parts of `python -m fastattn bench --gpu`. Nothing is fetched: the python3 on PATH must have torch with CUDA and triton
+# (PYTHON=... names another). The native core for CPU is built where a compiler, cmake, ninja and pybind11 are there.
+#
+# The status is 0 where every step that ran succeeded. OUT=... names the folder for logs (default: gpu-proof).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON="${PYTHON:-python3}"
+OUT="${OUT:-$PWD/gpu-proof}"
+BENCH_FLAGS="${BENCH_FLAGS:-}"
+STEPS=(report install tests check speed)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # where installing fails, the other steps still run
+export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+report() {
+  date -u
+  git log -1 --oneline 2>/dev/null
+  nvidia-smi || echo "nvidia-smi tells nothing"
+  "$PYTHON" - <<'PY'
+import platform
+import torch, triton
+
+print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
+print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "available:", torch.cuda.is_available())
+for number in range(torch.cuda.device_count()):
+    print(number, torch.cuda.get_device_properties(number))
+raise SystemExit(not torch.cuda.is_available())
+PY
+}
+
+install() {
+  local flags=(--no-deps --no-build-isolation --no-index --editable .)
+  if "$PYTHON" -c 'import pybind11' 2>/dev/null && command -v cmake && command -v ninja && command -v c++; then
+    "$PYTHON" -m pip install "${flags[@]}" || FASTATTN_NATIVE=0 "$PYTHON" -m pip install "${flags[@]}"
+  else
+    echo "no pybind11, cmake, ninja or C++ compiler: the pure-Python part alone, which has the Triton kernels"
+    FASTATTN_NATIVE=0 "$PYTHON" -m pip install "${flags[@]}"
+  fi && "$PYTHON" -m fastattn info --device cuda
+}
+
+tests() {
+  "$PYTHON" -c 'import pytest' || { echo "pytest is not installed: tests skipped"; return 1; }
+  "$PYTHON" -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_triton.py tests/test_triton_compile.py
+}
+
+check() { "$PYTHON" -m fastattn bench --gpu check --out "$OUT/check" $BENCH_FLAGS; }
+speed() { "$PYTHON" -m fastattn bench --gpu speed --out "$OUT/speed" $BENCH_FLAGS; }
+
+chosen=("$@")
+[ ${#chosen[@]} -gt 0 ] || chosen=("${STEPS[@]}")
+for step in "${chosen[@]}"; do
+  [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "error: a step must be one of ${STEPS[*]}, got $step" >&2; exit 2; }
+done
+
+mkdir -p "$OUT"
+failed=()
+for step in "${chosen[@]}"; do
+  echo "=== $step"
+  start=$SECONDS
+  "$step" 2>&1 | tee "$OUT/$step.log"
+  status=${PIPESTATUS[0]}
+  echo "=== $step ended with status $status after $((SECONDS - start)) s" | tee -a "$OUT/$step.log"
+  [ "$status" -eq 0 ] || failed+=("$step")
+done
+echo "logs and results are in $OUT"
+[ ${#failed[@]} -eq 0 ] || { echo "FAILED: ${failed[*]}"; exit 1; }
