@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import autograd, dispatch, execution, leading, ops, reference
+from fastattn import autograd, dispatch, execution, leading, ops, reference, watch
 from fastattn.backends import cpu
 from fastattn.call import Call
 from fastattn.lowering import lower
@@ -93,19 +93,30 @@ def attend_hard(call: Call, mode: str, gradient: str, seed: Tensor | None = None
         check_seed("seed", seed, call.q.device)
     elif mode == "sample":
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
+    if watch.is_watched():
+        call = watch.changed(call)
+        with watch.unwatched():  # of the soft call within, which only gradients want
+            out, log_prob, index = _attend(call, seed, gradient)
+        watch.tell(call)
+    else:
+        out, log_prob, index = _attend(call, seed, gradient)
+    rows = [t.reshape(*lead, t.shape[-1]) for t in (log_prob, index) if t is not None]
+    return [leading.unfold(out, lead), *rows]
+
+
+def _attend(call: Call, seed: Tensor | None, gradient: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """out, log_prob where the gradient is REINFORCE's, and the chosen keys of a validated call."""
     index = choose_keys(call, seed)
     out = _values_at(call.v, index)
-    log_prob = None
     if gradient == "reinforce":
-        log_prob = _log_probability(call, index)
-    elif torch.is_grad_enabled() and (
+        return out, _log_probability(call, index), index
+    if torch.is_grad_enabled() and (
         any(t.requires_grad for t in (call.q, call.k, call.v))
         # A map's tensors do not tell whether a gradient is taken around it.
         or torch._C._are_functorch_transforms_active()
     ):
         out = _StraightThrough.apply(execution.run(call), out.detach())
-    rows = [t.reshape(*lead, t.shape[-1]) for t in (log_prob, index) if t is not None]
-    return [leading.unfold(out, lead), *rows]
+    return out, None, index
 
 
 def choose_keys(call: Call, seed: Tensor | None) -> Tensor:

@@ -81,15 +81,22 @@ def run(call: Call, execute: Callable[[Call], Any]) -> Any:
         call: validated.
         execute: gives out, or (out, lse) where the call asks for it; may change the call given to it.
     """
-    call, watching = changed(call), observers()
+    call = changed(call)
     with unwatched():
         # Asked of kernels lse costs nothing; of PyTorch's call, which has none, it would change the backend.
         has_lse = call.return_lse or hasattr(dispatch.choose(call), "forward")
         result = execute(replace(call, return_lse=has_lse))
-        out, lse = result if has_lse else (result, None)
+    out, lse = result if has_lse else (result, None)
+    tell(call, lse)
+    return (out, lse) if call.return_lse else out
+
+
+def tell(call: Call, lse: Tensor | None = None) -> None:
+    """This thread's observers are told of a call that ran."""
+    watching = observers()
+    with unwatched():
         for observer in watching:
             observer.note(call, lse)
-    return (out, lse) if call.return_lse else out
 
 
 _lock = threading.Lock()

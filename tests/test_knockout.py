@@ -334,3 +334,19 @@ def test_what_removed_nothing_is_told(x):
         warnings.simplefilter("error")
         with knockout(model, edges={"encoder": [(0, 0)]}):
             model.encode(torch.randint(20, (1, 5)))
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "reinforce"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_hard_attention(x, grad, gradient):
+    """The key that a query would choose is out of its sight."""
+    options = {"gradient": gradient, "return_index": True}
+    model = Block(lambda q, k, v: fastattn.hard_attention(q, k, v, **options))
+    edges = [(query, key) for query in range(LENGTH) for key in range(0, LENGTH, 2)]
+    with torch.set_grad_enabled(grad), knockout(model, {"": [1]}, edges):
+        *results, index = model(x)
+    model.attend = lambda q, k, v: fastattn.hard_attention(q, k, v, mask=by_hand([1], edges), **options)
+    *want, want_index = model(x)
+    assert torch.equal(index, want_index) and (index[:, 1] == -1).all()
+    for a, b in zip(results, want, strict=True):
+        torch.testing.assert_close(a, b)

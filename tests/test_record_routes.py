@@ -252,3 +252,18 @@ def test_scores_that_are_no_products():
         with record(layer) as rec:
             layer(q, k, v)
     assert not rec.calls
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "reinforce"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_hard_attention_is_recorded_by_its_probabilities(x, grad, gradient):
+    """Once, with gradients or without, which have a soft call within."""
+    found = []
+    model = Block(lambda q, k, v: found.append(fastattn.hard_attention(q, k, v, gradient=gradient)))
+    with torch.set_grad_enabled(grad), record(model) as rec:
+        model(x)
+    q, k, v = model.heads(x)
+    (call,) = rec
+    assert_summary_of(softmax_weights(q, k).detach(), call)
+    want = fastattn.hard_attention(q, k, v, gradient=gradient)
+    torch.testing.assert_close(found[0], want)

@@ -47,7 +47,8 @@ def record(
     Reached are fastattn's modules and functions, modules that `replace_modules` replaced, and calls under
     `override_sdpa`; a compiled model runs uncompiled meanwhile. Outputs stay as they are but for rounding,
     and the model itself is not changed. It holds in the thread that entered it; blocks nest. Of checkpointed
-    layers the forward pass counts, not its repetition in backward.
+    layers the forward pass counts, not its repetition in backward; of hard attention the softmax that its
+    choice is made by.
 
     >>> layer = fastattn.nn.MultiheadAttention(8, 2, batch_first=True)
     >>> with record(layer, tokens=["a", "b", "c"]) as rec:
