@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.bench.contenders import Contender
+from fastattn.bench.measure import interleave
 
 GOAL = 5.0
 ROUNDS = 5
@@ -34,13 +35,9 @@ def test_goal(run: Callable[..., None]):
     generator = torch.Generator().manual_seed(0)
     shapes = ((8, 256, 128),) * 3 + ((128,),)
     tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    sides = (partial(run, fastattn.additive_attention), partial(run, eager))
-    best = [float("inf")] * 2
-    for _ in range(ROUNDS):  # interleaved: what changes slowly meets both alike
-        for n, side in enumerate(sides):
-            started = time.perf_counter()
-            side(*tensors)
-            best[n] = min(best[n], time.perf_counter() - started)
+    functions = {"ours": fastattn.additive_attention, "eager": eager}
+    sides = [Contender(name, partial(run, function, *tensors)) for name, function in functions.items()]
+    best = [min(timing.seconds) for timing in interleave(sides, [1, 1], ROUNDS)]
     ratio = best[1] / best[0]
     print(f"ours {best[0] * 1e3:.1f} ms, eager {best[1] * 1e3:.1f} ms: {ratio:.1f} times as fast")
     assert ratio >= GOAL

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.bench.contenders import Contender
+from fastattn.bench.measure import interleave
 from fastattn.nn import LocalAttention
 
 TOKENS, FEATURES, WINDOW, ROUNDS = 8192, 64, 32, 3
@@ -40,13 +41,8 @@ def test_goal(centre: str, goal: float, run: Callable[..., None]):
     if centre == "predictive":  # centres all over the sequence, in no order
         torch.nn.init.normal_(layer.v_p.weight)
     tensors = [torch.randn(1, TOKENS, FEATURES).requires_grad_() for _ in range(3)]
-    sides = (partial(run, layer), partial(run, full))
-    best = [float("inf")] * 2
-    for _ in range(ROUNDS):  # interleaved: what changes slowly meets both alike
-        for n, side in enumerate(sides):
-            started = time.perf_counter()
-            side(*tensors)
-            best[n] = min(best[n], time.perf_counter() - started)
+    sides = [Contender(name, partial(run, f, *tensors)) for name, f in (("local", layer), ("full", full))]
+    best = [min(timing.seconds) for timing in interleave(sides, [1, 1], ROUNDS)]
     ratio = best[1] / best[0]
     print(f"{centre}: {best[0] * 1e3:.1f} ms, all keys {best[1] * 1e3:.1f} ms: {ratio:.1f} times as fast")
     assert ratio >= goal

@@ -78,6 +78,7 @@ def set_kernel(call: Call, kernel: str, width: float | Tensor) -> None:
     q, k, v = call.q, call.k, call.v
     name_q, name_k, name_v = map(call.name, ("q", "k", "v"))
     for name, tensor in ((name_q, q), (name_k, k), (name_v, v)):
+        check_tensor(name, tensor, q.device, name_q)
         if tensor.dtype not in FLOAT_DTYPES:
             names = ", ".join(map(dtype_name, FLOAT_DTYPES))
             raise TypeError(f"{name} must be one of {names}, got {dtype_name(tensor.dtype)}")

@@ -89,6 +89,11 @@ BAD_CALLS = {
         "queries must be [L, D] without a batch, [B, L, D]",
     ),
     "ranks": (lambda q, k, v: (q, k[0], v), ValueError, "keys must be 3-D like queries, got shape [7, 6]"),
+    "device": (
+        lambda q, k, v: (q, k, v.to("meta")),
+        ValueError,
+        "values must be on queries's device cpu, got",
+    ),
     "dtype": (
         lambda q, k, v: (q, k, v.double()),
         TypeError,

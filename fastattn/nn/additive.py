@@ -20,8 +20,9 @@ class AdditiveAttention(QueryLayer):
     """softmax_j(w_v . tanh(W_q q_i + W_k k_j)) v_j, summed over the visible keys: queries and keys may differ
     in size.
 
-    Constructor, forward and parameters are those of "Dive into Deep Learning". It differs where a row sees
-    no key: the output is 0 there, not the mean of all values.
+    Constructor, forward and parameters are those of "Dive into Deep Learning" (whose 1.0 leaves key_size and
+    query_size to the first call). It differs where a row sees no key: the output is 0 there, not the mean of
+    all values.
 
     >>> layer = AdditiveAttention(key_size=2, query_size=20, num_hiddens=8)
     >>> out = layer(torch.randn(3, 1, 20), torch.ones(3, 10, 2), torch.randn(3, 10, 4), valid_lens=[2, 6, 10])

@@ -20,7 +20,40 @@ from fastattn.weights import attention_weights
 _NAMES = {"q": "x", "k": "x", "v": "x"}
 
 
-class SingleHeadAttention(AttentionLayer):
+class _LessonLayer(AttentionLayer):
+    """layer(x, mask, valid_lens) -> (output, weights), in which 1 = blocked."""
+
+    d_model: int
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Mask | None = None,
+        valid_lens: ValidLens | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(output [B, L, d_model], weights [B, L, L], or [B, H, L, L] of heads).
+
+        Args:
+            x: [B, L, d_model].
+            mask: 1 (or True) = blocked: [L, L] or [B, L, L], with heads also [B, 1 or H, L, L]; or a
+                fastattn.masks.Mask, of what is visible.
+            valid_lens: int [B] or [B, L]: how many of the first tokens are visible.
+        Raises:
+            TypeError, ValueError: naming the argument, the rule and the value got.
+        """
+        check_ranks((3,), f"[B, L, {self.d_model}]", x=x)
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"x must be [B, L, {self.d_model}], got shape {list(x.shape)}")
+        return self._attend(x, visible_keys(self._visible(mask), valid_lens, x, x.shape[1]))
+
+    def _visible(self, mask: Tensor | Mask | None) -> Tensor | Mask | None:
+        return _unblocked(mask)
+
+    def _attend(self, x: Tensor, visible: Tensor | Mask | None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class SingleHeadAttention(_LessonLayer):
     """softmax((x W_q) (x W_k)ᵀ / sqrt(d_k)) (x W_v), with d_v = d_model ≠ d_k and no biases.
 
     Blocked pairs get no weight, so a row that is blocked wholly is 0, output and weights. The usual
@@ -52,30 +85,14 @@ class SingleHeadAttention(AttentionLayer):
         self.W_k = nn.Linear(d_model, d_k, bias=False, **factory)
         self.W_v = nn.Linear(d_model, d_model, bias=False, **factory)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | Mask | None = None,
-        valid_lens: ValidLens | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(output [B, L, d_model], weights [B, L, L]).
-
-        Args:
-            x: [B, L, d_model].
-            mask: 1 (or True) = blocked: [L, L] or [B, L, L]; or a fastattn.masks.Mask, of what is visible.
-            valid_lens: int [B] or [B, L]: how many of the first tokens are visible.
-        Raises:
-            TypeError, ValueError: naming the argument, the rule and the value got.
-        """
-        _check_x(x, self.d_model)
-        visible = visible_keys(_unblocked(mask), valid_lens, x, x.shape[1])
+    def _attend(self, x: Tensor, visible: Tensor | Mask | None) -> tuple[Tensor, Tensor]:
         call = Call("attention", self.W_q(x), self.W_k(x), self.W_v(x), mask=visible, names=_NAMES)
         output = leading.run(self._remember(call))  # which brings the call to four dimensions
         weights = attention_weights(call.q, call.k, mask=call.mask)
         return output, weights.to(output.dtype).squeeze(1)
 
 
-class MultiHeadSelfAttention(AttentionLayer):
+class MultiHeadSelfAttention(_LessonLayer):
     """concat_h(softmax(q_h k_hᵀ / sqrt(d_k)) v_h) W_o with q, k, v = x W_q, x W_k, x W_v, d_k = d_model / H.
 
     Output and weights come from one pass. `nn.MultiheadAttention` is the general layer: other keys than
@@ -113,27 +130,12 @@ class MultiHeadSelfAttention(AttentionLayer):
     W_v: nn.Linear
     W_o: nn.Linear
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | Mask | None = None,
-        valid_lens: ValidLens | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(output [B, L, d_model], weights [B, H, L, L]).
-
-        Args:
-            x: [B, L, d_model].
-            mask: 1 (or True) = blocked: [L, L], [B, L, L] or [B, 1 or H, L, L]; or a fastattn.masks.Mask, of
-                what is visible.
-            valid_lens: int [B] or [B, L]: how many of the first tokens are visible.
-        Raises:
-            TypeError, ValueError: naming the argument, the rule and the value got.
-        """
-        _check_x(x, self.d_model)
-        projections = (self.W_q, self.W_k, self.W_v)
+    def _visible(self, mask: Tensor | Mask | None) -> Tensor | Mask | None:
         visible = _unblocked(mask)
-        if isinstance(visible, Tensor) and visible.dim() == 3:
-            visible = visible.unsqueeze(1)
+        return visible.unsqueeze(1) if isinstance(visible, Tensor) and visible.dim() == 3 else visible
+
+    def _attend(self, x: Tensor, visible: Tensor | Mask | None) -> tuple[Tensor, Tensor]:
+        projections = (self.W_q, self.W_k, self.W_v)
         output, weights = multi_head_attention(
             x,
             in_proj_weight=[w.weight for w in projections],
@@ -141,18 +143,12 @@ class MultiHeadSelfAttention(AttentionLayer):
             out_proj_weight=self.W_o.weight,
             out_proj_bias=self.W_o.bias,
             num_heads=self.num_heads,
-            mask=visible_keys(visible, valid_lens, x, x.shape[1]),
+            mask=visible,
             need_weights=True,
             average_weights=False,
         )
         self._last = None if is_transformed() else weights.detach()
         return output, weights
-
-
-def _check_x(x: Any, d_model: int) -> None:
-    check_ranks((3,), f"[B, L, {d_model}]", x=x)
-    if x.shape[-1] != d_model:
-        raise ValueError(f"x must be [B, L, {d_model}], got shape {list(x.shape)}")
 
 
 def _unblocked(mask: Any) -> Mask | Tensor | None:
