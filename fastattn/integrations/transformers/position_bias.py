@@ -136,7 +136,8 @@ def _without_zeros(original: Any) -> Any:
         is_bare = position_bias is None and key_value_states is not None
         if is_bare and not self.has_relative_attention_bias and self.config._attn_implementation == NAME:
             position_bias = hidden_states.new_zeros(1, 1, 1, 1)
-        return original(self, hidden_states, mask, key_value_states, position_bias, **kwargs)
+        given = {"mask": mask, "key_value_states": key_value_states, "position_bias": position_bias}
+        return original(self, hidden_states, **given, **kwargs)
 
     return forward
 
