@@ -78,13 +78,13 @@ class TaskRunner {
         few_rows_(seq_.len_q <= kDotRows),
         pack_keys_(!few_rows_ || p.score != Score::kDot),
         reused_(task.rows >= kReused && seq_.len_k >= kReused),
-        copy_values_(!few_rows_ && (!readable_in_place<T>(values_, p.dtype, p.head_dim_v) ||
-                                    (reused_ && !adjacent(values_, p.head_dim_v)))) {
+        pack_values_(!few_rows_ && ((reused_ && !close_rows<T>(values_, p.head_dim_v)) ||
+                                    !readable_in_place<T>(values_, p.dtype, p.head_dim_v))) {
     if (pack_keys_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
     scores_ = scratch.scores.ensure(std::max(kGroup, few_rows_ ? task.rows : 0) * kSegment);
     if (few_rows_)
       row_copy_ = scratch.values.ensure(std::max(kFewKeys * p.head_dim_v, kLanes<T> * p.head_dim));
-    if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * copy_stride<T>(p.head_dim_v));
+    if (pack_values_) value_strips_ = scratch.values.ensure(kSegment * width_);
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
     states_ = task.partial < 0 ? scratch.states.ensure(task.rows) : partial_states + task.partial;
     const Rows queries(p, p.q, task.batch, tiles_.front().head, seq_.q_begin);
@@ -97,7 +97,7 @@ class TaskRunner {
     for (int64_t s0 = task_.key_begin; s0 < task_.key_end; s0 += kSegment) {
       const int64_t s1 = std::min(task_.key_end, s0 + kSegment);
       packed_panels_ = 0;
-      copied_tiles_ = 0;
+      packed_values_ = 0;
       // Block lists may differ between the heads of a group; otherwise few rows meet their keys all at once.
       const size_t together = few_rows_ && p_.block_mask.row_ptr == nullptr ? tiles_.size() : 1;
       for (size_t t = 0; t < tiles_.size(); t += together) {
@@ -153,18 +153,21 @@ class TaskRunner {
     }
   }
 
-  // The rows of V from key begin of the segment at s0, as far as `end`.
-  Block<T> value_block(int64_t s0, int64_t begin, int64_t end) {
-    if (!copy_values_) return block_in_place<T>(values_, s0 + begin);
-    const int64_t stride = copy_stride<T>(p_.head_dim_v);
-    for (int64_t n = begin / kMaskTile; n * kMaskTile < end; ++n) {
-      if (copied_tiles_ >> n & 1) continue;
-      copied_tiles_ |= uint64_t{1} << n;
-      const int64_t first = s0 + n * kMaskTile;
-      block_copied<T>(values_, p_.dtype, first, std::min(kMaskTile, seq_.len_k - first), p_.head_dim_v,
-                      value_copy_ + n * kMaskTile * stride);
+  // sums += weights * V for the keys [begin, end) of the segment at s0.
+  void add_values(int64_t s0, int64_t begin, int64_t end, int64_t rows, const T* weights, T* sums) {
+    if (!pack_values_) {
+      const Block<T> values = block_in_place<T>(values_, s0 + begin);
+      return gemm<T, false>(rows, width_, end - begin, weights + begin, kSegment, values.data, values.stride,
+                            sums, width_, true);
     }
-    return {value_copy_ + begin * stride, stride};
+    for (int64_t n = begin / kMaskTile; n * kMaskTile < end; ++n) {
+      if (packed_values_ >> n & 1) continue;
+      packed_values_ |= uint64_t{1} << n;
+      pack_strips<T>([&](int64_t c) { return values_(s0 + c); }, p_.dtype, n * kMaskTile,
+                     std::min((n + 1) * kMaskTile, seq_.len_k - s0), p_.head_dim_v, value_strips_, kSegment);
+    }
+    gemm_strips<T>(rows, width_, end - begin, weights + begin, kSegment, value_strips_, kSegment, begin, sums,
+                   width_);
   }
 
   // What rows [i, i + rows) may see of a run within the segment at s0: keys [first, last) and, in whole
@@ -193,9 +196,8 @@ class TaskRunner {
                       kSegment);
     update(rules, tile, run, reach, s0, i, rows, scores_);
     // V from the first to the last key that some row may see, and no further: what padding holds is not read.
-    const Block<T> values = value_block(s0, reach.first, reach.last);
-    gemm<T, false>(rows, width_, reach.last - reach.first, scores_ + reach.first, kSegment, values.data,
-                   values.stride, sums_ + (tile.first + i - tile.row_begin) * width_, width_, true);
+    add_values(s0, reach.first, reach.last, rows, scores_,
+               sums_ + (tile.first + i - tile.row_begin) * width_);
   }
 
   // All rows of the tiles [tile, last_tile), heads that see the same run, meet its keys where these lie.
@@ -250,10 +252,10 @@ class TaskRunner {
   const Dropout dropout_;
   const WeightRows<T> weights_;
   const int64_t width_;
-  const bool few_rows_, pack_keys_, reused_, copy_values_;
-  T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *row_copy_ = nullptr, *queries_ = nullptr;
+  const bool few_rows_, pack_keys_, reused_, pack_values_;
+  T *scores_, *sums_, *panels_ = nullptr, *value_strips_ = nullptr, *row_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
-  uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment
+  uint64_t packed_panels_ = 0, packed_values_ = 0;  // bits by index within the segment
 };
 
 // Adds up a row's partial results in ascending order of keys.

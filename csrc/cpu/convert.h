@@ -234,4 +234,25 @@ void pack_rows(const RowOf& row_of, DType dtype, int64_t rows, int64_t dim, T* d
   }
 }
 
+// Rows [begin, end) of a matrix of `capacity` rows by strips of columns, each strip's rows next to one
+// another: what gemm_strips reads. Columns are padded with zeros to whole vectors.
+template <class T, class RowOf>
+void pack_strips(const RowOf& row_of, DType dtype, int64_t begin, int64_t end, int64_t dim, T* dst,
+                 int64_t capacity) {
+  with_source<T>(dtype, [&](auto* type) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto* row = static_cast<decltype(type)>(row_of(r));
+      for_each_strip_of(round_to_lanes<T>(dim) / kLanes<T>, [&](int64_t first, int64_t width) {
+        T* out = dst + first * kLanes<T> * capacity + r * width * kLanes<T>;
+        for (int64_t d = first * kLanes<T>; d < (first + width) * kLanes<T>; d += kLanes<T>, out += kLanes<T>)
+          if (d + kLanes<T> <= dim)
+            store(out, load_as<T>(row + d));
+          else
+            for (int64_t n = 0; n < kLanes<T>; ++n)
+              out[n] = d + n < dim ? to_accumulator<T>(row[d + n]) : T{0};
+      });
+    }
+  });
+}
+
 }  // namespace fastattn::FASTATTN_ISA
