@@ -61,6 +61,36 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
   if (lse != nullptr) *lse = row_lse;
 }
 
+// finish_row of the rows [i, i + rows), up to kLanes, all at once: of those that are in any way special by
+// itself.
+template <class T>
+void finish_rows(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t rows,
+                 const RowState<T>* states, T* sums, int64_t width) {
+  Vec<T> zero[kLanes<T>];  // of each row's finite elements
+  T max[kLanes<T>] = {}, sum[kLanes<T>] = {};
+  for (int64_t r = 0; r < kLanes<T>; ++r) {
+    zero[r] = Vec<T>{};
+    if (r >= rows) continue;
+    for (int64_t d = 0; d < width; d += kLanes<T>) zero[r] += load(sums + r * width + d) * T{0};
+    max[r] = states[r].max;
+    sum[r] = states[r].sum;
+  }
+  T finite[kLanes<T>], factor[kLanes<T>], lse[kLanes<T>];
+  store(finite, sum_rows<T>(zero));
+  store(factor, Dropout(p).keep_scale<T>() / load(sum));
+  store(lse, load(max) + vlog<T>(load(sum)));
+  const int64_t q_begin = sequence_of(p, b).q_begin;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (max[r] == -kInfinity<T> || finite[r] != T{0}) {
+      finish_row<T>(p, b, h, i + r, states[r], sums + r * width, nullptr);
+      continue;
+    }
+    store_row<T>(sums + r * width, factor[r], p.dtype, p.head_dim_v,
+                 row_address(p.out, p.dtype, p.out.offset(b, h, q_begin + i + r)));
+    if (p.lse.data != nullptr) static_cast<T*>(p.lse.data)[p.lse.offset(b, h, q_begin + i + r)] = lse[r];
+  }
+}
+
 template <class T>
 class TaskRunner {
  public:
@@ -111,12 +141,7 @@ class TaskRunner {
       }
     }
     if (task_.partial >= 0) return;
-    for (const Tile& tile : tiles_)
-      for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
-        const int64_t r = tile.first + i - tile.row_begin;
-        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_, weights_.row(r));
-        if (weights_.wanted()) weights_.write(r, tile.head, i);
-      }
+    for (const Tile& tile : tiles_) finish(tile);
   }
 
  private:
@@ -131,6 +156,21 @@ class TaskRunner {
           states_[r] = sink_state(static_cast<const T*>(p_.sinks)[tile.head]);
         if (queries_ != nullptr)
           load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
+      }
+    }
+  }
+
+  void finish(const Tile& tile) {
+    const int64_t step = weights_.wanted() ? 1 : kLanes<T>;
+    for (int64_t i = tile.row_begin; i < tile.row_end; i += step) {
+      const int64_t r = tile.first + i - tile.row_begin;
+      T* sums = sums_ + r * width_;
+      if (!weights_.wanted()) {
+        const int64_t rows = std::min(step, tile.row_end - i);
+        finish_rows<T>(p_, task_.batch, tile.head, i, rows, states_ + r, sums, width_);
+      } else {
+        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums, weights_.row(r));
+        weights_.write(r, tile.head, i);
       }
     }
   }
@@ -231,16 +271,25 @@ class TaskRunner {
   void update(const ScoreRules<T>& rules, const Tile& tile, const Run& run, const Reach& reach, int64_t s0,
               int64_t i, int64_t rows, T* scores) {
     const int64_t padded = reach.end - reach.begin, j0 = s0 + reach.begin;
+    const int64_t first = tile.first + i - tile.row_begin;
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores + r * kSegment + reach.begin;
       rules.apply(run, i + r, j0, reach.keys, padded, s, nullptr);
-      const int64_t row = tile.first + i + r - tile.row_begin;
-      if (weights_.wanted()) weights_.keep(row, j0, reach.keys, s);
-      const T rescale = softmax_update<T>(s, padded, states_[row]);
-      if (rescale != T{1}) scale_row<T>(sums_ + row * width_, width_, rescale);
-      if (!dropout_.active()) continue;
+      if (weights_.wanted()) weights_.keep(first + r, j0, reach.keys, s);
+    }
+    for (int64_t r0 = 0; r0 < rows; r0 += kLanes<T>) {
+      const int64_t n = std::min<int64_t>(kLanes<T>, rows - r0);
+      T factors[kLanes<T>];
+      softmax_update_lanes<T>(scores + r0 * kSegment + reach.begin, kSegment, n, padded, states_ + first + r0,
+                              factors);
+      for (int64_t r = 0; r < n; ++r)
+        if (factors[r] != T{1}) scale_row<T>(sums_ + (first + r0 + r) * width_, width_, factors[r]);
+    }
+    if (!dropout_.active()) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* s = scores + r * kSegment + reach.begin;
       dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, j0, reach.keys, s);
-      if (weights_.wanted()) weights_.drop(row, j0, reach.keys, s);
+      if (weights_.wanted()) weights_.drop(first + r, j0, reach.keys, s);
     }
   }
 
