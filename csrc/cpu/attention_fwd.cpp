@@ -12,6 +12,7 @@
 #include "dropout.h"
 #include "exact.h"
 #include "few_rows.h"
+#include "forward_plan.h"
 #include "isa.h"
 #include "pair_scores.h"
 #include "rows.h"
@@ -24,88 +25,7 @@ namespace {
 
 constexpr int64_t kSegment = 256;  // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
 constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
-constexpr int64_t kTaskRows =
-    256;                          // rows that share a packed segment: packing costs about 2% of the products
 constexpr int64_t kReused = 128;  // rows and keys of a task from which on scattered rows are worth a copy
-constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
-constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
-
-// Rows [row_begin, row_end) of one query head, within one 64-row tile; state holds them from `first`.
-struct Tile {
-  int64_t head, row_begin, row_end, first;
-};
-
-struct Task {
-  int64_t batch, head_kv;
-  int64_t tile_begin, tile_end;  // in Plan::tiles
-  int64_t rows;
-  int64_t key_begin, key_end;
-  int64_t partial;  // index of the first row's partial result, -1 where the keys are not split
-};
-
-// A row whose keys were split: its partial results lie `stride` apart, in ascending order of keys.
-struct SplitRows {
-  int64_t batch, head, rows;
-  int64_t partial, stride, splits;
-};
-
-// Depends on the threads only in how rows are grouped into tasks, which no result depends on.
-struct Plan {
-  Vector<Tile> tiles;
-  Vector<Task> tasks;
-  Vector<SplitRows> split_rows;
-  int64_t partial_rows = 0;
-
-  explicit Plan(const AttentionParams& p) {
-    const int64_t group = p.num_heads / p.num_heads_kv;
-    const int64_t all_rows = p.batch * p.num_heads * p.seqlen_q;
-    const int64_t fair_rows = p.num_threads > 1 ? all_rows / (4 * p.num_threads) : kTaskRows;
-    const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, kMaskTile, kTaskRows);
-    one_tile_ = p.weights.data != nullptr;
-    for (int64_t b = 0; b < p.batch; ++b)
-      for (int64_t h = 0; h < p.num_heads_kv; ++h) add(sequence_of(p, b), b, h, group, task_rows);
-  }
-
- private:
-  void add(const Sequence& s, int64_t b, int64_t head_kv, int64_t group, int64_t task_rows) {
-    // Last rows first: under a causal mask they have the most keys, and the shortest tasks should end the
-    // run.
-    const int64_t num_tiles = (s.len_q + kMaskTile - 1) / kMaskTile;
-    int64_t begin = static_cast<int64_t>(tiles.size()), rows = 0;
-    const auto flush = [&] {
-      if (rows > 0) add_task(s, b, head_kv, begin, rows);
-      begin = static_cast<int64_t>(tiles.size());
-      rows = 0;
-    };
-    for (int64_t t = num_tiles - 1; t >= 0; --t)
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t first = t * kMaskTile, last = std::min(s.len_q, first + kMaskTile);
-        if (one_tile_ || rows + last - first > task_rows) flush();
-        tiles.push_back({head_kv * group + g, first, last, rows});
-        rows += last - first;
-      }
-    flush();
-  }
-
-  void add_task(const Sequence& s, int64_t b, int64_t head_kv, int64_t begin, int64_t rows) {
-    const int64_t end = static_cast<int64_t>(tiles.size());
-    const int64_t splits =
-        s.len_q > kSplitRows || one_tile_ ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
-    if (splits == 1) {
-      tasks.push_back({b, head_kv, begin, end, rows, 0, s.len_k, -1});
-      return;
-    }
-    for (int64_t n = 0; n < splits; ++n)
-      tasks.push_back({b, head_kv, begin, end, rows, n * kSplitKeys, std::min(s.len_k, (n + 1) * kSplitKeys),
-                       partial_rows + n * rows});
-    for (int64_t t = begin; t < end; ++t)
-      split_rows.push_back({b, tiles[t].head, tiles[t].row_end - tiles[t].row_begin,
-                            partial_rows + tiles[t].first, rows, splits});
-    partial_rows += splits * rows;
-  }
-
-  bool one_tile_ = false;  // whether a task is one tile and all its keys, as WeightRows needs
-};
 
 template <class T>
 struct Scratch {
@@ -141,6 +61,36 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
   if (lse != nullptr) *lse = row_lse;
 }
 
+// finish_row of the rows [i, i + rows), up to kLanes, all at once: of those that are in any way special by
+// itself.
+template <class T>
+void finish_rows(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t rows,
+                 const RowState<T>* states, T* sums, int64_t width) {
+  Vec<T> zero[kLanes<T>];  // of each row's finite elements
+  T max[kLanes<T>] = {}, sum[kLanes<T>] = {};
+  for (int64_t r = 0; r < kLanes<T>; ++r) {
+    zero[r] = Vec<T>{};
+    if (r >= rows) continue;
+    for (int64_t d = 0; d < width; d += kLanes<T>) zero[r] += load(sums + r * width + d) * T{0};
+    max[r] = states[r].max;
+    sum[r] = states[r].sum;
+  }
+  T finite[kLanes<T>], factor[kLanes<T>], lse[kLanes<T>];
+  store(finite, sum_rows<T>(zero));
+  store(factor, Dropout(p).keep_scale<T>() / load(sum));
+  store(lse, load(max) + vlog<T>(load(sum)));
+  const int64_t q_begin = sequence_of(p, b).q_begin;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (max[r] == -kInfinity<T> || finite[r] != T{0}) {
+      finish_row<T>(p, b, h, i + r, states[r], sums + r * width, nullptr);
+      continue;
+    }
+    store_row<T>(sums + r * width, factor[r], p.dtype, p.head_dim_v,
+                 row_address(p.out, p.dtype, p.out.offset(b, h, q_begin + i + r)));
+    if (p.lse.data != nullptr) static_cast<T*>(p.lse.data)[p.lse.offset(b, h, q_begin + i + r)] = lse[r];
+  }
+}
+
 template <class T>
 class TaskRunner {
  public:
@@ -158,13 +108,13 @@ class TaskRunner {
         few_rows_(seq_.len_q <= kDotRows),
         pack_keys_(!few_rows_ || p.score != Score::kDot),
         reused_(task.rows >= kReused && seq_.len_k >= kReused),
-        copy_values_(!few_rows_ && (!readable_in_place<T>(values_, p.dtype, p.head_dim_v) ||
-                                    (reused_ && !adjacent(values_, p.head_dim_v)))) {
+        pack_values_(!few_rows_ && ((reused_ && !close_rows<T>(values_, p.head_dim_v)) ||
+                                    !readable_in_place<T>(values_, p.dtype, p.head_dim_v))) {
     if (pack_keys_) panels_ = scratch.panels.ensure(kSegment * p.head_dim);
     scores_ = scratch.scores.ensure(std::max(kGroup, few_rows_ ? task.rows : 0) * kSegment);
     if (few_rows_)
       row_copy_ = scratch.values.ensure(std::max(kFewKeys * p.head_dim_v, kLanes<T> * p.head_dim));
-    if (copy_values_) value_copy_ = scratch.values.ensure(kSegment * copy_stride<T>(p.head_dim_v));
+    if (pack_values_) value_strips_ = scratch.values.ensure(kSegment * width_);
     sums_ = task.partial < 0 ? scratch.sums.ensure(task.rows * width_) : partial_sums + task.partial * width_;
     states_ = task.partial < 0 ? scratch.states.ensure(task.rows) : partial_states + task.partial;
     const Rows queries(p, p.q, task.batch, tiles_.front().head, seq_.q_begin);
@@ -177,7 +127,7 @@ class TaskRunner {
     for (int64_t s0 = task_.key_begin; s0 < task_.key_end; s0 += kSegment) {
       const int64_t s1 = std::min(task_.key_end, s0 + kSegment);
       packed_panels_ = 0;
-      copied_tiles_ = 0;
+      packed_values_ = 0;
       // Block lists may differ between the heads of a group; otherwise few rows meet their keys all at once.
       const size_t together = few_rows_ && p_.block_mask.row_ptr == nullptr ? tiles_.size() : 1;
       for (size_t t = 0; t < tiles_.size(); t += together) {
@@ -191,12 +141,7 @@ class TaskRunner {
       }
     }
     if (task_.partial >= 0) return;
-    for (const Tile& tile : tiles_)
-      for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
-        const int64_t r = tile.first + i - tile.row_begin;
-        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums_ + r * width_, weights_.row(r));
-        if (weights_.wanted()) weights_.write(r, tile.head, i);
-      }
+    for (const Tile& tile : tiles_) finish(tile);
   }
 
  private:
@@ -211,6 +156,21 @@ class TaskRunner {
           states_[r] = sink_state(static_cast<const T*>(p_.sinks)[tile.head]);
         if (queries_ != nullptr)
           load_row<T>(queries(i), p_.dtype, p_.head_dim, T{1}, queries_ + r * p_.head_dim);
+      }
+    }
+  }
+
+  void finish(const Tile& tile) {
+    const int64_t step = weights_.wanted() ? 1 : kLanes<T>;
+    for (int64_t i = tile.row_begin; i < tile.row_end; i += step) {
+      const int64_t r = tile.first + i - tile.row_begin;
+      T* sums = sums_ + r * width_;
+      if (!weights_.wanted()) {
+        const int64_t rows = std::min(step, tile.row_end - i);
+        finish_rows<T>(p_, task_.batch, tile.head, i, rows, states_ + r, sums, width_);
+      } else {
+        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums, weights_.row(r));
+        weights_.write(r, tile.head, i);
       }
     }
   }
@@ -233,18 +193,21 @@ class TaskRunner {
     }
   }
 
-  // The rows of V from key begin of the segment at s0, as far as `end`.
-  Block<T> value_block(int64_t s0, int64_t begin, int64_t end) {
-    if (!copy_values_) return block_in_place<T>(values_, s0 + begin);
-    const int64_t stride = copy_stride<T>(p_.head_dim_v);
-    for (int64_t n = begin / kMaskTile; n * kMaskTile < end; ++n) {
-      if (copied_tiles_ >> n & 1) continue;
-      copied_tiles_ |= uint64_t{1} << n;
-      const int64_t first = s0 + n * kMaskTile;
-      block_copied<T>(values_, p_.dtype, first, std::min(kMaskTile, seq_.len_k - first), p_.head_dim_v,
-                      value_copy_ + n * kMaskTile * stride);
+  // sums += weights * V for the keys [begin, end) of the segment at s0.
+  void add_values(int64_t s0, int64_t begin, int64_t end, int64_t rows, const T* weights, T* sums) {
+    if (!pack_values_) {
+      const Block<T> values = block_in_place<T>(values_, s0 + begin);
+      return gemm<T, false>(rows, width_, end - begin, weights + begin, kSegment, values.data, values.stride,
+                            sums, width_, true);
     }
-    return {value_copy_ + begin * stride, stride};
+    for (int64_t n = begin / kMaskTile; n * kMaskTile < end; ++n) {
+      if (packed_values_ >> n & 1) continue;
+      packed_values_ |= uint64_t{1} << n;
+      pack_strips<T>([&](int64_t c) { return values_(s0 + c); }, p_.dtype, n * kMaskTile,
+                     std::min((n + 1) * kMaskTile, seq_.len_k - s0), p_.head_dim_v, value_strips_, kSegment);
+    }
+    gemm_strips<T>(rows, width_, end - begin, weights + begin, kSegment, value_strips_, kSegment, begin, sums,
+                   width_);
   }
 
   // What rows [i, i + rows) may see of a run within the segment at s0: keys [first, last) and, in whole
@@ -273,9 +236,8 @@ class TaskRunner {
                       kSegment);
     update(rules, tile, run, reach, s0, i, rows, scores_);
     // V from the first to the last key that some row may see, and no further: what padding holds is not read.
-    const Block<T> values = value_block(s0, reach.first, reach.last);
-    gemm<T, false>(rows, width_, reach.last - reach.first, scores_ + reach.first, kSegment, values.data,
-                   values.stride, sums_ + (tile.first + i - tile.row_begin) * width_, width_, true);
+    add_values(s0, reach.first, reach.last, rows, scores_,
+               sums_ + (tile.first + i - tile.row_begin) * width_);
   }
 
   // All rows of the tiles [tile, last_tile), heads that see the same run, meet its keys where these lie.
@@ -309,16 +271,25 @@ class TaskRunner {
   void update(const ScoreRules<T>& rules, const Tile& tile, const Run& run, const Reach& reach, int64_t s0,
               int64_t i, int64_t rows, T* scores) {
     const int64_t padded = reach.end - reach.begin, j0 = s0 + reach.begin;
+    const int64_t first = tile.first + i - tile.row_begin;
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores + r * kSegment + reach.begin;
       rules.apply(run, i + r, j0, reach.keys, padded, s, nullptr);
-      const int64_t row = tile.first + i + r - tile.row_begin;
-      if (weights_.wanted()) weights_.keep(row, j0, reach.keys, s);
-      const T rescale = softmax_update<T>(s, padded, states_[row]);
-      if (rescale != T{1}) scale_row<T>(sums_ + row * width_, width_, rescale);
-      if (!dropout_.active()) continue;
+      if (weights_.wanted()) weights_.keep(first + r, j0, reach.keys, s);
+    }
+    for (int64_t r0 = 0; r0 < rows; r0 += kLanes<T>) {
+      const int64_t n = std::min<int64_t>(kLanes<T>, rows - r0);
+      T factors[kLanes<T>];
+      softmax_update_lanes<T>(scores + r0 * kSegment + reach.begin, kSegment, n, padded, states_ + first + r0,
+                              factors);
+      for (int64_t r = 0; r < n; ++r)
+        if (factors[r] != T{1}) scale_row<T>(sums_ + (first + r0 + r) * width_, width_, factors[r]);
+    }
+    if (!dropout_.active()) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* s = scores + r * kSegment + reach.begin;
       dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, j0, reach.keys, s);
-      if (weights_.wanted()) weights_.drop(row, j0, reach.keys, s);
+      if (weights_.wanted()) weights_.drop(first + r, j0, reach.keys, s);
     }
   }
 
@@ -330,10 +301,10 @@ class TaskRunner {
   const Dropout dropout_;
   const WeightRows<T> weights_;
   const int64_t width_;
-  const bool few_rows_, pack_keys_, reused_, copy_values_;
-  T *scores_, *sums_, *panels_ = nullptr, *value_copy_ = nullptr, *row_copy_ = nullptr, *queries_ = nullptr;
+  const bool few_rows_, pack_keys_, reused_, pack_values_;
+  T *scores_, *sums_, *panels_ = nullptr, *value_strips_ = nullptr, *row_copy_ = nullptr, *queries_ = nullptr;
   RowState<T>* states_;
-  uint64_t packed_panels_ = 0, copied_tiles_ = 0;  // bits by index within the segment
+  uint64_t packed_panels_ = 0, packed_values_ = 0;  // bits by index within the segment
 };
 
 // Adds up a row's partial results in ascending order of keys.

@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "../params.h"
 #include "gemm.h"
+#include "shuffle.h"
 #include "simd.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -113,6 +113,25 @@ FASTATTN_INLINE Vec<T> load_as(const Source* p) {
   }
 }
 
+// 16 bytes of consecutive elements, in the accumulator's type.
+template <class T, class Source>
+FASTATTN_INLINE Piece<T> load_piece(const Source* p) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<Source, BFloat16> && sizeof(T) == 4)
+    return (Piece<T>)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+                                    16);
+  if constexpr (std::is_same_v<Source, Float16> && sizeof(T) == 4)
+    return (Piece<T>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
+  if constexpr (std::is_same_v<Source, T>) {
+    return *reinterpret_cast<const typename PieceOf<T>::unaligned*>(p);
+  } else {
+    Piece<T> piece;
+    for (int n = 0; n < kPiece<T>; ++n) piece[n] = to_accumulator<T>(p[n]);
+    return piece;
+  }
+}
+
 // Calls f with a null pointer of the type that rows of dtype are read by.
 template <class T, class F>
 FASTATTN_INLINE void with_source(DType dtype, const F& f) {
@@ -164,43 +183,6 @@ FASTATTN_INLINE void* row_address(const Tensor& t, DType dtype, int64_t offset) 
   return static_cast<char*>(t.data) + offset * element_size(dtype);
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define FASTATTN_HAVE_SHUFFLE 1
-#endif
-#endif
-
-#if defined(FASTATTN_HAVE_SHUFFLE)
-template <class T, int... kN>
-FASTATTN_INLINE Vec<T> zip_low(Vec<T> a, Vec<T> b, std::integer_sequence<int, kN...>) {
-  return __builtin_shufflevector(a, b, (kN % 2 == 0 ? kN / 2 : kLanes<T> + kN / 2)...);
-}
-
-template <class T, int... kN>
-FASTATTN_INLINE Vec<T> zip_high(Vec<T> a, Vec<T> b, std::integer_sequence<int, kN...>) {
-  constexpr int kHalf = kLanes<T> / 2;
-  return __builtin_shufflevector(a, b, (kN % 2 == 0 ? kHalf + kN / 2 : kLanes<T> + kHalf + kN / 2)...);
-}
-
-// Zipping row m with row m + lanes/2, log2(lanes) times, transposes a square of lanes x lanes.
-template <class T>
-FASTATTN_INLINE void transpose_square(Vec<T>* rows) {
-  constexpr int kN = kLanes<T>;
-  using Lanes = std::make_integer_sequence<int, kN>;
-#pragma GCC unroll 4
-  for (int width = 1; width < kN; width *= 2) {
-    Vec<T> next[kN];
-#pragma GCC unroll 8
-    for (int m = 0; m < kN / 2; ++m) {
-      next[2 * m] = zip_low<T>(rows[m], rows[m + kN / 2], Lanes{});
-      next[2 * m + 1] = zip_high<T>(rows[m], rows[m + kN / 2], Lanes{});
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < kN; ++m) rows[m] = next[m];
-  }
-}
-#endif
-
 // One panel: dst[d * kPanel + c] = factor * row_of(c)[d], zero for columns <= c < columns rounded to vectors.
 template <class T, class RowOf>
 void pack_panel(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, T factor, T* dst) {
@@ -213,14 +195,18 @@ void pack_panel(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim, 
       for (int64_t c = 0; c < filled; ++c) rows[c] = static_cast<const Source*>(row_of(c0 + c));
       int64_t d = 0;
 #if defined(FASTATTN_HAVE_SHUFFLE)
-      for (; d + kN <= dim; d += kN) {
-        Vec<T> square[kN];
-#pragma GCC unroll 16
-        for (int c = 0; c < kN; ++c) square[c] = c < filled ? load_as<T>(rows[c] + d) * factor : Vec<T>{};
-        transpose_square<T>(square);
-#pragma GCC unroll 16
-        for (int c = 0; c < kN; ++c) store(dst + (d + c) * kPanel<T> + c0, square[c]);
-      }
+      constexpr int kE = kPiece<T>;
+      const auto pack_columns = [&](const auto& piece_of) {
+        Vec<T> square[kE];
+        load_columns<T>(piece_of, square);
+#pragma GCC unroll 4
+        for (int n = 0; n < kE; ++n) store(dst + (d + n) * kPanel<T> + c0, square[n] * factor);
+      };
+      if (filled == kN)
+        for (; d + kE <= dim; d += kE) pack_columns([&](int c) { return load_piece<T>(rows[c] + d); });
+      else
+        for (; d + kE <= dim; d += kE)
+          pack_columns([&](int c) { return c < filled ? load_piece<T>(rows[c] + d) : Piece<T>{}; });
 #endif
       for (; d < dim; ++d) {
         T* out = dst + d * kPanel<T> + c0;
@@ -238,28 +224,6 @@ void pack_panels(const RowOf& row_of, DType dtype, int64_t columns, int64_t dim,
     pack_panel<T>([&](int64_t n) { return row_of(c + n); }, dtype, columns - c, dim, factor, dst + c * dim);
 }
 
-#if defined(FASTATTN_HAVE_SHUFFLE)
-// Lane c of the result is the sum of row c's lanes: the transposition, adding where it would store.
-template <class T>
-FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
-  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
-#pragma GCC unroll 4
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-    for (int m = 0; m < width; ++m)
-      rows[m] =
-          zip_low<T>(rows[m], rows[m + width], Lanes{}) + zip_high<T>(rows[m], rows[m + width], Lanes{});
-  return rows[0];
-}
-#else
-template <class T>
-FASTATTN_INLINE Vec<T> sum_rows(Vec<T>* rows) {
-  Vec<T> sums;
-  for (int c = 0; c < kLanes<T>; ++c) sums[c] = reduce_add<T>(rows[c]);
-  return sums;
-}
-#endif
-
 // Rows padded with zeros to whole vectors: dst[r * stride + d].
 template <class T, class RowOf>
 void pack_rows(const RowOf& row_of, DType dtype, int64_t rows, int64_t dim, T* dst, int64_t stride) {
@@ -268,6 +232,27 @@ void pack_rows(const RowOf& row_of, DType dtype, int64_t rows, int64_t dim, T* d
     load_row<T>(row_of(r), dtype, dim, T{1}, row);
     std::fill(row + dim, row + round_to_lanes<T>(dim), T{0});
   }
+}
+
+// Rows [begin, end) of a matrix of `capacity` rows by strips of columns, each strip's rows next to one
+// another: what gemm_strips reads. Columns are padded with zeros to whole vectors.
+template <class T, class RowOf>
+void pack_strips(const RowOf& row_of, DType dtype, int64_t begin, int64_t end, int64_t dim, T* dst,
+                 int64_t capacity) {
+  with_source<T>(dtype, [&](auto* type) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto* row = static_cast<decltype(type)>(row_of(r));
+      for_each_strip_of(round_to_lanes<T>(dim) / kLanes<T>, [&](int64_t first, int64_t width) {
+        T* out = dst + first * kLanes<T> * capacity + r * width * kLanes<T>;
+        for (int64_t d = first * kLanes<T>; d < (first + width) * kLanes<T>; d += kLanes<T>, out += kLanes<T>)
+          if (d + kLanes<T> <= dim)
+            store(out, load_as<T>(row + d));
+          else
+            for (int64_t n = 0; n < kLanes<T>; ++n)
+              out[n] = d + n < dim ? to_accumulator<T>(row[d + n]) : T{0};
+      });
+    }
+  });
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -81,19 +81,18 @@ void row_products(const AttentionParams& p, const Rows& outs, const Rows& douts,
       int64_t done = 0;
       Vec<T> sum{};
 #if defined(FASTATTN_HAVE_SHUFFLE)
-      const int64_t whole = dim / kN * kN;
-      for (; done < whole; done += kN) {
-        Vec<T> out[kN], dout[kN];
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < kN; ++r) {
-          const int64_t row = i + std::min(r, n - 1);
-          out[r] = load_as<T>(static_cast<Source>(outs(row)) + done);
-          dout[r] = load_as<T>(static_cast<Source>(douts(row)) + done);
-        }
-        transpose_square<T>(out);
-        transpose_square<T>(dout);
-#pragma GCC unroll 16
-        for (int64_t d = 0; d < kN; ++d) sum += dout[d] * out[d];
+      constexpr int kE = kPiece<T>;
+      Source out_rows[kN], dout_rows[kN];
+      for (int64_t r = 0; r < kN; ++r) {
+        out_rows[r] = static_cast<Source>(outs(i + std::min(r, n - 1)));
+        dout_rows[r] = static_cast<Source>(douts(i + std::min(r, n - 1)));
+      }
+      for (; done + kE <= dim; done += kE) {
+        Vec<T> out[kE], dout[kE];
+        load_columns<T>([&](int r) { return load_piece<T>(out_rows[r] + done); }, out);
+        load_columns<T>([&](int r) { return load_piece<T>(dout_rows[r] + done); }, dout);
+#pragma GCC unroll 4
+        for (int d = 0; d < kE; ++d) sum += dout[d] * out[d];
       }
 #endif
       for (int64_t r = 0; r < n; ++r) {

@@ -56,6 +56,13 @@ bool readable_in_place(const Rows& rows, DType dtype, int64_t dim) {
 // few sets of the caches and a page each: read often enough, a copy is better.
 inline bool adjacent(const Rows& rows, int64_t dim) { return rows.strided() && rows.stride() == dim; }
 
+// Whether a strip of columns of many rows can be read where it lies: longer rows leave it fewer sets of the
+// L1, and more pages, than a product with them needs.
+template <class T>
+bool close_rows(const Rows& rows, int64_t dim) {
+  return adjacent(rows, dim) && dim * static_cast<int64_t>(sizeof(T)) <= 256;
+}
+
 // A block of rows in the accumulator's type, padded to whole vectors, where they lie or copied.
 template <class T>
 struct Block {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "shuffle.h"
 #include "simd.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -45,6 +46,47 @@ T softmax_update(T* s, int64_t padded, RowState<T>& state) {
   state.max = max;
   state.sum = state.sum * rescale + reduce_add<T>(sum);
   return rescale;
+}
+
+// The same for `rows` <= kLanes rows, `stride` apart: reductions and the states' arithmetic are done for all
+// of them at once, a row in each lane. factors[r] is what earlier sums of row r must be multiplied by.
+template <class T>
+void softmax_update_lanes(T* s, int64_t stride, int64_t rows, int64_t padded, RowState<T>* states,
+                          T* factors) {
+  constexpr int kN = kLanes<T>;
+  Vec<T> row[kN];
+  T lane[kN] = {}, sums[kN] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* x = s + r * stride;
+    Vec<T> top = load(x);
+    for (int64_t n = kN; n < padded; n += kN) top = vmax<T>(top, load(x + n));
+    row[r] = top;
+    lane[r] = states[r].max;
+    sums[r] = states[r].sum;
+  }
+  for (int64_t r = rows; r < kN; ++r) row[r] = Vec<T>{};
+  const Vec<T> old = load(lane), max = vmax<T>(max_rows<T>(row), old);
+  // A row that sees nothing so far gets weights exp(-inf - 0).
+  store(lane, max == -kInfinity<T> ? Vec<T>{} : max);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* x = s + r * stride;
+    Vec<T> sum{};
+    for (int64_t n = 0; n < padded; n += kN) {
+      const Vec<T> e = vexp<T>(load(x + n) - lane[r]);
+      store(x + n, e);
+      sum += e;
+    }
+    row[r] = sum;
+  }
+  for (int64_t r = rows; r < kN; ++r) row[r] = Vec<T>{};
+  const Vec<T> added = sum_rows<T>(row);
+  // Before the first visible key there is nothing to rescale.
+  const Vec<T> factor = max == old || old == -kInfinity<T> ? splat(T{1}) : vexp<T>(old - max);
+  store(factors, factor);
+  store(sums, load(sums) * factor + added);
+  // Of a row that saw only NaN so far no maximum shows it.
+  store(lane, max == -kInfinity<T> && added != added ? added : max);
+  for (int64_t r = 0; r < rows; ++r) states[r] = {lane[r], sums[r]};
 }
 
 template <class T>

@@ -1,0 +1,93 @@
+// How the forward pass falls into tasks: up to kTaskRows query rows that share a key-value head, with all
+// keys or, where there are few rows, with a part of them.
+#pragma once
+
+#include <algorithm>
+
+#include "../params.h"
+#include "buffer.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int64_t kTaskRows = 256;    // that share a packed segment: packing costs about 2% of the products
+constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
+constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
+
+// Rows [row_begin, row_end) of one query head, within one 64-row tile; state holds them from `first`.
+struct Tile {
+  int64_t head, row_begin, row_end, first;
+};
+
+struct Task {
+  int64_t batch, head_kv;
+  int64_t tile_begin, tile_end;  // in Plan::tiles
+  int64_t rows;
+  int64_t key_begin, key_end;
+  int64_t partial;  // index of the first row's partial result, -1 where the keys are not split
+};
+
+// A row whose keys were split: its partial results lie `stride` apart, in ascending order of keys.
+struct SplitRows {
+  int64_t batch, head, rows;
+  int64_t partial, stride, splits;
+};
+
+// Depends on the threads only in how rows are grouped into tasks, which no result depends on.
+struct Plan {
+  Vector<Tile> tiles;
+  Vector<Task> tasks;
+  Vector<SplitRows> split_rows;
+  int64_t partial_rows = 0;
+
+  explicit Plan(const AttentionParams& p) {
+    const int64_t group = p.num_heads / p.num_heads_kv;
+    const int64_t all_rows = p.batch * p.num_heads * p.seqlen_q;
+    const int64_t fair_rows = p.num_threads > 1 ? all_rows / (4 * p.num_threads) : kTaskRows;
+    const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, kMaskTile, kTaskRows);
+    one_tile_ = p.weights.data != nullptr;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t h = 0; h < p.num_heads_kv; ++h) add(sequence_of(p, b), b, h, group, task_rows);
+  }
+
+ private:
+  void add(const Sequence& s, int64_t b, int64_t head_kv, int64_t group, int64_t task_rows) {
+    // Last rows first: under a causal mask they have the most keys, and the shortest tasks should end the
+    // run.
+    const int64_t num_tiles = (s.len_q + kMaskTile - 1) / kMaskTile;
+    int64_t begin = static_cast<int64_t>(tiles.size()), rows = 0;
+    const auto flush = [&] {
+      if (rows > 0) add_task(s, b, head_kv, begin, rows);
+      begin = static_cast<int64_t>(tiles.size());
+      rows = 0;
+    };
+    for (int64_t t = num_tiles - 1; t >= 0; --t)
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t first = t * kMaskTile, last = std::min(s.len_q, first + kMaskTile);
+        if (one_tile_ || rows + last - first > task_rows) flush();
+        tiles.push_back({head_kv * group + g, first, last, rows});
+        rows += last - first;
+      }
+    flush();
+  }
+
+  void add_task(const Sequence& s, int64_t b, int64_t head_kv, int64_t begin, int64_t rows) {
+    const int64_t end = static_cast<int64_t>(tiles.size());
+    const int64_t splits =
+        s.len_q > kSplitRows || one_tile_ ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
+    if (splits == 1) {
+      tasks.push_back({b, head_kv, begin, end, rows, 0, s.len_k, -1});
+      return;
+    }
+    for (int64_t n = 0; n < splits; ++n)
+      tasks.push_back({b, head_kv, begin, end, rows, n * kSplitKeys, std::min(s.len_k, (n + 1) * kSplitKeys),
+                       partial_rows + n * rows});
+    for (int64_t t = begin; t < end; ++t)
+      split_rows.push_back({b, tiles[t].head, tiles[t].row_end - tiles[t].row_begin,
+                            partial_rows + tiles[t].first, rows, splits});
+    partial_rows += splits * rows;
+  }
+
+  bool one_tile_ = false;  // whether a task is one tile and all its keys, as WeightRows needs
+};
+
+}  // namespace fastattn::FASTATTN_ISA
