@@ -142,10 +142,10 @@ def test_under_autocast_as_attention_is(make):
 
 @pytest.mark.parametrize("score", ["gaussian", "boxcar", "epanechnikov", "triangular"])
 def test_a_distance_is_not_capped(score):
-    from fastattn import functional
+    from fastattn import execution
     from fastattn.call import Call
 
     q, k, v = (t[:, None] for t in inputs(2))
     with pytest.raises(ValueError, match=f"softcap must be None with the score '{score}', got 5.0"):
-        functional.run(Call("attention", q, k, v, softcap=5.0, score=score))
+        execution.run(Call("attention", q, k, v, softcap=5.0, score=score))
     assert fastattn.attention(q, k, v, softcap=5.0).shape == q.shape
