@@ -24,7 +24,7 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def _no_links(BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Unordered lists [BLOCK_M, BLOCK_K] of scores, and of keys that all differ; what is beyond TOP_K stays."""
+    """Unordered lists [BLOCK_M, BLOCK_K] of scores and of keys, which all differ; beyond TOP_K they stay."""
     column = tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     return tl.where(column < TOP_K, float("-inf"), float("inf")), -1 - column
 
@@ -33,8 +33,8 @@ def _no_links(BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr)
 def _add_links(links, keys, s, j0, BLOCK_N: tl.constexpr):
     """The lists after the scores [M, N] of the keys from j0 on. Few of a late tile enter.
 
-    Keys come in ascending order and only a larger score displaces, the last of the least, so that the first of
-    equal scores stay.
+    Keys come in ascending order and only a larger score displaces, the last of the least, so that the first
+    of equal scores stay. Lists in order would need shifts across threads.
     """
     n = tl.arange(0, BLOCK_N)[None, :]
     least = tl.min(links, 1)

@@ -158,4 +158,4 @@ def backward(
         call.run_summary(summary_bwd_dk, call.key_tiles(config), config, *shared, rows(dk), *last)
         if operands.sinks is None or not needs_sinks:
             return None
-        return host._sink_gradient(operands.sinks, lse, residual, mean - dlse)
+        return host._sink_gradient(operands.sinks, lse, residual, mean - dlse).to(lse.dtype)
