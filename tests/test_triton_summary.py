@@ -69,6 +69,11 @@ def test_many_links():
     check(small("primes", dtype=torch.float16), Wanted(100, (40, 70)))
 
 
+@pytest.mark.slow
+def test_block_masks_in_smaller_tiles():
+    check(small("mask-documents-causal", seqlen_q=90, seqlen_k=110, heads=1, head_dim=80), Wanted(2, (3, 5)))
+
+
 def test_a_given_lse_changes_nothing():
     q = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
     alone = summarize(q, q, top_k=2, backend="triton")
