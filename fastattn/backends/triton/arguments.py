@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Where each batch entry's rows lie. Kernels are not compiled anew for other numbers."""
+    """Where each batch entry's rows lie."""
 
     batch: int
     num_heads: int

@@ -10,7 +10,7 @@ from fastattn.backends.triton.gradient import row_tile_inputs, tile_gradient
 from fastattn.backends.triton.tile import key_range, key_tile, key_tiles, pair_address, row_base, sequence
 
 
-@triton.jit(do_not_specialize=["lengths", "batches", "heads"])
+@triton.jit(do_not_specialize=["batches", "heads"])
 def attention_bwd_bias(
     q, k, v, lse, dout, delta, residual, dbias, lengths, rules, batches, heads,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -64,7 +64,7 @@ def attention_bwd_bias(
         tl.store(at, total, mask=i0 + r < lengths.seqlen_q)
 
 
-@triton.jit(do_not_specialize=["lengths", "parts", "num_diagonals"])
+@triton.jit(do_not_specialize=["parts", "num_diagonals"])
 def attention_bwd_diagonals(
     q, k, v, lse, dout, delta, residual, partial, lengths, rules, parts, num_diagonals,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -76,7 +76,7 @@ def _add_rows(
     return dk, dv, column
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_bwd_dkdv(
     q, k, v, lse, dout, delta, residual, dk, dv, columns, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -148,7 +148,7 @@ def attention_bwd_dkdv(
             h = h_kv * group + g
             unused = tl.zeros([BLOCK_N], tl.float32)
             start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
-            for t in range(count):
+            for t in tl.range(0, count, num_stages=1):
                 i0, bits = row_tile(rules, start, t, BLOCK_M)
                 acc_k, acc_v, unused = _add_rows(
                     acc_k, acc_v, unused, keys, values, q, lse, dout, delta, residual, lengths, rules, b, h,

@@ -17,7 +17,7 @@ from fastattn.backends.triton.tile import (
 )
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_bwd_dq(
     q, k, v, lse, dout, delta, residual, dq, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -70,7 +70,7 @@ def attention_bwd_dq(
 
     if not_finite(acc):  # once more: a key that is not finite reaches only the rows that see it
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for t in range(count):
+        for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             keys, _, ds = tile_gradient(
                 rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h,

@@ -21,7 +21,7 @@ from fastattn.backends.triton.tile import (
 LARGE_LSE = tl.constexpr(64.0)
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_bwd_rows(
     q, k, out, lse, dout, dlse, delta, residual, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -59,7 +59,7 @@ def attention_bwd_rows(
         if sinks is not None:
             total += exp_of(tl.load(sinks + h) - row_lse, NATURAL)
         start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
-        for t in range(count):
+        for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
             s = product(rows, tl.trans(keys), None, PRECISION)

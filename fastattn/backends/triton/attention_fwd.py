@@ -80,7 +80,7 @@ def _contain(
     return tl.where(reached > 0, float("nan"), acc)
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def attention_fwd(
     q, k, v, out, lse, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -143,7 +143,7 @@ def attention_fwd(
 
     if not_finite(acc):
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        for t in range(count):
+        for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             acc = _contain(
                 acc, m, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
