@@ -35,8 +35,8 @@ def test_a_sample_for_hopper():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
 def test_every_kernel_for_every_architecture(arch, dtype):
-    variants = ("additive", "triangular", "summary")
+    variants = ("additive", "triangular", "summary", "summary, blocks")
     shown = compiled(
         "--arch", arch, "--dtype", dtype, "--head-dim", "32", "128", "256", "--variant", *variants
     )
-    assert len(shown.splitlines()) == 3 * (4 + 4 + 6)
+    assert len(shown.splitlines()) == 3 * (4 + 4 + 6 + 6)

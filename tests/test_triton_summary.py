@@ -69,6 +69,11 @@ def test_many_links():
     check(small("primes", dtype=torch.float16), Wanted(100, (40, 70)))
 
 
+@pytest.mark.slow
+def test_block_masks_in_smaller_tiles():
+    check(small("mask-documents-causal", seqlen_q=90, seqlen_k=110, heads=1, head_dim=80), Wanted(2, (3, 5)))
+
+
 def test_a_given_lse_changes_nothing():
     q = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
     alone = summarize(q, q, top_k=2, backend="triton")
@@ -123,3 +128,23 @@ def test_what_it_refuses():
         summarize(q, q, bias=torch.zeros(2, 2), backend="triton")
     with pytest.raises(NotImplementedError, match="it has no float64"):
         summarize(q.double(), q.double(), mask=masks.causal(), backend="triton")
+
+
+def test_routes_agree():
+    """Compiled, and by vmap of func.grad, the same numbers as directly."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, 1, 5, 4, generator=generator)
+    sinks = torch.zeros(1)
+
+    def loss(q: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+        return summarize(q, q, sinks=sinks, mask=masks.causal(), backend="triton").entropy.square().sum()
+
+    want = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(q, sinks)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for n in range(2):
+        leaves = q[n].clone().requires_grad_(), sinks.clone().requires_grad_()
+        for function in (loss, compiled):
+            got = torch.autograd.grad(function(*leaves), leaves)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b[n])

@@ -132,9 +132,12 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
     elif name == "additive":
         call.score, call.scale, call.score_weights = name, 1.0, torch.zeros(head_dim, requires_grad=True)
     elif name == "triangular":
-        call.score, call.scale, call.mask = name, 1.0, masks.causal()
+        call.score, call.scale, call.mask = name, 1.0, masks.causal() | masks.prefix(torch.tensor([40]))
+        call.dropout_p, call.dropout_seed = 0.1, torch.zeros(1, dtype=torch.int64)
     elif name == "summary":
         call.mask, call.sinks = masks.causal(), torch.zeros(2)
+    elif name == "summary, blocks":
+        call.mask = masks.causal() | masks.prefix(torch.tensor([40]))
     elif name not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
     return call
@@ -142,7 +145,7 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 
 VARIANTS = (
     "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
-    "dropout", "varlen", "paged", "additive", "triangular", "summary",
+    "dropout", "varlen", "paged", "additive", "triangular", "summary", "summary, blocks",
 )  # fmt: skip
 
 
@@ -203,8 +206,8 @@ def compile_variant(
     operands, params = lower(call)
     found: list[tuple[str, TileConfig, Any]] = []
     with torch.no_grad(), compiling(arch, found):
-        if name == "summary":
-            _summarize(call, operands, params)
+        if name.startswith("summary"):
+            _summarize(call, operands, params, "mean" if call.sinks is not None else "max")
             return _described(found, arch, name, dtype, head_dim)
         out, lse = backend.forward(call.q, call.k, call.v, operands, params)
         if gradients and lse is not None and call.block_table is None:
@@ -213,11 +216,11 @@ def compile_variant(
     return _described(found, arch, name, dtype, head_dim)
 
 
-def _summarize(call: Call, operands: Operands, params: Params) -> None:
+def _summarize(call: Call, operands: Operands, params: Params, pool_mode: str) -> None:
     """Everything that a summary would launch."""
-    results = summary.forward(call.q, call.k, None, operands, params, Wanted(8, (4, 4)))
+    results = summary.forward(call.q, call.k, None, operands, params, Wanted(8, (4, 4), pool_mode))
     grads = results[:DIFFERENTIABLE]
-    summary.backward(call.q, call.k, results.lse, grads, operands, params, "mean", (True,) * 5)
+    summary.backward(call.q, call.k, results.lse, grads, operands, params, pool_mode, (True,) * 5)
 
 
 def _described(

@@ -13,6 +13,7 @@ from fastattn.backends.triton.pair_scores import (
     row_steps,
     score_of,
 )
+from fastattn.backends.triton.programs import key_program
 from fastattn.backends.triton.tile import (
     apply,
     band,
@@ -20,7 +21,6 @@ from fastattn.backends.triton.tile import (
     key_range,
     load_rows,
     row_base,
-    sequence,
     store_rows,
 )
 
@@ -71,14 +71,7 @@ def pair_bwd_dkdv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, SCORE: tl.constexpr,
 ):  # fmt: skip
     """dV_j = sum over i of P_ij dO_i; dK_j = sum over i of dS_ij times the score's derivative by k_j."""
-    num_tiles = tl.cdiv(lengths.seqlen_k, BLOCK_N)
-    bh = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    b = bh // lengths.num_heads_kv
-    h_kv = bh % lengths.num_heads_kv
-    group = lengths.num_heads // lengths.num_heads_kv
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    j0 = tile * BLOCK_N
+    b, h_kv, group, j0, q_begin, k_begin, len_q, len_k = key_program(lengths, BLOCK_N)
     limit = len_k
     if lengths.cu_seqlens_k is None:
         limit = lengths.seqlen_k  # keys beyond an entry's length have gradients of 0

@@ -16,7 +16,8 @@ from fastattn.backends.triton.pair_scores import (
     pair_features,
     score_of,
 )
-from fastattn.backends.triton.tile import apply, kept, key_range, load_rows, row_base, sequence, store_rows
+from fastattn.backends.triton.programs import row_program
+from fastattn.backends.triton.tile import apply, kept, key_range, load_rows, row_base, store_rows
 
 
 @triton.jit(do_not_specialize=["lengths"])
@@ -29,14 +30,7 @@ def pair_bwd_dq(
 
     dw: [programs, HEAD_DIM] of float32, or None.
     """
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
     i, rows, grad, row_lse, row_residual, row_delta = row_tile_inputs(

@@ -6,7 +6,8 @@ import triton.language as tl
 from fastattn.backends.triton.attention_bwd_rows import LARGE_LSE
 from fastattn.backends.triton.gradient import load_lse, load_per_row
 from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
-from fastattn.backends.triton.tile import apply, exp_of, key_range, load_rows, row_base, sequence
+from fastattn.backends.triton.programs import row_program
+from fastattn.backends.triton.tile import apply, exp_of, key_range, load_rows, row_base
 
 
 @triton.jit(do_not_specialize=["lengths"])
@@ -16,14 +17,7 @@ def pair_bwd_rows(
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, NATURAL: tl.constexpr, SCORE: tl.constexpr,
 ):  # fmt: skip
     """delta = dO·out - dlse; residual = log(sum of exp(s - lse)), which is 0 but for rounding."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
     r = tl.arange(0, BLOCK_M)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
+from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import (
     LN2,
     apply,
@@ -17,7 +18,6 @@ from fastattn.backends.triton.tile import (
     not_finite,
     product,
     row_base,
-    sequence,
     store_rows,
 )
 
@@ -30,14 +30,7 @@ def pair_fwd(
     SCORE: tl.constexpr,
 ):  # fmt: skip
     """out and, unless it is None, lse of BLOCK_M rows; see arguments.py for what comes in."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
     r = tl.arange(0, BLOCK_M)

@@ -110,5 +110,5 @@ def backward(
         call.run_pairs(pair_bwd_dkdv, call.key_tiles(config), config, *tile, rows(dk), rows(dv))
         dsinks = None
         if operands.sinks is not None and needs[2]:
-            dsinks = host._sink_gradient(operands.sinks, lse, residual, delta)
+            dsinks = host._sink_gradient(operands.sinks, lse, residual, delta).to(lse.dtype)
     return [None, None, dsinks, None if partial is None else partial.double().sum(0).to(lse.dtype)]

@@ -7,22 +7,19 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_lse, load_per_row
+from fastattn.backends.triton.pair_scores import key_step, key_steps, row_step, row_steps
+from fastattn.backends.triton.programs import key_program, row_program
 from fastattn.backends.triton.tile import (
     LN2,
     apply,
     band,
     exp_of,
     key_range,
-    key_tile,
-    key_tiles,
     load_keys,
     load_rows,
     not_finite,
     product,
     row_base,
-    row_tile,
-    row_tiles,
-    sequence,
     store_rows,
 )
 
@@ -58,14 +55,7 @@ def summary_bwd_rows(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """residual = log(sum of exp(s - lse)), which is 0 but for rounding; mean = sum over keys of p dL/dp."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     r = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     i = tl.minimum(i0 + r, len_q - 1)
@@ -74,9 +64,9 @@ def summary_bwd_rows(
     row_lse = load_lse(lse, b, h, q_begin, i, NATURAL)
     seen = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
-    start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_tile(rules, start, t, BLOCK_N)
+        j0, bits = key_step(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
         s, _ = apply(
@@ -140,22 +130,15 @@ def summary_bwd_dq(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ_i = scale * sum over j of dS_ij k_j."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     r = tl.arange(0, BLOCK_M)
     i = tl.minimum(i0 + r, len_q - 1)
     begin, end = key_range(rules, b, i, len_q, len_k)
     rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_tile(rules, start, t, BLOCK_N)
+        j0, bits = key_step(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
         seen, ds = _score_gradient(
@@ -173,14 +156,7 @@ def summary_bwd_dk(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK_j = scale * sum over i of dS_ij q_i, on transposed tiles."""
-    num_tiles = tl.cdiv(lengths.seqlen_k, BLOCK_N)
-    bh = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    b = bh // lengths.num_heads_kv
-    h_kv = bh % lengths.num_heads_kv
-    group = lengths.num_heads // lengths.num_heads_kv
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    j0 = tile * BLOCK_N
+    b, h_kv, group, j0, q_begin, k_begin, len_q, len_k = key_program(lengths, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_M)
     keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
@@ -190,9 +166,9 @@ def summary_bwd_dk(
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for g in range(group):
         h = h_kv * group + g
-        start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
+        start, count = row_steps(rules, b, h, j0, first, stop, BLOCK_M)
         for t in range(count):
-            i0, bits = row_tile(rules, start, t, BLOCK_M)
+            i0, bits = row_step(rules, start, t, BLOCK_M)
             i = tl.minimum(i0 + r, len_q - 1)
             begin, end = key_range(rules, b, i, len_q, len_k)
             end = tl.where(i0 + r < len_q, end, 0)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.pair_scores import key_step, key_steps
+from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import (
     FAR,
     LN2,
@@ -18,13 +19,12 @@ from fastattn.backends.triton.tile import (
     load_rows,
     product,
     row_base,
-    sequence,
 )
 
 
 @triton.jit
 def _no_links(BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Unordered lists [BLOCK_M, BLOCK_K] of scores, and of keys that all differ; beyond TOP_K they stay."""
+    """Unordered lists [BLOCK_M, BLOCK_K] of scores and of keys, which all differ; beyond TOP_K they stay."""
     column = tl.arange(0, BLOCK_K)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     return tl.where(column < TOP_K, float("-inf"), float("inf")), -1 - column
 
@@ -34,7 +34,7 @@ def _add_links(links, keys, s, j0, BLOCK_N: tl.constexpr):
     """The lists after the scores [M, N] of the keys from j0 on. Few of a late tile enter.
 
     Keys come in ascending order and only a larger score displaces, the last of the least, so that the first
-    of equal scores stay.
+    of equal scores stay. Lists in order would need shifts across threads.
     """
     n = tl.arange(0, BLOCK_N)[None, :]
     least = tl.min(links, 1)
@@ -63,14 +63,7 @@ def summary_fwd(
     entropy, distance, lse, max_weight, max_index, shift, factor: [B, Hq, Lq], dense; max_index int64.
     topk_weights, topk_indices: [B, Hq, Lq, TOP_K], dense, or None where TOP_K is 0.
     """
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     r = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     i = tl.minimum(i0 + r, len_q - 1)
@@ -119,7 +112,7 @@ def summary_fwd(
         m = m_new
 
     inside = r < len_q - i0
-    at = bh.to(tl.int64) * lengths.seqlen_q + i0 + r
+    at = (b * lengths.num_heads + h).to(tl.int64) * lengths.seqlen_q + i0 + r
     empty = total == 0
     divisor = tl.where(empty, 1.0, total)
     log_total = tl.log(divisor)

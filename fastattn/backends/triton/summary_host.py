@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.backends.triton import host
 from fastattn.backends.triton.arguments import per_row, rows
-from fastattn.backends.triton.configs import TileConfig, bias_config
+from fastattn.backends.triton.configs import TileConfig
 from fastattn.backends.triton.launch import constants_of
 from fastattn.backends.triton.summary_bwd import summary_bwd_dk, summary_bwd_dq, summary_bwd_rows
 from fastattn.backends.triton.summary_cells import summary_cells
@@ -40,7 +40,7 @@ class SummaryLaunch(host.Launch):
     def __init__(self, q: Tensor, k: Tensor, operands: Operands, params: Params) -> None:
         super().__init__(q, k, k, operands, params)
         self.inputs = rows(q), rows(k)
-        self.config = bias_config(self.arch, self.widest, self.itemsize)
+        self.config = tile_config(self.widest, self.itemsize)
 
     def run_summary(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **more: Any) -> None:
         """Launch a kernel with those of the constants that it has."""
@@ -80,6 +80,14 @@ def forward(
         results.received.copy_(received[:, :, 0])
         if 0 not in wanted.pool:
             results.pooled.copy_(_cells(call, q, shift, factor, wanted.pool, wanted.pool_mode))
+
+
+def tile_config(dim: int, itemsize: int) -> TileConfig:
+    """Of all kernels here; no larger than the tiles of a block mask. At full precision products take
+    registers, and rows of 256 features the memory of small devices."""
+    if itemsize == 4 and dim > 64:
+        return TileConfig(32, 32, 4, 1)
+    return TileConfig(64, 64, 4 if dim <= 64 else 8, 1)
 
 
 def links_config(config: TileConfig, top_k: int) -> TileConfig:
@@ -158,4 +166,4 @@ def backward(
         call.run_summary(summary_bwd_dk, call.key_tiles(config), config, *shared, rows(dk), *last)
         if operands.sinks is None or not needs_sinks:
             return None
-        return host._sink_gradient(operands.sinks, lse, residual, mean - dlse)
+        return host._sink_gradient(operands.sinks, lse, residual, mean - dlse).to(lse.dtype)
