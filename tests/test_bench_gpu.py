@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_support import needs_triton
+from triton_support import INSTALLED
 
 from fastattn import masks
 from fastattn.bench.contenders import OURS, Contender, ours, sdpa
@@ -38,6 +38,11 @@ from fastattn.testing.gpu_bench_cases import (
 )
 from fastattn.testing.inputs import make_inputs
 
+# Where there is a GPU nothing is interpreted, and kernels do not take CPU tensors.
+interpreted = pytest.mark.skipif(
+    not INSTALLED or torch.cuda.is_available(),
+    reason="needs Triton's interpreter, which a GPU makes superfluous",
+)
 CPU = torch.device("cpu")
 QUICK = Options(quick=True, min_sample=1e-9, host_calls=1)
 TINY = (1, 2, 16, 16)
@@ -187,7 +192,7 @@ def test_flex_has_no_dropout_and_not_every_mask():
     assert contenders.flex(make_inputs(tiny("x", mask=other).case), False) is None
 
 
-@needs_triton
+@interpreted
 @pytest.mark.parametrize(
     ("timed", "options", "paths"),
     [
@@ -214,7 +219,7 @@ def test_a_case_runs_on_every_path_that_takes_it(timed, options, paths):
     assert found.tflops(OURS) == found.work.flops / 1e-3 / 1e12
 
 
-@needs_triton
+@interpreted
 def test_bias_gradients_are_part_of_a_backward_pass():
     inputs = make_inputs(tiny("x", bias=tensor_bias("h", "q", "k")).case)
     for timed, count in (("backward", 4), ("step", 4)):
@@ -267,7 +272,7 @@ def test_a_hopeless_path_is_timed_once():
     assert runner.time_all([], lambda way, calls: 0.0, QUICK, None) == {}
 
 
-@needs_triton
+@interpreted
 def test_a_run_stops_when_the_time_is_up(monkeypatch):
     cases = (tiny("one"), replace(tiny(HOST, "step"), quick=True), tiny("three"))
     monkeypatch.setattr(runner, "GPU_BENCH_CASES", cases)
@@ -392,7 +397,7 @@ def test_the_picture(tmp_path: Path):
     assert (tmp_path / "all.png").stat().st_size > 10_000 and not (tmp_path / "none.png").exists()
 
 
-@needs_triton
+@interpreted
 def test_cases_are_checked_and_failures_told(monkeypatch):
     assert check.check_one("one", CPU).state == check.PASSED
     skipped = check.check_one("primes-float64", CPU)
@@ -436,7 +441,7 @@ def test_cases_in_processes_outlive_one_that_dies(monkeypatch, tmp_path: Path):
     assert {o.name for o in check.check_in_processes(names, CPU, "triton", lambda o: None, 3)} == set(names)
 
 
-@needs_triton
+@interpreted
 def test_the_child_prints_a_line_for_each_case(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: "one\nprimes-float64"))
     assert check.main(CPU, "triton") == 0
@@ -520,7 +525,7 @@ def test_nvidia_smi_is_asked(monkeypatch):
     assert device._nvidia_smi("driver_version") is None
 
 
-@needs_triton
+@interpreted
 def test_the_whole_command(monkeypatch, capsys, tmp_path: Path):
     """Every step of `bench --gpu` on CPU tensors, with a clock that invents times."""
     monkeypatch.setattr(runner, "GPU_BENCH_CASES", (replace(tiny("full forward"), quick=True),))
