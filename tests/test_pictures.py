@@ -301,3 +301,12 @@ def test_labels_are_no_formulas(text):
     ):
         axes.figure.canvas.draw()
     assert heatmap([[1.0]], ["a\n"], ["$"]).get_yticklabels()[0].get_text() == "a\\n"
+
+
+def test_a_long_title_stays_in_the_picture():
+    title = "model.decoder.layers.11.encoder_attn, mean over heads"
+    axes = alignment_map(torch.eye(7), list("abcdefg"), list("abcdefg"), title=title)
+    axes.figure.canvas.draw()
+    window, box = axes.figure.get_window_extent(), axes.title.get_window_extent()
+    assert window.x0 <= box.x0 and box.x1 <= window.x1
+    assert heatmap(torch.eye(7), title="short").title.get_size() == 12

@@ -142,9 +142,29 @@ def plain(text: str) -> str:
 
 
 def write_title(ax: Axes, title: str, loc: Literal["left", "center"] = "center") -> None:
-    """A title in any script, in which $ is a dollar."""
-    title = "\n".join(map(plain, title.split("\n")))
-    ax.set_title(title, fontfamily=families_for([title]), loc=loc, parse_math=False)
+    """A title in any script, in which $ is a dollar; a long one is smaller, to stay in the picture."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties
+
+    lines = [plain(line) for line in title.split("\n")]
+    figure: Any = ax.get_figure(root=True)
+    is_alone = len(figure.axes) == 1
+    points = 72 * (float(figure.get_size_inches()[0]) if is_alone else inches_of(ax)[0])
+    usual = FontProperties(size=rcParams["axes.titlesize"]).get_size_in_points()
+    fitting = points / (0.62 * max(map(text_width, lines)))  # a letter is about 0.6 of its size wide
+    ax.set_title(
+        "\n".join(lines),
+        fontfamily=families_for(lines),
+        fontsize=min(usual, max(6.0, fitting)),
+        loc=loc,
+        parse_math=False,
+    )
+
+
+def text_width(text: str) -> int:
+    """Columns that a text takes: two for each ideograph, none for what joins the character before it."""
+    wide = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    return max(1, wide - sum(unicodedata.combining(char) > 0 for char in text))
 
 
 def label_axis(ax: Axes, side: Literal["x", "y"], labels: Sequence[str] | None, count: int) -> None:

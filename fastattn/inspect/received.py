@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.inspect.fonts import families_for
-from fastattn.inspect.plots import as_floats, inches_of, new_axes, plain, top_of, write_title
+from fastattn.inspect.plots import as_floats, inches_of, new_axes, plain, text_width, top_of, write_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,12 +56,6 @@ def received_map(
     return ax
 
 
-def _width(text: str) -> int:
-    """Columns that a text takes: two for each ideograph, none for what joins the character before it."""
-    wide = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-    return max(1, wide - sum(unicodedata.combining(char) > 0 for char in text))
-
-
 def _line_width(ax: Axes | None) -> int:
     """Columns of text that fit across the axes, at a size that can be read."""
     inches = 9.0 if ax is None else inches_of(ax)[0]
@@ -74,7 +67,7 @@ def _lines(tokens: Sequence[str], width: int) -> list[list[int]]:
     lines: list[list[int]] = [[]]
     used = 0
     for n, token in enumerate(tokens):
-        need = _width(token) + 1
+        need = text_width(token) + 1
         if used + need > width and lines[-1]:
             lines.append([])
             used = 0
@@ -93,7 +86,7 @@ def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[lis
     for row, line in enumerate(lines):
         left = 0.0
         for n in line:
-            size, share = _width(tokens[n]) + 0.7, max(0.0, values[n].nan_to_num(0).item()) / top
+            size, share = text_width(tokens[n]) + 0.7, max(0.0, values[n].nan_to_num(0).item()) / top
             ax.add_patch(Rectangle((left, row + 0.08), size, 0.84, facecolor=colors(share), linewidth=0))
             ax.text(
                 left + size / 2,
@@ -107,7 +100,7 @@ def _write_text(ax: Axes, values: Tensor, tokens: Sequence[str], lines: list[lis
                 color="white" if share > 0.7 else INK,
             )
             left += size + 0.3
-    ax.set_xlim(0, max(width, *(sum(_width(tokens[n]) + 1 for n in line) for line in lines)))
+    ax.set_xlim(0, max(width, *(sum(text_width(tokens[n]) + 1 for n in line) for line in lines)))
     ax.set_ylim(len(lines), 0)
     ax.set_axis_off()
 
