@@ -101,8 +101,9 @@ class LocalAttention(QueryLayer):
         ends = torch.floor(at + self.window).long() + 1
         ends = ends if lens is None else ends.minimum(lens.view(len(lens), -1))
         order = torch.argsort(first, dim=-1, stable=True)
-        seen = None if mask is None else as_mask(join_lens(mask, None, call.q))
+        seen = join_lens(mask, None, call.q)
         if seen is not None:
+            seen = as_mask(seen)
             if torch.compiler.is_compiling() or is_transformed():  # where a mask cannot be reordered
                 order = torch.arange(first.shape[1], device=first.device).expand_as(first)
             else:
