@@ -29,7 +29,7 @@ from fastattn.backends.triton.cubin import Usage, usage
 from fastattn.biases import ALiBi
 from fastattn.call import Call
 from fastattn.lowering import Operands, Params, lower
-from fastattn.weight_statistics import DIFFERENTIABLE, Wanted
+from fastattn.weight_statistics import LOSSES, Wanted
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -219,7 +219,7 @@ def compile_variant(
 def _summarize(call: Call, operands: Operands, params: Params, pool_mode: str) -> None:
     """Everything that a summary would launch."""
     results = summary.forward(call.q, call.k, None, operands, params, Wanted(8, (4, 4), pool_mode))
-    grads = results[:DIFFERENTIABLE]
+    grads = results[:LOSSES]
     summary.backward(call.q, call.k, results.lse, grads, operands, params, pool_mode, (True,) * 5)
 
 

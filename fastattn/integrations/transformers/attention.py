@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.functional import attention, varlen_attention
 from fastattn.integrations.transformers import arguments
@@ -69,6 +70,8 @@ def fastattn_attention(
                 f'{name} must be None: {what} is not supported, use attn_implementation="{instead}"'
             )
     query, key, value = arguments.same_batch(query, key, value)
+    mask: Mask | Tensor | None
+    bias: Bias | Tensor | None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask, bias = arguments.implied_mask(query.shape[2], causal, sliding_window), None
