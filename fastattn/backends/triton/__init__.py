@@ -32,6 +32,7 @@ name = "triton"
 
 MAX_HEAD_DIM = 256
 OLDEST = (8, 0)
+UNCOMPILED = 10  # TritonGPUHoistTMEMAlloc of Triton 3.7.1 stops at the loop that contains NaN
 
 
 @cache
@@ -50,15 +51,24 @@ def is_interpreted() -> bool:
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+def _unsupported(capability: tuple[int, int]) -> list[str]:
+    """What speaks against a compute capability."""
+    got = ".".join(map(str, capability))
+    if capability < OLDEST:
+        return [f"it needs compute capability {'.'.join(map(str, OLDEST))}, not {got}"]
+    if capability[0] == UNCOMPILED:
+        return [f"Triton's compiler fails on its kernels for compute capability {got}"]
+    return []
+
+
 def supports(spec: AttentionSpec) -> str | None:
     """None, or every reason why this backend cannot run the call."""
     reasons = []
     if not _INSTALLED:
         reasons.append("triton is not installed (pip install triton)")
     if spec.device == "cuda":
-        if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < OLDEST:
-            needed, got = (".".join(map(str, version)) for version in (OLDEST, capability))
-            reasons.append(f"it needs compute capability {needed}, not {got}")
+        if torch.version.hip is None:
+            reasons += _unsupported(torch.cuda.get_device_capability())
     elif not (spec.device == "cpu" and is_interpreted()):
         reasons.append(f"it runs on cuda tensors, not {spec.device}")
     if spec.dtype == "float64":
@@ -89,6 +99,7 @@ def takes(call: Call) -> bool:
         and call.score == "dot"
         and call.block_table is None
         and architecture(q.device) >= 10 * OLDEST[0]
+        and architecture(q.device) // 10 != UNCOMPILED
     )
 
 

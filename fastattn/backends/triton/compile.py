@@ -31,13 +31,13 @@ from fastattn.call import Call
 from fastattn.lowering import Operands, Params, lower
 from fastattn.weight_statistics import LOSSES, Wanted
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (80, 86, 89, 90, 120)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SEQLEN = 256
 
 # The instruction that multiplies matrices of 16-bit numbers.
-TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async"}
 TENSOR_CORES[120] = TENSOR_CORES[80]
 
 

@@ -62,9 +62,10 @@ def forward_config(
     if itemsize == 4:  # no tensor cores at full precision: registers limit, not memory
         config = TileConfig(64, 64 if dim <= 64 else 32, 4 if dim <= 128 else 8, 2 if dim <= 64 else 1)
     elif arch in HOPPER_AND_LATER:
-        config = TileConfig(128, 128 if dim <= 128 else 64, 8, 3 if dim <= 64 else 2)
+        size = 128 if dim <= 128 else 64  # wider accumulators would spill
+        config = TileConfig(size, size, 8, 3 if dim <= 64 else 2)
     else:
-        config = TileConfig(128, 64, 4 if dim <= 64 else 8, 3)
+        config = TileConfig(128 if dim <= 128 else 64, 64, 8, 2)
     if blocks:
         config = TileConfig(BLOCK_MASK_TILE, BLOCK_MASK_TILE, 8 if dim == 256 else 4, config.num_stages)
     elif seqlen_q <= 16:
@@ -93,7 +94,9 @@ def backward_config(arch: int, dim: int, itemsize: int, blocks: bool, pair_bytes
 
     def needed(c: TileConfig) -> int:  # q and dO with the stages of k and v, or the other way round
         rows, keys = sorted((c.block_m, c.block_n))
-        return itemsize * dim * 2 * (rows + c.num_stages * keys) + pair_bytes * c.block_m * c.block_n
+        again = 0 if arch in HOPPER_AND_LATER else keys  # which dQ's or dK's product reads in another layout
+        tiles = 2 * (rows + c.num_stages * keys) + again
+        return itemsize * dim * tiles + pair_bytes * c.block_m * c.block_n
 
     return _fitted(config, arch, needed, blocks)
 
