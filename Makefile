@@ -49,11 +49,14 @@ $(INSTALLED): pyproject.toml setup.py fastattn/_version.py $(REQUIREMENTS)
 build: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/build_in_place.sh
 
+# One process for each core; threads that wait must not keep the others from it.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: build
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: build test-native sanitize test-install
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 test-native: $(REQUIREMENTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test_native.sh

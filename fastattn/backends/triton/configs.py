@@ -84,7 +84,7 @@ def forward_config(
 def backward_config(arch: int, dim: int, itemsize: int, blocks: bool, pair_bytes: int = 0) -> TileConfig:
     """Of attention_bwd_rows, attention_bwd_dq and attention_bwd_dkdv: rows by keys."""
     if itemsize == 4:
-        config = TileConfig(64 if dim <= 64 else 32, 32, 4, 1)
+        config = TileConfig(64, 64, 8, 1) if dim <= 64 else TileConfig(32, 32, 4, 1)
     elif arch in HOPPER_AND_LATER:
         config = TileConfig(64, 128 if dim <= 128 else 64, 8, 2)
     else:
