@@ -64,7 +64,7 @@ def _add_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def pair_bwd_dkdv(
     q, k, v, w, lse, dout, delta, residual, dk, dv, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

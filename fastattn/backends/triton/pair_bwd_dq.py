@@ -20,7 +20,7 @@ from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import apply, kept, key_range, load_rows, row_base, store_rows
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def pair_bwd_dq(
     q, k, v, w, lse, dout, delta, residual, dq, dw, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,

@@ -10,7 +10,7 @@ from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import apply, exp_of, key_range, load_rows, row_base
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def pair_bwd_rows(
     q, k, v, w, out, lse, dout, dlse, delta, residual, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,

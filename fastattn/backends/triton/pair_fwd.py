@@ -22,7 +22,7 @@ from fastattn.backends.triton.tile import (
 )
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def pair_fwd(
     q, k, v, w, out, lse, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,

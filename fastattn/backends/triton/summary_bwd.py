@@ -48,7 +48,7 @@ def _loss_gradient(losses, log_p, lengths, b, h, i, j, len_q, len_k):
     return gradient
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def summary_bwd_rows(
     q, k, lse, losses, mean, residual, sinks, lengths, rules,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -123,7 +123,7 @@ def _add_product(acc, ds, seen, rows, PRECISION: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def summary_bwd_dq(
     q, k, lse, losses, mean, dlse, residual, dq, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -149,7 +149,7 @@ def summary_bwd_dq(
     store_rows(row_base(dq, b, h, q_begin + i0), dq.row, r, acc * scale, BLOCK_D, HEAD_DIM, len_q - i0)
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def summary_bwd_dk(
     q, k, lse, losses, mean, dlse, residual, dk, lengths, rules, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

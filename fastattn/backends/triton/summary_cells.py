@@ -39,7 +39,7 @@ def _join(a, b, MAXIMUM: tl.constexpr):
         return a + b
 
 
-@triton.jit(do_not_specialize=["lengths", "grid_rows", "grid_cols", "parts"])
+@triton.jit(do_not_specialize=["grid_rows", "grid_cols", "parts"])
 def summary_cells(
     q, k, shift, factor, cells, lengths, rules, grid_rows, grid_cols, parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -51,7 +51,7 @@ def _add_links(links, keys, s, j0, BLOCK_N: tl.constexpr):
     return links, keys
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def summary_fwd(
     q, k, entropy, distance, lse, max_weight, max_index, topk_weights, topk_indices, shift, factor, sinks,
     lengths, rules,
