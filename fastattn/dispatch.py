@@ -119,10 +119,17 @@ def explain(call: Call) -> Explanation:
     found = reasons(spec)
     if forced is not None:
         return Explanation(spec, forced if found[forced] is None else None, found, forced)
-    able = [name for name, reason in found.items() if reason is None]
-    if spec.device == "cpu" and "triton" in able:  # interpreted, thousands of times slower: only where forced
-        able.remove("triton")
-    return Explanation(spec, able[0], found)
+    return Explanation(spec, able(spec, found)[0], found)
+
+
+def able(spec: AttentionSpec, found: dict[str, str | None]) -> list[str]:
+    """Those of the backends without a reason that may be chosen where none is forced."""
+    # Interpreted, Triton's kernels are thousands of times slower.
+    return [
+        name
+        for name, reason in found.items()
+        if reason is None and not (name == "triton" and spec.device == "cpu")
+    ]
 
 
 def choose(call: Call) -> Any:

@@ -193,13 +193,7 @@ def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
         return _fused("cpu", call, wanted, lse)  # it supports all of these: no spec is needed to know
     spec = spec_of(call)
     reasons = {"triton": triton_summary.supports(spec), "cpu": cpu.supports(spec), "reference": None}
-    # On CPU tensors Triton is interpreted: only where forced.
-    able = (
-        name
-        for name, reason in reasons.items()
-        if reason is None and (name, spec.device) != ("triton", "cpu")
-    )
-    name = forced or next(able)
+    name = forced or dispatch.able(spec, reasons)[0]
     reason = reasons.get(name, "it has no summary kernels")
     if reason is not None:
         raise NotImplementedError(f"backend {name!r} cannot summarize {spec}: {reason}")

@@ -55,7 +55,7 @@ def row_base(t, b, h, row):
 def load_rows(base, row_stride, r, BLOCK: tl.constexpr, WIDTH: tl.constexpr, limit, CHECK: tl.constexpr):
     """Rows base + r * row_stride, [len(r), BLOCK]: 0 beyond WIDTH columns and, if CHECK, from limit on."""
     d = tl.arange(0, BLOCK)
-    at = base + r[:, None] * row_stride + d[None, :]
+    at = base + r[:, None].to(tl.int64) * row_stride + d[None, :]
     if CHECK and WIDTH != BLOCK:
         return tl.load(at, mask=(r < limit)[:, None] & (d < WIDTH)[None, :], other=0.0)
     elif CHECK:
@@ -71,7 +71,8 @@ def store_rows(base, row_stride, r, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     """The inverse of load_rows, in the dtype of what it points to."""
     d = tl.arange(0, BLOCK)
     inside = (r < limit)[:, None] & (d < WIDTH)[None, :]
-    tl.store(base + r[:, None] * row_stride + d[None, :], x.to(base.dtype.element_ty), mask=inside)
+    at = base + r[:, None].to(tl.int64) * row_stride + d[None, :]
+    tl.store(at, x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

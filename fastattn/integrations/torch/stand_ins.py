@@ -142,9 +142,10 @@ def missing_kernels(spec: AttentionSpec) -> str | None:
     """None where a backend with kernels of its own takes the call, else each one's reason."""
     reasons = dispatch.reasons(spec)
     own = {name: reason for name, reason in reasons.items() if name not in ("torch", "reference")}
-    if any(reason is None for reason in own.values()):
+    if not own.keys().isdisjoint(dispatch.able(spec, reasons)):
         return None
-    return f"no kernel for {spec.device} ({'; '.join(f'{n}: {r}' for n, r in own.items())})"
+    told = "; ".join(f"{name}: {reason or 'only interpreted'}" for name, reason in own.items())
+    return f"no kernel for {spec.device} ({told})"
 
 
 # Made once, not on entry: torch.compile can trace entering a mode, but not making functions and modules.
