@@ -26,6 +26,27 @@ HOPELESS = 4.0  # a PyTorch path this many times slower than the fastest is time
 SLOW = 0.2  # seconds of a call beyond which one call is enough to choose PyTorch's path by
 
 
+def chosen_cases(cases: Sequence[BenchCase], text: str, quick: bool) -> list[BenchCase]:
+    """Those whose group or name the regular expression `text` finds; of a quick run the quick ones.
+
+    Raises:
+        ValueError: `text` is no regular expression, or nothing is chosen.
+    """
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise ValueError(f"filter must be a regular expression, got {text!r}: {error}") from None
+    chosen = [
+        case
+        for case in cases
+        if (case.quick or not quick) and (pattern.search(case.group) or pattern.search(case.name))
+    ]
+    if not chosen:
+        groups = ", ".join(dict.fromkeys(case.group for case in cases))
+        raise ValueError(f"filter must name a case of one of the groups {groups}; got {text!r}")
+    return chosen
+
+
 @dataclass(frozen=True)
 class Options:
     """How a run is made.
@@ -59,19 +80,7 @@ class Options:
         Raises:
             ValueError: the filter is no regular expression, or nothing is chosen.
         """
-        try:
-            pattern = re.compile(self.filter)
-        except re.error as error:
-            raise ValueError(f"filter must be a regular expression, got {self.filter!r}: {error}") from None
-        chosen = [
-            case
-            for case in BENCH_CASES
-            if (case.quick or not self.quick) and (pattern.search(case.group) or pattern.search(case.name))
-        ]
-        if not chosen:
-            groups = ", ".join(dict.fromkeys(case.group for case in BENCH_CASES))
-            raise ValueError(f"filter must name a case of one of the groups {groups}; got {self.filter!r}")
-        return chosen
+        return chosen_cases(BENCH_CASES, self.filter, self.quick)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from fastattn.bench.contenders import OURS, Contender
 from fastattn.bench.gpu.contenders import contenders
 from fastattn.bench.gpu.device import DeviceClock, HostClock, cache_bytes, synchronize
 from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio
-from fastattn.bench.runner import TOLERANCE, disagreement
+from fastattn.bench.runner import TOLERANCE, chosen_cases, disagreement
 from fastattn.bench.work import Work, work
 from fastattn.testing.bench_case import BenchCase
 from fastattn.testing.gpu_bench_cases import GPU_BENCH_CASES, HOST, is_compiled
@@ -59,19 +58,7 @@ class Options:
         Raises:
             ValueError: the filter is no regular expression, or nothing is chosen.
         """
-        try:
-            pattern = re.compile(self.filter)
-        except re.error as error:
-            raise ValueError(f"filter must be a regular expression, got {self.filter!r}: {error}") from None
-        chosen = [
-            case
-            for case in GPU_BENCH_CASES
-            if (case.quick or not self.quick) and (pattern.search(case.group) or pattern.search(case.name))
-        ]
-        if not chosen:
-            groups = ", ".join(dict.fromkeys(case.group for case in GPU_BENCH_CASES))
-            raise ValueError(f"filter must name a case of one of the groups {groups}; got {self.filter!r}")
-        return chosen
+        return chosen_cases(GPU_BENCH_CASES, self.filter, self.quick)
 
 
 @dataclass(frozen=True)
