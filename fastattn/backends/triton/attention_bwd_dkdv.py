@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_lse, load_per_row, score_gradient, seen_by
+from fastattn.backends.triton.programs import key_program
 from fastattn.backends.triton.tile import (
     band,
     is_finite,
@@ -19,7 +20,6 @@ from fastattn.backends.triton.tile import (
     row_base,
     row_tile,
     row_tiles,
-    sequence,
     store_rows,
 )
 
@@ -87,14 +87,7 @@ def attention_bwd_dkdv(
 
     columns: [B, Hq, Lk] of the sums of dS over rows, or None.
     """
-    num_tiles = tl.cdiv(lengths.seqlen_k, BLOCK_N)
-    bh = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    b = bh // lengths.num_heads_kv
-    h_kv = bh % lengths.num_heads_kv
-    group = lengths.num_heads // lengths.num_heads_kv
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    j0 = tile * BLOCK_N
+    b, h_kv, group, j0, q_begin, k_begin, len_q, len_k = key_program(lengths, BLOCK_N)
     limit = len_k
     if lengths.cu_seqlens_k is None:
         limit = lengths.seqlen_k  # keys beyond an entry's length have gradients of 0
@@ -114,7 +107,7 @@ def attention_bwd_dkdv(
     for g in range(group):
         h = h_kv * group + g
         column = tl.zeros([BLOCK_N], tl.float32)
-        start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
+        start, count = row_tiles(rules, b, h, j0 // BLOCK_N, first, stop, BLOCK_M)
         before = count
         skipped = 0
         if rules.blocks is None and rules.key_starts is None and rules.key_ends is None:
@@ -147,7 +140,7 @@ def attention_bwd_dkdv(
         for g in range(group):
             h = h_kv * group + g
             unused = tl.zeros([BLOCK_N], tl.float32)
-            start, count = row_tiles(rules, b, h, tile, first, stop, BLOCK_M)
+            start, count = row_tiles(rules, b, h, j0 // BLOCK_N, first, stop, BLOCK_M)
             for t in tl.range(0, count, num_stages=1):
                 i0, bits = row_tile(rules, start, t, BLOCK_M)
                 acc_k, acc_v, unused = _add_rows(

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import row_tile_inputs, seen_by, tile_gradient
+from fastattn.backends.triton.programs import row_program, whole_tiles
 from fastattn.backends.triton.tile import (
     is_finite,
     key_range,
@@ -12,7 +13,6 @@ from fastattn.backends.triton.tile import (
     not_finite,
     product,
     row_base,
-    sequence,
     store_rows,
 )
 
@@ -25,14 +25,7 @@ def attention_bwd_dq(
     HIDES: tl.constexpr,
 ):  # fmt: skip
     """dQ_i = scale * sum over j of dS_ij k_j."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
     offset = len_k - len_q
@@ -41,14 +34,12 @@ def attention_bwd_dq(
         BLOCK_M, NATURAL,
     )  # fmt: skip
     begin, end = key_range(rules, b, i, len_q, len_k)
-    start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     before = count
     skipped = 0
     if rules.blocks is None:
-        stop = start + count * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N, stop)
-        whole_end = tl.minimum(tl.maximum(tl.min(end) // BLOCK_N * BLOCK_N, whole), stop)
+        whole, whole_end = whole_tiles(begin, end, start, count, BLOCK_N)
         for j0 in range(whole, whole_end, BLOCK_N):
             keys, _, ds = tile_gradient(
                 rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_lse, load_per_row
+from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import (
     apply,
     exp_of,
@@ -14,7 +15,6 @@ from fastattn.backends.triton.tile import (
     load_rows,
     product,
     row_base,
-    sequence,
 )
 
 # Up to here a float32 holds lse to 4e-6, which is what P then errs by.
@@ -28,14 +28,7 @@ def attention_bwd_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta = dO·out - dlse; residual = log(sum of exp(s - lse)), which is 0 but for rounding."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
     r = tl.arange(0, BLOCK_M)
@@ -58,7 +51,7 @@ def attention_bwd_rows(
         total = tl.zeros([BLOCK_M], tl.float32)
         if sinks is not None:
             total += exp_of(tl.load(sinks + h) - row_lse, NATURAL)
-        start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+        start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
         for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)

@@ -7,6 +7,7 @@ block mask's tiles are walked as its lists name them. docs/kernels/triton.md has
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.programs import row_program, whole_tiles
 from fastattn.backends.triton.tile import (
     LN2,
     apply,
@@ -21,7 +22,6 @@ from fastattn.backends.triton.tile import (
     not_finite,
     product,
     row_base,
-    sequence,
     store_rows,
 )
 
@@ -87,14 +87,7 @@ def attention_fwd(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and, unless it is None, lse of one row tile of one head; see arguments.py for what comes in."""
-    num_tiles = tl.cdiv(lengths.seqlen_q, BLOCK_M)
-    bh = tl.program_id(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest of a causal call first
-    b = bh // lengths.num_heads
-    h = bh % lengths.num_heads
-    h_kv = h // (lengths.num_heads // lengths.num_heads_kv)
-    q_begin, k_begin, len_q, len_k = sequence(lengths, b)
-    i0 = tile * BLOCK_M
+    b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
     offset = len_k - len_q
@@ -107,19 +100,14 @@ def attention_fwd(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # one more logit, which carries no value
-        sink = tl.load(sinks + h)
-        m += sink
-        m = tl.where(m == m, sink, m)
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
         l = tl.where(m == float("-inf"), 0.0, 1.0)
 
-    start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
+    before = count
+    skipped = 0
     if rules.blocks is None:
-        whole = tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N
-        whole_end = tl.min(end) // BLOCK_N * BLOCK_N
-        whole_end = tl.maximum(whole_end, whole)
-        stop = start + count * BLOCK_N
-        whole = tl.minimum(whole, stop)
-        whole_end = tl.minimum(whole_end, stop)
+        whole, whole_end = whole_tiles(begin, end, start, count, BLOCK_N)
         for j0 in range(whole, whole_end, BLOCK_N):
             acc, m, l = _attend(
                 acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, -1, begin, end, offset,
@@ -128,12 +116,7 @@ def attention_fwd(
             )  # fmt: skip
         before = (whole - start) // BLOCK_N
         skipped = (whole_end - whole) // BLOCK_N
-        checked = count - skipped
-    else:
-        before = count
-        skipped = 0
-        checked = count
-    for t in range(checked):
+    for t in range(count - skipped):
         j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
         acc, m, l = _attend(
             acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,

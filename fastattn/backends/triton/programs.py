@@ -21,6 +21,14 @@ def row_program(lengths, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def whole_tiles(begin, end, start, count, BLOCK_N: tl.constexpr):
+    """(first, stop) of the keys of those tiles, of `count` from `start` on, that every row sees whole."""
+    last = start + count * BLOCK_N
+    first = tl.minimum(tl.cdiv(tl.max(begin), BLOCK_N) * BLOCK_N, last)
+    return first, tl.minimum(tl.maximum(tl.min(end) // BLOCK_N * BLOCK_N, first), last)
+
+
+@triton.jit
 def key_program(lengths, BLOCK_N: tl.constexpr):
     """(b, head of k, query heads of its group, first key, first row of q, first row of k, len_q, len_k)."""
     num_tiles = tl.cdiv(lengths.seqlen_k, BLOCK_N)
