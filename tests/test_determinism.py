@@ -62,6 +62,22 @@ def test_any_number_of_threads(name: str, use_threads):
         assert_same_bits(results(case), expected)
 
 
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(3, 9)], ids=repr)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(64, 64), (13, 700), (100, 40), (192, 192)])
+def test_one_head_on_several_threads(seqlen_q: int, seqlen_k: int, mask, use_threads):
+    """Tiles are cut where they are fewer than threads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 1, seqlen_q, 128), (1, 1, seqlen_k, 128), (1, 1, seqlen_k, 72))
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    use_threads(1)
+    expected = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend="cpu")
+    for threads in (2, 3, 5):
+        use_threads(threads)
+        out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend="cpu")
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_run_to_run(name: str):
     case = large(name)

@@ -21,11 +21,18 @@ def interpret_without_gpu() -> None:
 
 
 def _quicken() -> None:
-    """Half of the interpreter's time goes into preparing triton.language again for each call of a function
-    within a kernel, which finds it prepared: do it once for each module."""
+    """The interpreter's time goes into bookkeeping, not into arrays: prepare triton.language once for each module
+    that has kernels and not at each call, look types up where they were made before, and leave out, as a GPU
+    does, the second sum in int64 that checks each int32 sum."""
     from triton.runtime import interpreter
 
+    language, semantic = interpreter.tl.core, interpreter.interpreter_semantic
     prepared = set()
+    make_block_type, make_tensor = language.block_type.__init__, language.tensor.__init__
+    make_numpy_type = interpreter._get_np_dtype
+    numpy_types: dict[str, Any] = {}
+    block_types: dict[Any, dict] = {}
+    shapes: dict[Any, tuple] = {}
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if id(self.fn.__globals__) not in prepared:
@@ -33,4 +40,28 @@ def _quicken() -> None:
             prepared.add(id(self.fn.__globals__))
         return self.rewrite()(*args, **kwargs)
 
+    def numpy_type(type: Any) -> Any:
+        key = str(type.scalar)
+        if key not in numpy_types:
+            numpy_types[key] = make_numpy_type(type)
+        return numpy_types[key]
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = str(element_ty), tuple(shape)
+        if key not in block_types:
+            make_block_type(self, element_ty, shape)
+            block_types[key] = vars(self).copy()
+        vars(self).update(block_types[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
     interpreter.InterpretedFunction.__call__ = call
+    language.block_type.__init__, language.tensor.__init__ = block_type, tensor
+    interpreter._get_np_dtype = numpy_type
+    semantic.binary_op_sanitize_overflow_impl = lambda lhs, rhs, operation: None

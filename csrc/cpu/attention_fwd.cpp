@@ -24,8 +24,7 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kSegment = 256;  // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
-constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
-constexpr int64_t kReused = 128;  // rows and keys of a task from which on scattered rows are worth a copy
+constexpr int64_t kReused = 128;   // rows and keys of a task from which on scattered rows are worth a copy
 
 template <class T>
 struct Scratch {
@@ -346,7 +345,7 @@ void run_forward(const AttentionParams& p) {
     // One thread takes the same tile of all heads, in order, and adds up their weights. Tasks lie in the
     // order batch, key-value head, tile, query head of that key-value head.
     const int64_t group = p.num_heads / p.num_heads_kv, num_tiles = num_tasks / (p.batch * p.num_heads);
-    parallel_tasks(p.num_threads, p.batch * num_tiles, [&](int, int64_t n) {
+    parallel_tasks(plan.num_threads, p.batch * num_tiles, [&](int, int64_t n) {
       const int64_t b = n / num_tiles, tile = n % num_tiles;
       for (int64_t h = 0; h < p.num_heads; ++h) {
         const int64_t head_kv = b * p.num_heads_kv + h / group;
@@ -354,9 +353,9 @@ void run_forward(const AttentionParams& p) {
       }
     });
   } else {
-    parallel_tasks(p.num_threads, num_tasks, [&](int, int64_t n) { run_task(plan.tasks[n]); });
+    parallel_tasks(plan.num_threads, num_tasks, [&](int, int64_t n) { run_task(plan.tasks[n]); });
   }
-  parallel_tasks(p.num_threads, static_cast<int64_t>(plan.split_rows.size()), [&](int, int64_t n) {
+  parallel_tasks(plan.num_threads, static_cast<int64_t>(plan.split_rows.size()), [&](int, int64_t n) {
     const SplitRows& rows = plan.split_rows[n];
     for (int64_t i = 0; i < rows.rows; ++i)
       combine<T>(p, rows, i, partial_sums.data(), partial_states.data());

@@ -6,14 +6,22 @@
 
 #include "../params.h"
 #include "buffer.h"
+#include "gemm.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t kTaskRows = 256;    // that share a packed segment: packing costs about 2% of the products
-constexpr int64_t kSplitKeys = 1024;  // keys per task where there are few query rows (decoding)
-constexpr int64_t kSplitRows = 64;    // up to which number of rows keys are split
+constexpr int64_t kTaskRows = 256;     // that share a packed segment: packing costs about 2% of the products
+constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
+constexpr int64_t kSplitKeys = 1024;   // keys per task where there are few query rows (decoding)
+constexpr int64_t kSplitRows = 64;     // up to which number of rows keys are split
 
-// Rows [row_begin, row_end) of one query head, within one 64-row tile; state holds them from `first`.
+// What waking another thread must save, in multiply-adds: about 5 us of one thread at half its peak. To read
+// a head's keys and values takes as long as to multiply kReadRows rows by them.
+constexpr double kThreadWork = 1 << 18;
+constexpr int64_t kReadRows = 8;
+
+// Rows [row_begin, row_end) of one query head, within one 64-row tile of the masks; state holds them from
+// `first`.
 struct Tile {
   int64_t head, row_begin, row_end, first;
 };
@@ -38,12 +46,17 @@ struct Plan {
   Vector<Task> tasks;
   Vector<SplitRows> split_rows;
   int64_t partial_rows = 0;
+  int num_threads = 1;
 
   explicit Plan(const AttentionParams& p) {
     const int64_t group = p.num_heads / p.num_heads_kv;
     const int64_t all_rows = p.batch * p.num_heads * p.seqlen_q;
-    const int64_t fair_rows = p.num_threads > 1 ? all_rows / (4 * p.num_threads) : kTaskRows;
-    const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, kMaskTile, kTaskRows);
+    const double rows = static_cast<double>(all_rows + kReadRows * p.batch * p.num_heads_kv);
+    const double work = rows * static_cast<double>(p.seqlen_k * (p.head_dim + p.head_dim_v));
+    num_threads = static_cast<int>(std::clamp(work / kThreadWork, 1.0, std::max(1.0, 1.0 * p.num_threads)));
+    const int64_t fair_rows = num_threads > 1 ? all_rows / (4 * num_threads) : kTaskRows;
+    tile_rows_ = std::clamp((all_rows / num_threads + kGroup - 1) / kGroup * kGroup, kGroup, kMaskTile);
+    const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, tile_rows_, kTaskRows);
     one_tile_ = p.weights.data != nullptr;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t h = 0; h < p.num_heads_kv; ++h) add(sequence_of(p, b), b, h, group, task_rows);
@@ -62,10 +75,13 @@ struct Plan {
     };
     for (int64_t t = num_tiles - 1; t >= 0; --t)
       for (int64_t g = 0; g < group; ++g) {
-        const int64_t first = t * kMaskTile, last = std::min(s.len_q, first + kMaskTile);
-        if (one_tile_ || rows + last - first > task_rows) flush();
-        tiles.push_back({head_kv * group + g, first, last, rows});
-        rows += last - first;
+        const int64_t tile_end = std::min(s.len_q, (t + 1) * kMaskTile);
+        for (int64_t first = t * kMaskTile; first < tile_end; first += tile_rows_) {
+          const int64_t last = std::min(tile_end, first + tile_rows_);
+          if (one_tile_ || rows + last - first > task_rows) flush();
+          tiles.push_back({head_kv * group + g, first, last, rows});
+          rows += last - first;
+        }
       }
     flush();
   }
@@ -87,6 +103,9 @@ struct Plan {
     partial_rows += splits * rows;
   }
 
+  // Fewer than a mask's 64 where there would be fewer tiles than threads; whole groups, so that no row
+  // changes its group.
+  int64_t tile_rows_ = kMaskTile;
   bool one_tile_ = false;  // whether a task is one tile and all its keys, as WeightRows needs
 };
 
