@@ -21,9 +21,11 @@ def interpret_without_gpu() -> None:
 
 
 def _quicken() -> None:
-    """The interpreter's time goes into bookkeeping, not into arrays: prepare triton.language once for each module
-    that has kernels and not at each call, look types up where they were made before, and leave out, as a GPU
-    does, the second sum in int64 that checks each int32 sum."""
+    """The interpreter's time goes into bookkeeping, not into arrays.
+
+    So triton.language is prepared once for each module with kernels and not at each call, types are looked up
+    where they were made before, and the second sum in int64 that checks each int32 sum is left out, as on a GPU.
+    """
     from triton.runtime import interpreter
 
     language, semantic = interpreter.tl.core, interpreter.interpreter_semantic
