@@ -35,9 +35,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
+# --no-compile: half of the time would go into bytecode, most of it never used.
 $(REQUIREMENTS): requirements/dev.txt requirements/no-deps.txt requirements/constraints.txt | $(BIN)/python
-	$(PIP) install --quiet $(PIP_FLAGS) -r requirements/dev.txt
-	$(PIP) install --quiet $(PIP_FLAGS) --no-deps -r requirements/no-deps.txt
+	$(PIP) install --quiet --no-compile $(PIP_FLAGS) -r requirements/dev.txt
+	$(PIP) install --quiet --no-compile $(PIP_FLAGS) --no-deps -r requirements/no-deps.txt
 	@touch $@
 
 # Registers the package in place. The native core is not built here but by CMake below, which can go on from

@@ -24,7 +24,8 @@ def _quicken() -> None:
     """The interpreter's time goes into bookkeeping, not into arrays.
 
     So triton.language is prepared once for each module with kernels and not at each call, types are looked up
-    where they were made before, and the second sum in int64 that checks each int32 sum is left out, as on a GPU.
+    where they were made before, and the second sum in int64 that checks each int32 sum is left out, as on a
+    GPU.
     """
     from triton.runtime import interpreter
 
