@@ -15,7 +15,7 @@ from fastattn.head_weights import dropped_weights
 try:  # private: without it only the models that tell their layers get weights
     from transformers.utils.output_capturing import _active_collector
 except ImportError:
-    _active_collector = None  # type: ignore[assignment]
+    _active_collector = None
 
 
 @dataclass

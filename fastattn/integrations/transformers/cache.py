@@ -31,6 +31,8 @@ class FastCache(DynamicCache):
     encoder-decoder, `EncoderDecoderCache(FastCache(), FastCache())`.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: PreTrainedConfig | None = None, *, capacity: int = 0) -> None:
         check_int("capacity", capacity, 0)
         super().__init__(config=config)
