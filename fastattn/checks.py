@@ -33,6 +33,14 @@ def check_int(name: str, value: Any, least: int | None = None, *, or_none: bool 
     return value
 
 
+def not_a_mask(name: str, value: Any) -> TypeError:
+    """The error for an argument that is neither a mask nor a tensor."""
+    got = type(value).__name__
+    if callable(value) and hasattr(value, "__name__"):
+        got += f" {value.__name__}: call it, {value.__name__}(...)"
+    return TypeError(f"{name} must be a fastattn.masks.Mask or a bool tensor, got {got}")
+
+
 def check_bool(name: str, value: Any) -> bool:
     """`value`, which must be True or False.
 

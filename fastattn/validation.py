@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.biases import Bias
 from fastattn.call import Call
-from fastattn.checks import check_int
+from fastattn.checks import check_int, not_a_mask
 from fastattn.masks import Mask
 from fastattn.spec import DISTANCE_SCORES, FLOAT_DTYPES, accumulate_dtype, dtype_name
 
@@ -185,7 +185,7 @@ def _check_mask(call: Call) -> None:
     if isinstance(mask, Mask):
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
+        raise not_a_mask(name, mask)
     check_tensor(name, mask, call.q.device, call.name("q"))
     if mask.dtype != torch.bool:
         got = dtype_name(mask.dtype)

@@ -126,6 +126,11 @@ ATTENTION = {
         TypeError,
         "mask must be a fastattn.masks.Mask or a bool tensor, got str",
     ),
+    "mask not called": (
+        {"mask": fastattn.masks.causal},
+        TypeError,
+        "mask must be a fastattn.masks.Mask or a bool tensor, got function causal: call it, causal(...)",
+    ),
     "mask dtype": (
         {"mask": torch.ones(5, 7)},
         TypeError,

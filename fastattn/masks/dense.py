@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.checks import not_a_mask
 from fastattn.masks.base import LoweredMask, Mask, register
 from fastattn.masks.space import MaskShape, Pairs, check_device, describe, lookup
 from fastattn.spec import dtype_name
@@ -26,7 +27,7 @@ def dense(mask: Tensor) -> Mask:
     Example: `dense(scores > 0) & causal()`.
     """
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
+        raise not_a_mask("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor (True = attend), got {dtype_name(mask.dtype)}")
     if mask.dim() > 4:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastattn import leading
 from fastattn.call import Call
+from fastattn.checks import not_a_mask
 from fastattn.execution import autocast, has_values
 from fastattn.masks import Mask, dense, padding
 from fastattn.masks.space import is_integer
@@ -224,7 +225,7 @@ def check_bounds(name: str, values: Tensor, most: int, what: str) -> None:
 def join_lens(mask: Mask | Tensor | None, lens: Tensor | None, queries: Tensor) -> Mask | Tensor | None:
     """`visible_keys` of lengths that are checked."""
     if mask is not None and not isinstance(mask, Mask | Tensor):
-        raise TypeError(f"mask must be a fastattn.masks.Mask or a bool tensor, got {type(mask).__name__}")
+        raise not_a_mask("mask", mask)
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (True = attend), got {dtype_name(mask.dtype)}")
