@@ -160,7 +160,8 @@ def summarize(
         lse: [B, Hq, Lq], what `attention` returned with return_lse for these arguments, which saves its
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
             Rows whose |lse| is 16 or more save nothing, since rounding took too much of it. One of another
-            call raises where a row's weights would not add up to 1 (the reference does not read it).
+            call raises where a row's weights would not add up to 1. Only the CPU's kernels read it: to the
+            reference and to Triton's, which find it beside the statistics, it saves nothing.
         backend: "triton", "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
