@@ -74,6 +74,7 @@ def record(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
         NotImplementedError: keep_graph and a layer that is checkpointed, when it is called.
+        RuntimeError: the block is within a function that torch.compile compiles.
     """
     check_int("weights_up_to", weights_up_to, 0)
     check_int("max_bytes", max_bytes, 0)
