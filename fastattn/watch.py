@@ -33,6 +33,11 @@ class Observer(Protocol):
         ...
 
 
+_WITHIN = (
+    "record and knockout must be entered outside of what torch.compile compiles, whose graphs know no "
+    "observers: put the block around the call of the compiled function, which then runs uncompiled"
+)
+
 _watching: ContextVar[tuple[Observer, ...]] = ContextVar("fastattn_watching", default=())
 observers = _watching.get
 
@@ -44,7 +49,13 @@ def is_watched() -> bool:
 
 @contextmanager
 def watching(observer: Observer) -> Iterator[None]:
-    """Calls within go by this observer, after those further out. Compiled functions run uncompiled."""
+    """Calls within go by this observer, after those further out. Compiled functions run uncompiled.
+
+    Raises:
+        RuntimeError: within a function that is being compiled.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(_WITHIN)
     with _uncompiled():
         _watching.set((*observers(), observer))
         try:
@@ -116,9 +127,12 @@ def _uncompiled() -> Iterator[None]:
         yield
         return
     with _lock:
+        if _count == 0:
+            try:
+                _stance = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:
+                raise RuntimeError(_WITHIN) from error
         _count += 1
-        if _count == 1:
-            _stance = torch.compiler.set_stance("force_eager")
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastattn
-from fastattn.inspect import knockout
+from fastattn.inspect import knockout, record
 from fastattn.integrations.torch import override_sdpa, replace_modules
 from fastattn.masks import causal
 from fastattn.models import Transformer, greedy
@@ -254,6 +254,27 @@ def test_calls_outside_the_model_are_not_touched(x):
     with knockout(model, {"": [0]}):
         model(x)
         assert torch.equal(fastattn.attention(q, q, q), want)
+
+
+@pytest.mark.parametrize(
+    "block", [lambda model: knockout(model, {"": [0]}), record], ids=["knockout", "record"]
+)
+def test_blocks_within_a_compiled_function_say_that_they_cannot_be(x, block):
+    model = Block(fastattn.attention)
+
+    @torch.compile(backend="eager")
+    def within(x):
+        with block(model):
+            return model(x)
+
+    with pytest.raises(RuntimeError, match="must be entered outside of what"):
+        within(x)
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)
+    with block(model), record(model) as rec:  # and later blocks are as ever
+        compiled(x)
+    assert len(rec) == 1
+    assert torch.equal(compiled(x), before)
 
 
 def test_compiled_models_run_uncompiled_within(x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from itertools import pairwise
 
@@ -40,6 +41,28 @@ def agg():
 
     yield
     pyplot.close("all")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rec: attention_map(rec, rec.paths[0]),
+        head_grid,
+        entropy_map,
+        lambda rec: received_map(torch.ones(3)),
+        lambda rec: received_map(torch.ones(3), ["猫", "坐", "a"]),
+        lambda rec: alignment_map(torch.ones(3, 4), TARGET, SOURCE),
+        lambda rec: heatmap(torch.ones(3, 4), TARGET, SOURCE),
+        lambda rec: show_heatmaps(torch.ones(1, 1, 3, 4), "keys", "queries"),
+    ],
+)
+def test_without_matplotlib_every_picture_names_the_extra(draw, monkeypatch):
+    with record() as rec:
+        fastattn.attention(*[torch.randn(1, 2, 3, 4)] * 3)
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pictures need matplotlib: pip install 'fastattn\[viz\]'"):
+        draw(rec)
 
 
 @pytest.fixture

@@ -279,8 +279,8 @@ class TaskRunner {
     for (int64_t r0 = 0; r0 < rows; r0 += kLanes<T>) {
       const int64_t n = std::min<int64_t>(kLanes<T>, rows - r0);
       T factors[kLanes<T>];
-      softmax_update_lanes<T>(scores + r0 * kSegment + reach.begin, kSegment, n, padded, states_ + first + r0,
-                              factors);
+      T* s = scores + r0 * kSegment + reach.begin;
+      softmax_update_lanes<T>(s, s, kSegment, n, padded, states_ + first + r0, factors);
       for (int64_t r = 0; r < n; ++r)
         if (factors[r] != T{1}) scale_row<T>(sums_ + (first + r0 + r) * width_, width_, factors[r]);
     }

@@ -1,10 +1,11 @@
-// What summaries know of one query row: its normaliser, and the sums and maxima over its keys so far.
+// What summaries know of query rows: their normalisers, and the sums and maxima over their keys so far.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "segment_scores.h"
 #include "simd.h"
 #include "softmax.h"
 
@@ -14,7 +15,7 @@ template <class T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
 // p = exp(s - shift) * factor. With a row's largest score and sum, that is what softmax computes; with its
-// lse, exp(s - lse). An empty row's shift is +inf, which makes its weights 0.
+// lse, exp(s - lse). An empty row's shift is +inf, which makes its weights 0; a lost row's is NaN.
 template <class T>
 struct Normaliser {
   T shift = kInfinity<T>;
@@ -23,6 +24,7 @@ struct Normaliser {
   // From a row's running maximum and sum.
   static Normaliser of(const RowState<T>& state) {
     if (state.max == -kInfinity<T>) return {};
+    if (state.sum != state.sum) return {state.max, T{1}};  // 0 * factor must stay 0
     return {state.max, T{1} / state.sum};
   }
 
@@ -31,82 +33,109 @@ struct Normaliser {
     if (lse == -kInfinity<T>) return {};
     return {lse, T{1}};
   }
-
-  T weight(T s) const { return s == -kInfinity<T> ? T{0} : std::exp(s - shift) * factor; }
 };
 
-// Takes s[0, padded) into the maximum and sum of a row; false, and the state as it was, where a NaN is among
-// them.
+// The first index at which s[0, padded), none of whose elements is larger, is `largest`.
 template <class T>
-bool add_scores(const T* s, int64_t padded, RowState<T>& state) {
-  Vec<T> top = load(s);
-  for (int64_t n = kLanes<T>; n < padded; n += kLanes<T>) top = vmax<T>(top, load(s + n));
-  const T max = std::max(state.max, reduce_max<T>(top));
-  if (max == -kInfinity<T>) return !std::any_of(s, s + padded, [](T x) { return x != x; });
-  Vec<T> sum{};
-  for (int64_t n = 0; n < padded; n += kLanes<T>) sum += vexp<T>(load(s + n) - max);
-  const T total = reduce_add<T>(sum);
-  if (total != total) return false;
-  const T rescale = max == state.max || state.max == -kInfinity<T> ? T{1} : std::exp(state.max - max);
-  state.max = max;
-  state.sum = state.sum * rescale + total;
-  return true;
-}
-
-// The first index at which s, none of whose elements is larger, is `largest`.
-template <class T>
-int64_t first_of(const T* s, T largest) {
-  constexpr uint32_t kAll = (1u << kLanes<T>)-1;
-  for (int64_t n = 0;; n += kLanes<T>) {
-    const uint32_t less = greater_bits<T>(splat(largest), load(s + n));
-    if (less != kAll) return n + __builtin_ctz(~less);
+int64_t first_of(const T* s, int64_t padded, T largest) {
+  for (int64_t base = 0;; base += 64) {  // the place is chance: a branch for 64 keys, not for each vector
+    uint64_t found = 0;
+    for (int64_t n = base; n < std::min(padded, base + 64); n += kLanes<T>) {
+      const uint32_t less = greater_bits<T>(splat(largest), load(s + n));
+      found |= static_cast<uint64_t>(less ^ ((1u << kLanes<T>)-1)) << (n - base);
+    }
+    if (found != 0) return base + __builtin_ctzll(found);
   }
 }
+
+// |position - j| for a block of rows and the keys of a segment: one table, of which each row reads a stretch.
+template <class T, int64_t kBlock>
+class Distances {
+ public:
+  // For `rows` rows, whose first stands at `position` among the keys, and the keys from s0 on.
+  void start(int64_t position, int64_t rows, int64_t s0) {
+    const int64_t ahead = position - s0 + kBlock - 1;
+    for (int64_t n = kBlock - rows; n < kSize; ++n) table_[n] = static_cast<T>(std::abs(ahead - n));
+  }
+
+  // Those of the block's row r: element c belongs to key s0 + c. Those of the next row begin one before.
+  const T* row(int64_t r) const { return table_ + kBlock - 1 - r; }
+
+ private:
+  static constexpr int64_t kSize = kBlock - 1 + kSegmentKeys;
+  T table_[kSize];
+};
+
+// e[0, padded) = exp(s - shift). A pass of its own: what waits for an exponential in the same loop takes the
+// places in the scheduler in which the next exponentials would start.
+template <class T>
+void weigh(const T* s, int64_t padded, T shift, T* e) {
+  for (int64_t n = 0; n < padded; n += kLanes<T>) store(e + n, vexp<T>(load(s + n) - shift));
+}
+
+// Of up to kLanes rows, a row in each lane: sums over e of e, -e ln e and e |position - j|, and the largest
+// score. Where an e is NaN, so is the entropy.
+template <class T>
+class SegmentSums {
+ public:
+  T sum[kLanes<T>], entropy[kLanes<T>], distance[kLanes<T>], largest[kLanes<T>];
+
+  // Scores s and e = exp(s - shift) have rows `stride` apart; `distances` is the first row's.
+  SegmentSums(const T* s, const T* e, int64_t stride, int64_t rows, int64_t padded, const T* shifts,
+              const T* distances) {
+    for (int64_t r = rows; r < kLanes<T>; ++r) sums_[r] = entropies_[r] = distances_[r] = tops_[r] = Vec<T>{};
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2)
+      add_rows<2>(r, s + r * stride, e + r * stride, stride, padded, shifts + r, distances - r);
+    if (r < rows) add_rows<1>(r, s + r * stride, e + r * stride, stride, padded, shifts + r, distances - r);
+    store(sum, sum_rows<T>(sums_));
+    store(entropy, sum_rows<T>(entropies_));
+    store(distance, sum_rows<T>(distances_));
+    store(largest, max_rows<T>(tops_));
+  }
+
+ private:
+  // Rows from `first` on, side by side: each addition waits for the one before it in its row.
+  template <int kRowsAtOnce>
+  FASTATTN_INLINE void add_rows(int64_t first, const T* s, const T* e, int64_t stride, int64_t padded,
+                                const T* shifts, const T* distances) {
+    // Below this an e is 0: of a hidden key 0 * -inf must not become NaN.
+    constexpr T kLeast = static_cast<T>(-1000);
+    Vec<T> sums[kRowsAtOnce] = {}, entropies[kRowsAtOnce] = {}, lengths[kRowsAtOnce] = {}, tops[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) tops[r] = splat(-kInfinity<T>);
+    for (int64_t n = 0; n < padded; n += kLanes<T>)
+#pragma GCC unroll 2
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const Vec<T> score = load(s + r * stride + n), weight = load(e + r * stride + n);
+        sums[r] += weight;
+        entropies[r] -= weight * vmax<T>(splat(kLeast), score - shifts[r]);
+        lengths[r] += weight * load(distances - r + n);
+        tops[r] = vmax<T>(tops[r], score);
+      }
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      sums_[first + r] = sums[r];
+      entropies_[first + r] = entropies[r];
+      distances_[first + r] = lengths[r];
+      tops_[first + r] = tops[r];
+    }
+  }
+
+  Vec<T> sums_[kLanes<T>], entropies_[kLanes<T>], distances_[kLanes<T>], tops_[kLanes<T>];
+};
 
 template <class T>
 struct RowStatistics {
   Normaliser<T> normaliser;
-  // Sums over e = exp(s - shift), of e, -e ln e and e |i + offset - j|.
+  // Sums over e = exp(s - shift), of e, -e ln e and e |position - j|.
   T sum{0}, entropy{0}, distance{0};
   T max = -kInfinity<T>;
-  int64_t max_index = -1;
+  int64_t max_index = -1;  // not kept where the largest links are
 
-  // s[0, padded) are the scores with the keys from j0 on; `position` is i + offset. Weights get p.
-  // Returns the largest score, or NaN, and the statistics as they were, where a weight is NaN.
-  T add(const T* s, int64_t padded, int64_t j0, int64_t position, T* weights) {
-    // Below this a weight is 0: of a hidden key 0 * -inf must not become NaN.
-    constexpr T kLeast = static_cast<T>(-1000);
-    Vec<T> e_sum{}, entropy_sum{}, distance_sum{}, top = load(s), away;
-    for (int n = 0; n < kLanes<T>; ++n) away[n] = static_cast<T>(position - j0 - n);
-    for (int64_t n = 0; n < padded; n += kLanes<T>) {
-      const Vec<T> score = load(s + n);
-      const Vec<T> log_e = score - normaliser.shift;
-      const Vec<T> e = vexp<T>(log_e);
-      store(weights + n, e * normaliser.factor);
-      e_sum += e;
-      entropy_sum -= e * vmax<T>(splat(kLeast), log_e);
-      distance_sum += e * vabs<T>(away);
-      away -= static_cast<T>(kLanes<T>);
-      top = vmax<T>(top, score);
-    }
-    const T added = reduce_add<T>(entropy_sum);
-    if (added != added) return added;
-    entropy += added;
-    sum += reduce_add<T>(e_sum);
-    distance += reduce_add<T>(distance_sum);
-    const T largest = reduce_max<T>(top);
-    if (largest > max) {
-      max = largest;
-      max_index = j0 + first_of(s, largest);
-    }
-    return largest;
-  }
-
-  // From sums over e to those over p = e / total.
-  void finish(T total) {
-    normaliser.factor = T{1} / total;
-    entropy = (entropy + sum * std::log(total)) / total;
-    distance /= total;
+  // One segment's sums, of this lane.
+  void add(const SegmentSums<T>& segment, int64_t lane) {
+    sum += segment.sum[lane];
+    entropy += segment.entropy[lane];
+    distance += segment.distance[lane];
   }
 
   bool is_empty() const { return normaliser.shift == kInfinity<T>; }

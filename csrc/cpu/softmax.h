@@ -48,10 +48,11 @@ T softmax_update(T* s, int64_t padded, RowState<T>& state) {
   return rescale;
 }
 
-// The same for `rows` <= kLanes rows, `stride` apart: reductions and the states' arithmetic are done for all
-// of them at once, a row in each lane. factors[r] is what earlier sums of row r must be multiplied by.
+// The same for `rows` <= kLanes rows, `stride` apart, with exp(s - max) in e, which may be s: reductions and
+// the states' arithmetic are done for all of them at once, a row in each lane. factors[r] is what earlier
+// sums of row r must be multiplied by.
 template <class T>
-void softmax_update_lanes(T* s, int64_t stride, int64_t rows, int64_t padded, RowState<T>* states,
+void softmax_update_lanes(const T* s, T* e, int64_t stride, int64_t rows, int64_t padded, RowState<T>* states,
                           T* factors) {
   constexpr int kN = kLanes<T>;
   Vec<T> row[kN];
@@ -69,12 +70,13 @@ void softmax_update_lanes(T* s, int64_t stride, int64_t rows, int64_t padded, Ro
   // A row that sees nothing so far gets weights exp(-inf - 0).
   store(lane, max == -kInfinity<T> ? Vec<T>{} : max);
   for (int64_t r = 0; r < rows; ++r) {
-    T* x = s + r * stride;
+    const T* x = s + r * stride;
+    T* y = e + r * stride;
     Vec<T> sum{};
     for (int64_t n = 0; n < padded; n += kN) {
-      const Vec<T> e = vexp<T>(load(x + n) - lane[r]);
-      store(x + n, e);
-      sum += e;
+      const Vec<T> weight = vexp<T>(load(x + n) - lane[r]);
+      store(y + n, weight);
+      sum += weight;
     }
     row[r] = sum;
   }

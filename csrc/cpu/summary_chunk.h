@@ -2,17 +2,18 @@
 //
 // The rows are taken in blocks of up to 256. A block walks the keys in segments of 256, packs each segment's
 // K once, and takes its rows in groups of 12, whose scores and weights stay in L1. Where lse is not given, or
-// is so large that rounding took from it, a first walk finds it.
+// is so large that rounding took from it, a first walk finds it, but for groups that see keys of one segment
+// only: those find it on their one visit.
 #pragma once
 
 #include <algorithm>
 
-#include "../errors.h"
 #include "buffer.h"
 #include "isa.h"
 #include "row_statistics.h"
 #include "score.h"
 #include "segment_scores.h"
+#include "summary_rows.h"
 #include "top_links.h"
 #include "weight_sums.h"
 
@@ -20,15 +21,6 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t kGroup = 2 * kRows;  // rows whose scores and weights share L1: 12 KB each in float32
 constexpr int64_t kBlockRows = 256;    // rows that share a packed segment
-
-// A given lse of this size has lost enough to rounding that the row's keys are asked again.
-template <class T>
-constexpr T kLargeLse{16};
-
-// By how much the weights that a given lse makes may differ from 1 in all, and lse from what the keys tell
-// (of a large one relative to its size): far from any rounding, but not from another mask.
-template <class T>
-constexpr T kTolerance = static_cast<T>(0.05);
 
 // Rows [begin, end) of one head; where its partial sums lie in the buffers of a wave.
 struct Chunk {
@@ -43,6 +35,7 @@ struct Scratch {
   Buffer<int32_t> top_keys;
   Buffer<RowState<T>> states;
   Buffer<RowStatistics<T>> rows;
+  Distances<T, kBlockRows> distances;
 };
 
 template <class T>
@@ -54,12 +47,14 @@ class ChunkRunner {
         seq_(sequence_of(p, chunk.batch)),
         rules_(p, chunk.batch, chunk.head, seq_),
         queries_(p, p.q, chunk.batch, chunk.head, seq_.q_begin),
+        results_(p, chunk.batch, chunk.head),
         products_(p, chunk.batch, chunk.head, seq_, scratch.panels),
         scores_(scratch.scores.ensure(kGroup * kSegmentKeys)),
         weights_(scratch.weights.ensure(kGroup * kSegmentKeys)),
         sums_(p, partial, scratch.columns.ensure(kSegmentKeys)),
         states_(scratch.states.ensure(kBlockRows)),
-        rows_(scratch.rows.ensure(kBlockRows)) {
+        rows_(scratch.rows.ensure(kBlockRows)),
+        distances_(scratch.distances) {
     if (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16)
       query_copy_ = scratch.queries.ensure(kBlockRows * p.head_dim);
     if (p.top_k > 0) {
@@ -84,29 +79,75 @@ class ChunkRunner {
   };
 
   void run_block(int64_t i0, int64_t i1) {
-    first_ = i0;
-    if (query_copy_ != nullptr)
-      for (int64_t i = i0; i < i1; ++i)
-        load_row<T>(queries_(i), p_.dtype, p_.head_dim, T{1}, query_copy_ + (i - i0) * p_.head_dim);
-    normalise(i0, i1);
-    for (int64_t i = i0; i < i1 && p_.top_k > 0; ++i) links(i).clear();
-    for_each_group(i0, i1, [&](const Group& g) {
-      for (int64_t r = 0; r < g.rows; ++r) add_row(g, r);
-      sums_.add(g.i, g.rows, g.j0, g.begin, g.end, weights_, kSegmentKeys);
-    });
-    for (int64_t i = i0; i < i1; ++i) finish_row(i);
+    start_rows(i0, i1);
+    if (some_unknown_) {
+      for_each_group(
+          i0, i1, [&](int64_t i, int64_t rows) { return !is_whole(i, rows); },
+          [&](const Group& g) { find_states(g); });
+      normalise(i0, i1 - i0);
+    }
+    int64_t segment = -1;
+    for_each_group(
+        i0, i1, [](int64_t, int64_t) { return true; },
+        [&](const Group& g) {
+          if (segment != g.j0) distances_.start(i0 + seq_.offset(), i1 - i0, segment = g.j0);
+          const bool is_found = some_unknown_ && is_whole(g.i, g.rows);  // here and now, with its weights
+          if (is_found) {
+            find_states(g);
+            normalise(g.i, g.rows);
+          }
+          for (int64_t r = 0; r < g.rows; ++r)
+            if (!is_found || is_known_[g.i + r - i0]) weigh_row(g, r);
+          add_group(g);
+        });
+    for (int64_t i = i0; i < i1; i += kLanes<T>)
+      results_.store_rows(i, std::min<int64_t>(kLanes<T>, i1 - i), rows_ + i - i0, states_ + i - i0,
+                          [&](int64_t r) { return links(i + r); });
   }
 
-  // Calls visit(group) for each group of the block's rows and each segment's keys that it may see; its
-  // scores, before the rules, lie in scores_ by row and key.
-  template <class Visit>
-  void for_each_group(int64_t i0, int64_t i1, const Visit& visit) {
+  // Rows that have seen nothing, with the normalisers that are known.
+  void start_rows(int64_t i0, int64_t i1) {
+    first_ = i0;
+    some_unknown_ = false;
+    const RowState<T> start = p_.sinks == nullptr ? RowState<T>{} : sink_state(results_.sink());
+    for (int64_t i = i0; i < i1; ++i) {
+      if (query_copy_ != nullptr)
+        load_row<T>(queries_(i), p_.dtype, p_.head_dim, T{1}, query_copy_ + (i - i0) * p_.head_dim);
+      if (p_.top_k > 0) links(i).clear();
+      const bool known = results_.uses_lse(i);
+      rows_[i - i0] = {};
+      if (known) rows_[i - i0].normaliser = results_.given(i);
+      states_[i - i0] = start;
+      is_known_[i - i0] = known;
+      some_unknown_ |= !known;
+    }
+  }
+
+  // The normalisers of rows whose states are found now.
+  void normalise(int64_t i, int64_t rows) {
+    for (int64_t r = i - first_; r < i - first_ + rows; ++r)
+      if (!is_known_[r]) rows_[r].normaliser = Normaliser<T>::of(states_[r]);
+  }
+
+  // Whether a group of rows is visited once at most: the keys it may see lie in one segment and one run.
+  bool is_whole(int64_t i, int64_t rows) const {
+    if (p_.block_mask.row_ptr != nullptr) return false;
+    const KeyRange hull = rules_.rows_keys(i, i + rows);
+    return hull.empty() || hull.begin / kSegmentKeys == (hull.end - 1) / kSegmentKeys;
+  }
+
+  // Calls visit(group) for each group of the block's rows for which is_wanted(row, rows), and each segment's
+  // keys that it may see; its scores lie in scores_ by row and key.
+  template <class IsWanted, class Visit>
+  void for_each_group(int64_t i0, int64_t i1, const IsWanted& is_wanted, const Visit& visit) {
     for (int64_t s0 = 0; s0 < seq_.len_k; s0 += kSegmentKeys) {
       products_.start(s0);
       for (int64_t t0 = i0; t0 < i1; t0 += kMaskTile) {
         const int64_t t1 = std::min(i1, t0 + kMaskTile);
         rules_.for_each_run(t0, t1, s0, std::min(seq_.len_k, s0 + kSegmentKeys), [&](const Run& run) {
-          for (int64_t i = t0; i < t1; i += kGroup) visit_group(run, i, std::min(kGroup, t1 - i), s0, visit);
+          for (int64_t i = t0; i < t1; i += kGroup)
+            if (is_wanted(i, std::min(kGroup, t1 - i)))
+              visit_group(run, i, std::min(kGroup, t1 - i), s0, visit);
         });
       }
     }
@@ -135,44 +176,32 @@ class ChunkRunner {
     return {top_scores_ + first, top_keys_ + first, p_.top_k};
   }
 
-  // Whether the row's weights are made of a given lse: of one that makes them as precise as softmax would,
-  // within 4 units in the last place. Of an infinite or NaN score it cannot tell which.
-  bool uses_lse(int64_t i) const {
-    if (!p_.lse_given) return false;
-    const T lse = at<T>(p_.lse, i);
-    return std::abs(lse) < kLargeLse<T> || lse == -kInfinity<T>;
-  }
-
-  // Sets each row's normaliser: from its lse, where that is given and used, else from a walk over the keys.
-  void normalise(int64_t i0, int64_t i1) {
-    bool walk = false;
-    for (int64_t i = i0; i < i1; ++i) walk |= !uses_lse(i);
-    if (walk) find_states(i0, i1);
-    for (int64_t i = i0; i < i1; ++i) {
-      RowStatistics<T>& row = rows_[i - i0];
-      row = {};
-      if (uses_lse(i))
-        row.normaliser = Normaliser<T>::of_lse(at<T>(p_.lse, i));
-      else
-        row.normaliser = Normaliser<T>::of(states_[i - i0]);
+  // Takes a group's scores into its rows' running maxima and sums; weights get exp(s - maximum).
+  void find_states(const Group& g) {
+    const int64_t padded = g.end - g.begin;
+    for (int64_t r0 = 0; r0 < g.rows; r0 += kLanes<T>) {
+      const int64_t rows = std::min<int64_t>(kLanes<T>, g.rows - r0);
+      RowState<T>* states = states_ + g.i + r0 - first_;
+      RowState<T> before[kLanes<T>];
+      T factors[kLanes<T>];
+      std::copy(states, states + rows, before);
+      softmax_update_lanes<T>(row_of(scores_, g, r0), row_of(weights_, g, r0), kSegmentKeys, rows, padded,
+                              states, factors);
+      for (int64_t r = 0; r < rows; ++r)
+        if (states[r].sum != states[r].sum) find_again(g, r0 + r, before[r], states[r]);
     }
   }
 
-  void find_states(int64_t i0, int64_t i1) {
-    const RowState<T> start = p_.sinks == nullptr ? RowState<T>{} : sink_state(sink());
-    std::fill(states_, states_ + (i1 - i0), start);
-    for_each_group(i0, i1, [&](const Group& g) {
-      for (int64_t r = 0; r < g.rows; ++r) {
-        RowState<T>& state = states_[g.i + r - i0];
-        T* s = scores_ + r * kSegmentKeys + g.begin;
-        if (state.max != state.max || add_scores<T>(s, g.end - g.begin, state)) continue;
-        hide(g, r, s);
-        if (!add_scores<T>(s, g.end - g.begin, state)) state.max = state.sum = kNaN<T>;
-      }
-    });
+  // The same of one row that has met a NaN, which may be hidden: behind a bias of -inf it is still there.
+  void find_again(const Group& g, int64_t r, const RowState<T>& before, RowState<T>& state) {
+    T *s = row_of(scores_, g, r), *weights = row_of(weights_, g, r), factors[kLanes<T>];
+    hide(g, r, s);
+    state = before;
+    softmax_update_lanes<T>(s, weights, kSegmentKeys, 1, g.end - g.begin, &state, factors);
+    if (state.sum != state.sum) state.max = kNaN<T>;  // a visible one
   }
 
-  // The scores of keys that row r does not see become -inf: a NaN behind a bias of -inf is still there.
+  // The scores of keys that row r does not see become -inf.
   void hide(const Group& g, int64_t r, T* s) const {
     bool visible[kSegmentKeys];
     const int64_t keys = g.keys(seq_.len_k);
@@ -180,74 +209,60 @@ class ChunkRunner {
     for (int64_t c = 0; c < keys; ++c) s[c] = visible[c] ? s[c] : -kInfinity<T>;
   }
 
-  void add_row(const Group& g, int64_t r) {
-    T *s = scores_ + r * kSegmentKeys + g.begin, *weights = weights_ + r * kSegmentKeys + g.begin;
-    RowStatistics<T>& row = rows_[g.i + r - first_];
-    const int64_t padded = g.end - g.begin, j0 = g.j0 + g.begin, position = g.i + r + seq_.offset();
-    T largest = row.add(s, padded, j0, position, weights);
-    if (largest != largest) {
-      hide(g, r, s);
-      largest = row.add(s, padded, j0, position, weights);
-      if (largest != largest) {  // a visible key is NaN
-        row.lose();
-        for (int64_t c = 0; c < padded; ++c) weights[c] = s[c] == -kInfinity<T> ? T{0} : weights[c];
+  static T* row_of(T* tile, const Group& g, int64_t r) { return tile + r * kSegmentKeys + g.begin; }
+
+  void weigh_row(const Group& g, int64_t r) {
+    weigh<T>(row_of(scores_, g, r), g.end - g.begin, rows_[g.i + r - first_].normaliser.shift,
+             row_of(weights_, g, r));
+  }
+
+  // Takes a group's scores and weights into all statistics.
+  void add_group(const Group& g) {
+    T factors[kGroup];
+    for (int64_t r0 = 0; r0 < g.rows; r0 += kLanes<T>) {
+      const int64_t rows = std::min<int64_t>(kLanes<T>, g.rows - r0);
+      const SegmentSums<T> sums = sums_of(g, r0, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (sums.entropy[r] == sums.entropy[r])
+          add_row(g, r0 + r, sums, r);
+        else
+          add_again(g, r0 + r);
+        factors[r0 + r] = rows_[g.i + r0 + r - first_].normaliser.factor;
       }
+    }
+    sums_.add(g.i, g.rows, g.j0, g.begin, g.end, weights_, kSegmentKeys, factors);
+  }
+
+  SegmentSums<T> sums_of(const Group& g, int64_t r0, int64_t rows) const {
+    const int64_t first = g.i + r0 - first_;
+    T shifts[kLanes<T>];
+    for (int64_t r = 0; r < rows; ++r) shifts[r] = rows_[first + r].normaliser.shift;
+    return SegmentSums<T>(row_of(scores_, g, r0), row_of(weights_, g, r0), kSegmentKeys, rows,
+                          g.end - g.begin, shifts, distances_.row(first) + g.begin);
+  }
+
+  void add_row(const Group& g, int64_t r, const SegmentSums<T>& sums, int64_t lane) {
+    const T* s = row_of(scores_, g, r);
+    const int64_t padded = g.end - g.begin, j0 = g.j0 + g.begin;
+    const T largest = sums.largest[lane];
+    RowStatistics<T>& row = rows_[g.i + r - first_];
+    row.add(sums, lane);
+    if (largest > row.max) {
+      row.max = largest;
+      if (p_.top_k == 0) row.max_index = j0 + first_of(s, padded, largest);
     }
     if (p_.top_k > 0) links(g.i + r).add(s, padded, j0, largest);
   }
 
-  // What the row's e add up to, with the sink: 1 but for the rounding of lse where that was used.
-  T total(int64_t i) const {
-    const RowStatistics<T>& row = rows_[i - first_];
-    if (!uses_lse(i)) return row.is_empty() ? T{1} : states_[i - first_].sum;
-    if (row.is_empty() && row.max == -kInfinity<T>) return T{1};
-    const T sum = row.sum + (p_.sinks == nullptr ? T{0} : row.normaliser.weight(sink()));
-    if (std::abs(sum - T{1}) > kTolerance<T>) throw_wrong_lse(chunk_.batch, chunk_.head, i, sum);
-    return sum;
-  }
-
-  // A row's lse, found from its keys, in place of one that was given and not used.
-  void store_lse(int64_t i) const {
-    const RowState<T>& state = states_[i - first_];
-    const T found = state.max == -kInfinity<T> ? state.max : state.max + std::log(state.sum);
-    T& lse = at<T>(p_.lse, i);
-    if (p_.lse_given) {
-      const T tolerance = kTolerance<T> * std::max(T{1}, std::abs(lse) / kLargeLse<T>);
-      const bool is_near = std::isfinite(lse) && std::abs(lse - found) <= tolerance;
-      const bool is_right = found == found ? is_near : !std::isfinite(lse);
-      if (!is_right) throw_wrong_lse(chunk_.batch, chunk_.head, i, std::exp(found - lse));
-    }
-    lse = found;
-  }
-
-  T sink() const { return static_cast<const T*>(p_.sinks)[chunk_.head]; }
-
-  void finish_row(int64_t i) const {
-    RowStatistics<T>& row = rows_[i - first_];
-    row.finish(total(i));
-    const bool lost = row.lost();
-    at<T>(p_.entropy, i) = row.entropy;
-    at<T>(p_.distance, i) = row.distance;
-    store_link(lost, row.normaliser.weight(row.max), row.max_index, &at<T>(p_.max_weight, i),
-               &at<int64_t>(p_.max_index, i));
-    if (!uses_lse(i)) store_lse(i);
-    if (p_.top_k == 0) return;
-    const TopLinks<T> top = links(i);
-    T* weights = &at<T>(p_.topk_weights, i);
-    int64_t* indices = &at<int64_t>(p_.topk_indices, i);
-    for (int64_t n = 0; n < p_.top_k; ++n)
-      store_link(lost, row.normaliser.weight(top.scores()[n]), top.key(n), weights + n, indices + n);
-  }
-
-  // A key of weight 0 is no link.
-  static void store_link(bool lost, T weight, int64_t key, T* out, int64_t* index) {
-    *out = lost ? kNaN<T> : weight;
-    *index = !lost && weight > T{0} ? key : -1;
-  }
-
-  template <class E>
-  E& at(const Tensor& t, int64_t i) const {
-    return static_cast<E*>(t.data)[t.offset(chunk_.batch, chunk_.head, i)];
+  // A row of which a weight is NaN, perhaps a hidden one's.
+  void add_again(const Group& g, int64_t r) {
+    T *s = row_of(scores_, g, r), *weights = row_of(weights_, g, r);
+    hide(g, r, s);
+    weigh_row(g, r);
+    const SegmentSums<T> sums = sums_of(g, r, 1);
+    if (sums.entropy[0] == sums.entropy[0]) return add_row(g, r, sums, 0);
+    rows_[g.i + r - first_].lose();
+    for (int64_t c = 0; c < g.end - g.begin; ++c) weights[c] = s[c] == -kInfinity<T> ? T{0} : weights[c];
   }
 
   const SummaryParams& p_;
@@ -255,14 +270,18 @@ class ChunkRunner {
   const Sequence seq_;
   const ScoreRules<T> rules_;
   const Rows queries_;
+  const RowResults<T> results_;
   SegmentScores<T> products_;
   T *scores_, *weights_;
   const WeightSums<T> sums_;
   RowState<T>* states_;
   RowStatistics<T>* rows_;
+  Distances<T, kBlockRows>& distances_;
   T *query_copy_ = nullptr, *top_scores_ = nullptr;
   int32_t* top_keys_ = nullptr;
-  int64_t first_ = 0;  // row of the block
+  int64_t first_ = 0;          // row of the block
+  bool is_known_[kBlockRows];  // whether the row's normaliser is a given lse
+  bool some_unknown_ = false;
 };
 
 }  // namespace fastattn::FASTATTN_ISA

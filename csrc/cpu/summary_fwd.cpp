@@ -16,7 +16,7 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kMaxChunks = 16;
-constexpr int64_t kMinChunkRows = 128;
+constexpr int64_t kMinChunkRows = 256;
 constexpr int64_t kPartialBytes = 32 << 20;  // of partial sums at a time, where there are several heads
 
 // How a head's rows are cut: by their number alone.

@@ -43,41 +43,56 @@ class WeightSums {
   WeightSums(const SummaryParams& p, const PartialSums<T>& partial, T* columns)
       : p_(p), partial_(partial), columns_(columns) {}
 
-  // Adds the weights[r * ldw + c] of rows i + r and keys j0 + c, begin <= c < end in whole vectors.
-  void add(int64_t i, int64_t rows, int64_t j0, int64_t begin, int64_t end, const T* weights,
-           int64_t ldw) const {
-    add_columns(rows, begin, end, weights, ldw);
+  // Adds factors[r] * weights[r * ldw + c] of rows i + r and keys j0 + c, begin <= c < end in whole vectors.
+  void add(int64_t i, int64_t rows, int64_t j0, int64_t begin, int64_t end, const T* weights, int64_t ldw,
+           const T* factors) const {
     T* received = partial_.received + j0;
-    for (int64_t c = begin; c < end; c += kLanes<T>)
-      store(received + c, load(received + c) + load(columns_ + c));
-    if (p_.pooled.data == nullptr) return;
     const int64_t stop = std::min(end, p_.seqlen_k - j0);
     for (int64_t r = 0; r < rows;) {
-      const int64_t row = cell_of(i + r, p_.pool_rows, p_.seqlen_q);
-      const int64_t next = std::min(rows, cell_begin(row + 1, p_.pool_rows, p_.seqlen_q) - i);
-      if (p_.pool_mode == PoolMode::kMax)
-        max_columns(next - r, begin, end, weights + r * ldw, ldw);
-      else if (next - r < rows)  // else they are there already
-        add_columns(next - r, begin, end, weights + r * ldw, ldw);
-      pool(j0, begin, stop, partial_.pooled + (row - partial_.first_pool_row) * p_.pool_cols);
+      int64_t row = 0, next = rows;  // of the grid; the rows that share it
+      if (p_.pooled.data != nullptr) {
+        row = cell_of(i + r, p_.pool_rows, p_.seqlen_q);
+        next = std::min(rows, cell_begin(row + 1, p_.pool_rows, p_.seqlen_q) - i);
+      }
+      add_columns(next - r, begin, end, weights + r * ldw, ldw, factors + r);
+      for (int64_t c = begin; c < end; c += kLanes<T>)
+        store(received + c, load(received + c) + load(columns_ + c));
+      if (p_.pooled.data != nullptr) {
+        if (p_.pool_mode == PoolMode::kMax)
+          max_columns(next - r, begin, end, weights + r * ldw, ldw, factors + r);
+        pool(j0, begin, stop, partial_.pooled + (row - partial_.first_pool_row) * p_.pool_cols);
+      }
       r = next;
     }
   }
 
  private:
-  void add_columns(int64_t rows, int64_t begin, int64_t end, const T* weights, int64_t ldw) const {
-    for (int64_t c = begin; c < end; c += kLanes<T>) {
-      Vec<T> sum = load(weights + c);
-      for (int64_t r = 1; r < rows; ++r) sum += load(weights + r * ldw + c);
+  void add_columns(int64_t rows, int64_t begin, int64_t end, const T* weights, int64_t ldw,
+                   const T* factors) const {
+    int64_t c = begin;
+    for (; c + 2 * kLanes<T> <= end; c += 2 * kLanes<T>) {  // two vectors share a factor
+      Vec<T> sum{}, next{};
+      for (int64_t r = 0; r < rows; ++r) {
+        const Vec<T> factor = splat(factors[r]);
+        sum += load(weights + r * ldw + c) * factor;
+        next += load(weights + r * ldw + c + kLanes<T>) * factor;
+      }
+      store(columns_ + c, sum);
+      store(columns_ + c + kLanes<T>, next);
+    }
+    for (; c < end; c += kLanes<T>) {
+      Vec<T> sum{};
+      for (int64_t r = 0; r < rows; ++r) sum += load(weights + r * ldw + c) * factors[r];
       store(columns_ + c, sum);
     }
   }
 
-  void max_columns(int64_t rows, int64_t begin, int64_t end, const T* weights, int64_t ldw) const {
+  void max_columns(int64_t rows, int64_t begin, int64_t end, const T* weights, int64_t ldw,
+                   const T* factors) const {
     for (int64_t c = begin; c < end; c += kLanes<T>) {
-      Vec<T> top = load(weights + c);
+      Vec<T> top = load(weights + c) * factors[0];
       for (int64_t r = 1; r < rows; ++r) {
-        const Vec<T> x = load(weights + r * ldw + c);
+        const Vec<T> x = load(weights + r * ldw + c) * factors[r];
         top = top != top ? top : vmax<T>(top, x);
       }
       store(columns_ + c, top);

@@ -19,23 +19,24 @@ from fastattn.weight_statistics import POOL_MODES, Results, Wanted, pairs_per_ce
 name = cpu.name
 
 
-def results_like(q: Tensor, k: Tensor, wanted: Wanted) -> Results:
-    """Uninitialised results."""
-    rows, heads = list(q.shape[:3]), list(q.shape[:2])
-    links = [*rows, wanted.top_k]
+def results_like(q: Tensor, k: Tensor, wanted: Wanted, lse: Tensor | None = None) -> Results:
+    """Uninitialised results, but for a copy of lse where it is given."""
+    rows, heads = q.shape[:3], q.shape[:2]
+    links = (*rows, wanted.top_k)
+    dtype = accumulate_dtype(q.dtype)
 
-    def real(shape: list[int]) -> Tensor:
-        return q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
+    def real(shape: Sequence[int]) -> Tensor:
+        return q.new_empty(shape, dtype=dtype)
 
-    def index(shape: list[int]) -> Tensor:
+    def index(shape: Sequence[int]) -> Tensor:
         return q.new_empty(shape, dtype=torch.int64)
 
     return Results(
         entropy=real(rows),
-        received=real([*heads, k.shape[2]]),
+        received=real((*heads, k.shape[2])),
         distance=real(rows),
-        lse=real(rows),
-        pooled=real([*heads, *wanted.pool]),
+        lse=real(rows) if lse is None else resolved(lse).clone(memory_format=torch.contiguous_format),
+        pooled=real((*heads, *wanted.pool)),
         max_weight=real(rows),
         max_index=index(rows),
         topk_weights=real(links),
@@ -56,9 +57,7 @@ def forward(
     Raises:
         ValueError: the lse of another call.
     """
-    results = results_like(q, k, wanted)
-    if lse is not None:
-        results.lse.copy_(lse)
+    results = results_like(q, k, wanted, lse)
     if 0 in q.shape[:-1] or k.numel() == 0:
         return _without_pairs(results, operands)
     operands = prepare(q, k, operands, params)

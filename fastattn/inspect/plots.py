@@ -54,8 +54,7 @@ def show_heatmaps(
     if titles is not None and len(titles) != columns:
         raise ValueError(f"titles must be one for each of {columns} columns, got {len(titles)}")
 
-    from matplotlib import pyplot
-
+    pyplot = need_pyplot()
     fonts = families_for(plain(text) for text in (xlabel, ylabel, *(titles or ())))
     figure, grid = pyplot.subplots(
         rows, columns, figsize=figsize, sharex=True, sharey=True, squeeze=False, layout="constrained"
@@ -116,11 +115,7 @@ def heatmap(
             f"weights must be [queries, keys], here [{rows}, {columns}] by the labels and neither of them 0, "
             f"got {shape}"
         )
-    if ax is None:
-        from matplotlib import pyplot
-
-        sides = (1.5 + min(0.35 * columns, MOST_INCHES), 1.5 + min(0.35 * rows, MOST_INCHES))
-        _, ax = pyplot.subplots(figsize=sides, layout="constrained")
+    ax = new_axes(ax, (1.5 + min(0.35 * columns, MOST_INCHES), 1.5 + min(0.35 * rows, MOST_INCHES)))
     top = max(1.0, values.nan_to_num(0).max().item()) if vmax is None else vmax
     ax.imshow(values.numpy(), cmap=cmap, vmin=0, vmax=top, aspect="auto")
     label_axis(ax, "y", queries, rows)
@@ -212,11 +207,23 @@ def as_floats(values: Any) -> torch.Tensor:
 
 def new_axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
     """The axes given, or those of a new figure of pyplot's."""
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot
+    return need_pyplot().subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
 
-    return pyplot.subplots(figsize=figsize, layout="constrained")[1]
+
+def need_pyplot() -> Any:
+    """matplotlib.pyplot.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message says how.
+    """
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        message = "pictures need matplotlib: pip install 'fastattn[viz]'"
+        raise ModuleNotFoundError(message, name="matplotlib") from None
+    return pyplot
 
 
 def top_of(values: torch.Tensor) -> float:

@@ -105,11 +105,14 @@ class Record:
 
     def runs(self, path: str) -> list[list[RecordedCall]]:
         """The calls of one module, those of one pass or decoding together; in the order of their first."""
-        sequences: dict[int | None, list[tuple[int, RecordedCall]]] = {}
+        runs = [run for mine in self._runs_by_sequence(path).values() for run in mine]
+        return [[call for _, call in run] for run in sorted(runs, key=lambda run: run[0][0])]
+
+    def _runs_by_sequence(self, path: str) -> dict[int | None, list[list[Numbered]]]:
+        sequences: dict[int | None, list[Numbered]] = {}
         for place, call in enumerate(self[path]):
             sequences.setdefault(call.sequence, []).append((place, call))
-        runs = [run for calls in sequences.values() for run in _runs(calls)]
-        return [[call for _, call in run] for run in sorted(runs, key=lambda run: run[0][0])]
+        return {number: _runs(calls) for number, calls in sequences.items()}
 
     def weights(self, path: str, *, run: int = 0, batch: int = 0) -> Tensor:
         """The weights of one run as one matrix for each head.
@@ -163,15 +166,28 @@ class Record:
     def texts(self, path: str, *, run: int = 0, batch: int = 0) -> tuple[list[str], list[str]]:
         """The texts of a run's queries and keys; positions where no tokens are attached.
 
+        Of packed or cached sequences one list may hold the texts of all of them, one after the other, each as
+        long as its run is in the end.
+
         Raises:
-            ValueError: fewer tokens are attached than the run has.
+            ValueError: fewer tokens are attached than the run has; one list for packed sequences that is
+                longer than each of them and not as long as all together.
         """
         calls = self.calls_of(path, run, batch)
-        first, last = calls[0], calls[-1]
-        entry = batch if first.sequence is None else first.sequence
-        stop = last.first_query + last.shape[2]
-        keys = max(call.shape[3] for call in calls)
-        return self.labels.texts(path, entry, (first.first_query, stop), keys)
+        first = calls[0]
+        if first.sequence is None:
+            return self.labels.texts(path, batch, first.first_query, {batch: _lengths(calls)})
+        return self.labels.texts(path, first.sequence, first.first_query, self._packed_lengths(path, first))
+
+    def _packed_lengths(self, path: str, first: RecordedCall) -> dict[int, tuple[int, int]]:
+        """Queries and keys of each sequence in the pass or decoding of which `first` begins one's."""
+        by_sequence = self._runs_by_sequence(path)
+        turn = [run[0][1] is first for run in by_sequence[first.sequence]].index(True)
+        return {
+            number: _lengths([call for _, call in runs[turn]])
+            for number, runs in by_sequence.items()
+            if number is not None and turn < len(runs)
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the record to one file: tensors as safetensors, everything else as JSON in its header.
@@ -258,6 +274,11 @@ def _runs(calls: list[Numbered]) -> list[list[Numbered]]:
         for run, each in zip(before, layers, strict=True):
             run.append(each)
     return found
+
+
+def _lengths(calls: Sequence[RecordedCall]) -> tuple[int, int]:
+    """The position behind a run's last query, and how many keys it has seen."""
+    return sum(_queries(calls[-1])), max(call.shape[3] for call in calls)
 
 
 def _queries(call: RecordedCall) -> tuple[int, int]:

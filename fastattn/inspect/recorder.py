@@ -59,9 +59,10 @@ def record(
     Args:
         model: whose calls are recorded; None for all calls of the block, under the path "". Then only the
             order of calls tells layers apart, and only the lengths of their keys how far a decoding is.
-        tokens: a text for each token, or such a list for each entry of the batch; of the source where
-            target_tokens are given too. Or a mapping of module names (globs) to such texts, or to a tuple of
-            those of the queries and those of the keys. `Record.attach` takes them later, when they are known.
+        tokens: a text for each token, or such a list for each entry of the batch; of packed sequences also
+            one list with the texts of all; of the source where target_tokens are given too. Or a mapping of
+            module names (globs) to such texts, or to a tuple of those of the queries and those of the keys.
+            `Record.attach` takes them later, when they are known.
         target_tokens: of an encoder-decoder: the queries of its cross-attention and all its decoder's own.
         layers: names of modules, paths or globs, whose calls alone are recorded; None for all.
         weights_up_to: the greatest length of which the whole weights are kept; longer calls have summaries.
@@ -73,6 +74,7 @@ def record(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
         NotImplementedError: keep_graph and a layer that is checkpointed, when it is called.
+        RuntimeError: the block is within a function that torch.compile compiles.
     """
     check_int("weights_up_to", weights_up_to, 0)
     check_int("max_bytes", max_bytes, 0)

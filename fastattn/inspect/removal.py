@@ -54,6 +54,7 @@ def knockout(
         TypeError, ValueError: naming the argument, the rule and the value got; a head that a call does not
             have raises when that call is made.
         NotImplementedError: heads of a module with add_bias_kv, whose learned key every head sees.
+        RuntimeError: the block is within a function that torch.compile compiles.
     """
     running = RunningModules(model)
     removal = _Removal(running, _checked_heads(heads), _checked_edges(edges))

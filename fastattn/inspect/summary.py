@@ -22,8 +22,9 @@ from fastattn.inspect import fused
 from fastattn.inspect.definition import statistics
 from fastattn.lowering import lower
 from fastattn.masks import Mask
+from fastattn.plain import plain_views
 from fastattn.spec import accumulate_dtype, dtype_name, spec_of
-from fastattn.validation import check_tensor, validate
+from fastattn.validation import check_tensor, validate, validate_options
 from fastattn.weight_statistics import POOL_MODES, Results, Wanted
 from fastattn.weights import Index, attention_weights
 
@@ -159,7 +160,8 @@ def summarize(
         lse: [B, Hq, Lq], what `attention` returned with return_lse for these arguments, which saves its
             computation. The result, gradients too, is as if it had been computed here: none flows into lse.
             Rows whose |lse| is 16 or more save nothing, since rounding took too much of it. One of another
-            call raises where a row's weights would not add up to 1 (the reference does not read it).
+            call raises where a row's weights would not add up to 1. Only the CPU's kernels read it: to the
+            reference and to Triton's, which find it beside the statistics, it saves nothing.
         backend: "triton", "cpu" or "reference"; None chooses. The reference holds the whole matrix.
     Returns:
         An AttentionSummary, which documents the statistics.
@@ -167,13 +169,20 @@ def summarize(
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
     call = Call("attention", q, k, k, mask, bias, scale, softcap, sinks, backend=backend)
-    autocast(call)
-    validate(call)
+    is_plain = backend is None and plain_views(q, k, k) is not None  # eager, on CPU, nothing to check
+    if is_plain:
+        validate_options(call)
+    else:
+        autocast(call)
+        validate(call)
     wanted = _wanted(top_k, pool, pool_mode, call)
     _check_lse(lse, call)
     options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
-    with without_autocast(q.device):
-        found = _run(call, wanted, lse)
+    if is_plain:
+        found = _fused("cpu", call, wanted, lse)
+    else:
+        with without_autocast(q.device):
+            found = _run(call, wanted, lse)
     named = found._asdict()
     if top_k == 0:
         named["topk_weights"] = named["topk_indices"] = None
@@ -267,6 +276,5 @@ def _check_lse(lse: Any, call: Call) -> None:
     want = accumulate_dtype(call.q.dtype)
     if lse.dtype != want:
         raise TypeError(f"lse must be {dtype_name(want)}, got {dtype_name(lse.dtype)}")
-    shape = [*call.q.shape[:3]]
-    if list(lse.shape) != shape:
-        raise ValueError(f"lse must have shape {shape}, got {list(lse.shape)}")
+    if lse.shape != call.q.shape[:3]:
+        raise ValueError(f"lse must have shape {list(call.q.shape[:3])}, got {list(lse.shape)}")

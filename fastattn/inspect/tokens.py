@@ -62,19 +62,26 @@ class Labels:
         return any(fnmatch.fnmatchcase(path, pattern) for pattern, *_ in self.by_pattern)
 
     def texts(
-        self, path: str, entry: int, queries: tuple[int, int], keys: int
+        self, path: str, entry: int, first_query: int, lengths: Mapping[int, tuple[int, int]]
     ) -> tuple[list[str], list[str]]:
-        """Texts of the queries from queries[0] to queries[1] - 1 and of the first keys; positions where there
-        are none.
+        """Texts of an entry's queries from first_query on, and of its keys; positions where there are none.
 
+        Args:
+            path: of the module.
+            entry: which entry of a batch, or sequence of a packed one.
+            first_query: position of its first query.
+            lengths: of the entry the position behind its last query and the number of its keys; of a packed
+                batch those of every sequence.
         Raises:
-            ValueError: fewer tokens than that.
+            ValueError: fewer tokens than that, or so many that it is not clear whose they are.
         """
-        for pattern, of_queries, of_keys in self.by_pattern:
+        of_queries = {number: stop for number, (stop, _) in lengths.items()}
+        of_keys = {number: count for number, (_, count) in lengths.items()}
+        for pattern, queries, keys in self.by_pattern:
             if fnmatch.fnmatchcase(path, pattern):
-                rows = _first(path, "queries", of_queries, entry, queries[1])[queries[0] :]
-                return rows, _first(path, "keys", of_keys, entry, keys)
-        return [str(n) for n in range(*queries)], [str(n) for n in range(keys)]
+                rows = _texts_of(path, "queries", queries, entry, of_queries)[first_query:]
+                return rows, _texts_of(path, "keys", keys, entry, of_keys)
+        return [str(n) for n in range(first_query, of_queries[entry])], list(map(str, range(of_keys[entry])))
 
 
 def kind_of(path: str) -> str:
@@ -84,10 +91,20 @@ def kind_of(path: str) -> str:
     return "Encoder" if any(fnmatch.fnmatchcase(path, pattern) for pattern in _SOURCE) else "Decoder"
 
 
-def _first(path: str, what: str, lists: _Lists, entry: int, count: int) -> list[str]:
-    """The first texts of an entry; rows of a batch that are shorter than its longest end in empty ones."""
+def _texts_of(path: str, what: str, lists: _Lists, entry: int, counts: Mapping[int, int]) -> list[str]:
+    """The first counts[entry] texts of an entry; rows of a batch that are shorter than its longest end in
+    empty ones. One list may be that of all entries: then theirs lie one after the other."""
+    count = counts[entry]
     if len(lists) == 1:
-        texts, longest = lists[0], len(lists[0])
+        texts, longest, total = lists[0], len(lists[0]), sum(counts.values())
+        if len(counts) > 1 and longest == total:
+            begin = sum(number for other, number in counts.items() if other < entry)
+            return texts[begin : begin + count]
+        if len(counts) > 1 and longest > max(counts.values()):
+            raise ValueError(
+                f"tokens of {path!r} must be a list for each of the {len(counts)} packed sequences, or one "
+                f"list of all their {total} {what}, got one of {longest}"
+            )
     elif entry < len(lists):
         texts, longest = lists[entry], max(map(len, lists))
     else:
