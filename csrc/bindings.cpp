@@ -1,13 +1,15 @@
-// The Python module fastattn._C: unpack arguments, call, nothing else. Tensors come as views, the tuples
-// (address, shape, strides in elements), and have been validated by the caller.
+// The Python module fastattn._C: unpack arguments, call, nothing else. Tensors come as they are or as views,
+// the tuples (address, shape, strides in elements), and have been validated by the caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
 
 #include "cpu/kernels.h"
+#include "exchange.h"
 #include "memory.h"
 #include "philox.h"
 
@@ -16,28 +18,26 @@ using namespace fastattn;
 
 namespace {
 
-int64_t int_at(PyObject* tuple, Py_ssize_t n) {
-  if (tuple == nullptr || n >= PyTuple_GET_SIZE(tuple))
-    throw py::type_error("a view is None, or has too few dimensions");
-  const int64_t x = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, n));
-  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return x;
-}
+constexpr Py_ssize_t kMaxRank = 4;
+
+TensorReader tensor_reader;
 
 struct View {
   void* data = nullptr;
-  PyObject* shape = nullptr;  // borrowed from the tuple, which the call holds; nullptr for None
-  PyObject* strides = nullptr;
+  Py_ssize_t rank = 0;
+  std::array<int64_t, kMaxRank> shape{}, strides{};
 
-  int64_t dim(Py_ssize_t n) const { return int_at(shape, n); }
+  int64_t dim(Py_ssize_t n) const { return at(shape, n); }
+  int64_t stride(Py_ssize_t n) const { return at(strides, n); }
 
   // A [batch, head, row, column] tensor, or one without the last.
   Tensor tensor() const {
     Tensor t;
     t.data = data;
-    int64_t* const stride[] = {&t.batch, &t.head, &t.row, &t.col};
-    const Py_ssize_t rank = strides != nullptr && PyTuple_GET_SIZE(strides) == 4 ? 4 : 3;
-    for (Py_ssize_t n = 0; n < rank; ++n) *stride[n] = int_at(strides, n);
+    t.batch = stride(0);
+    t.head = stride(1);
+    t.row = stride(2);
+    if (rank == 4) t.col = stride(3);
     return t;
   }
 
@@ -48,8 +48,8 @@ struct View {
   Tensor batch_rows() const {
     Tensor t;
     t.data = data;
-    t.batch = int_at(strides, 0);
-    t.row = PyTuple_GET_SIZE(strides) > 1 ? int_at(strides, 1) : 0;
+    t.batch = stride(0);
+    t.row = rank > 1 ? stride(1) : 0;
     return t;
   }
 
@@ -57,21 +57,83 @@ struct View {
   T* as() const {
     return static_cast<T*>(data);
   }
+
+ private:
+  int64_t at(const std::array<int64_t, kMaxRank>& numbers, Py_ssize_t n) const {
+    if (n >= rank) throw py::type_error("a view is None, or has too few dimensions");
+    return numbers[n];
+  }
 };
 
-View view_of(py::handle object) {
+void read_numbers(PyObject* tuple, View& v, std::array<int64_t, kMaxRank>& numbers) {
+  if (!PyTuple_Check(tuple)) throw py::type_error("a view's shape and strides must be tuples");
+  v.rank = PyTuple_GET_SIZE(tuple);
+  if (v.rank > kMaxRank) throw py::type_error("a view has too many dimensions");
+  for (Py_ssize_t n = 0; n < v.rank; ++n) {
+    numbers[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, n));
+    if (numbers[n] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+}
+
+View view_of_tensor(PyObject* tensor) {
+  DLTensor t;
+  if (!tensor_reader.read(tensor, t)) throw py::error_already_set();
   View v;
-  if (object.is_none()) return v;
+  v.data = static_cast<char*>(t.data) + t.byte_offset;
+  v.rank = t.rank;
+  if (v.rank > kMaxRank) throw py::type_error("a tensor has too many dimensions");
+  std::copy_n(t.shape, v.rank, v.shape.begin());
+  std::copy_n(t.strides, v.rank, v.strides.begin());
+  return v;
+}
+
+View view_of(py::handle object) {
+  if (object.is_none()) return {};
   PyObject* tuple = object.ptr();
+  if (tensor_reader.is_tensor(tuple)) return view_of_tensor(tuple);
   if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 3)
-    throw py::type_error("a view must be (address, shape, strides) or None");
+    throw py::type_error("a view must be a tensor, (address, shape, strides) or None");
+  View v;
   v.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
   if (v.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  v.shape = PyTuple_GET_ITEM(tuple, 1);
-  v.strides = PyTuple_GET_ITEM(tuple, 2);
-  if (!PyTuple_Check(v.shape) || !PyTuple_Check(v.strides))
-    throw py::type_error("a view's shape and strides must be tuples");
+  read_numbers(PyTuple_GET_ITEM(tuple, 1), v, v.shape);
+  const Py_ssize_t rank = v.rank;
+  read_numbers(PyTuple_GET_ITEM(tuple, 2), v, v.strides);
+  if (v.rank != rank) throw py::type_error("a view's shape or its strides have too few dimensions");
   return v;
+}
+
+// The DType of a CPU tensor of four dimensions, none empty, the last dense; nothing where it is any other
+// object, or has no memory.
+std::optional<DType> dense_dtype(const DLTensor& t) {
+  if (t.device_kind != kDLCpu || t.rank != 4 || t.data == nullptr || t.strides[3] != 1) return {};
+  if (std::any_of(t.shape, t.shape + 4, [](int64_t n) { return n == 0; })) return {};
+  if (t.type_code == kDLBfloat) return DType::kBFloat16;
+  if (t.type_code != kDLFloat) return {};
+  if (t.type_bits == 32) return DType::kFloat32;
+  if (t.type_bits == 16) return DType::kFloat16;
+  return t.type_bits == 64 ? std::optional(DType::kFloat64) : std::nullopt;
+}
+
+// The dtype code of q, k and v where they are tensors of no subtype, of one dtype, on which a dense call can
+// run as they are; else -1.
+int plain_dtype(py::handle q, py::handle k, py::handle v) {
+  DLTensor t[3];
+  const py::handle objects[] = {q, k, v};
+  for (int n = 0; n < 3; ++n) {
+    if (!tensor_reader.is_exactly(objects[n].ptr())) return -1;
+    if (!tensor_reader.read(objects[n].ptr(), t[n])) {
+      PyErr_Clear();
+      return -1;
+    }
+  }
+  const auto& [tq, tk, tv] = t;
+  const std::optional<DType> dtype = dense_dtype(tq);
+  const bool fits = dtype && dense_dtype(tk) == dtype && dense_dtype(tv) == dtype &&
+                    tq.shape[0] == tk.shape[0] && tq.shape[0] == tv.shape[0] && tk.shape[1] == tv.shape[1] &&
+                    tk.shape[2] == tv.shape[2] && tq.shape[3] == tk.shape[3] &&
+                    tq.shape[1] % tk.shape[1] == 0;
+  return fits ? static_cast<int>(*dtype) : -1;
 }
 
 py::tuple tuple_of(py::handle object, Py_ssize_t size) {
@@ -85,13 +147,13 @@ void read_block_mask(py::handle value, BlockMask& m) {
   std::array<View, 7> v;
   for (size_t n = 0; n < v.size(); ++n) v[n] = view_of(views[n]);
   m.row_ptr = v[0].as<int32_t>();
-  m.row_batch = int_at(v[0].strides, 0);
-  m.row_head = int_at(v[0].strides, 1);
+  m.row_batch = v[0].stride(0);
+  m.row_head = v[0].stride(1);
   m.row_tiles = v[1].as<int32_t>();
   m.row_bits = v[2].as<int32_t>();
   m.col_ptr = v[3].as<int32_t>();
-  m.col_batch = int_at(v[3].strides, 0);
-  m.col_head = int_at(v[3].strides, 1);
+  m.col_batch = v[3].stride(0);
+  m.col_head = v[3].stride(1);
   m.col_tiles = v[4].as<int32_t>();
   m.col_bits = v[5].as<int32_t>();
   m.bits = v[6].as<uint64_t>();
@@ -311,6 +373,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_bwd", attention_bwd);
   m.def("hard_fwd", hard_fwd);
   m.def("summary_fwd", summary_fwd);
+  m.def("read_tensors_of",
+        [](py::handle type, py::handle capsule) { return tensor_reader.bind(type.ptr(), capsule.ptr()); });
+  m.def("plain_dtype", plain_dtype);
   m.def("info", info);
   m.def("set_isa", set_cpu_isa);
   m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {

@@ -16,7 +16,6 @@ from torch.autograd import forward_ad
 
 from fastattn.backends import cpu
 from fastattn.backends.common import lse_like
-from fastattn.backends.cpu_views import Views
 from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
@@ -163,9 +162,9 @@ class Plain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, views: Views, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         lse = lse_like(q)
-        out = cpu.small(q, views, scale, lse)
+        out = cpu.small(q, k, v, scale, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
         return out
@@ -174,12 +173,12 @@ class Plain(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # not always the memory of the forward pass: hooks may have moved it
         if not (torch.is_grad_enabled() or _is_batched(dout)):
-            return *cpu.small_backward(ctx.scale, dout, *saved), None, None
+            return *cpu.small_backward(ctx.scale, dout, *saved), None
 
         def gradients(*tensors: Any) -> Gradients:
             return cpu.small_backward(ctx.scale, *tensors)
 
-        return *without_double_backward(gradients, dout, *saved), None, None
+        return *without_double_backward(gradients, dout, *saved), None
 
 
 # Without what Function.apply looks for first, functorch's transforms: a third of its time.

@@ -13,7 +13,7 @@ from fastattn.call import Call
 from fastattn.dispatch import Explanation
 from fastattn.execution import declared_length, prepare, run
 from fastattn.masks import Mask
-from fastattn.plain import plain_attention, plain_views
+from fastattn.plain import is_plain, plain_attention
 
 
 def attention(
@@ -61,10 +61,9 @@ def attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
-    views = plain_views(q, k, v) if backend is None else None
-    if views is not None:
+    if backend is None and is_plain(q, k, v):
         return plain_attention(
-            views, q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse
+            q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse
         )
     if has_torch_function_variadic(q, k, v):
         return handle_torch_function(

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastattn.call import Call
 from fastattn.execution import run
 from fastattn.masks import causal
-from fastattn.plain import plain_attention, plain_views
+from fastattn.plain import is_plain, plain_attention
 from fastattn.spec import dtype_name
 from fastattn.validation import check_broadcast, check_tensor
 
@@ -54,13 +54,10 @@ def scaled_dot_product_attention(
     """
     if type(dropout_p) is bool:  # as in `dropout_p=self.training and p`, which PyTorch takes
         dropout_p = float(dropout_p)
-    if attn_mask is None and backend is None:
-        views = plain_views(query, key, value)
-        if views is not None and (enable_gqa or views[1][1][1] == views[2][1][1]):
-            mask = _CAUSAL if is_causal else None
-            return plain_attention(
-                views, query, key, value, mask, None, scale, None, None, dropout_p, None, False
-            )
+    is_bare = attn_mask is None and backend is None and is_plain(query, key, value)
+    if is_bare and (enable_gqa or query.size(1) == key.size(1)):
+        mask = _CAUSAL if is_causal else None
+        return plain_attention(query, key, value, mask, None, scale, None, None, dropout_p, None, False)
     causal_bias = type(attn_mask).__module__ == "torch.nn.attention.bias"
     others = () if attn_mask is None or causal_bias else (attn_mask,)
     if has_torch_function_variadic(query, key, value, *others):
@@ -94,12 +91,11 @@ def scaled_dot_product_attention(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     """`attention`, with messages that name this function's arguments."""
-    views = plain_views(q, k, v) if options["backend"] is None else None
-    if views is None:
+    if options["backend"] is not None or not is_plain(q, k, v):
         return run(Call("attention", q, k, v, names=_NAMES, **options))
     mask, bias = options.get("mask"), options.get("bias")
     return plain_attention(
-        views, q, k, v, mask, bias, options["scale"], None, None, options["dropout_p"], None, False
+        q, k, v, mask, bias, options["scale"], None, None, options["dropout_p"], None, False
     )
 
 

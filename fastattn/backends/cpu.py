@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.common import empty_lse, extra_gradients, finish_gradients, lse_like, no_keys, prepare
-from fastattn.backends.cpu_views import DTYPE_CODES, Layout, Views, rows_view, view
+from fastattn.backends.cpu_views import DTYPE_CODES, Layout, view
 from fastattn.lowering import Operands, Params
 from fastattn.spec import AttentionSpec, accumulate_dtype
 from fastattn.strides import dense_last, output_like, resolved
@@ -23,6 +23,19 @@ except ImportError as error:
     _missing = f"the native core fastattn._C is not there ({error})"
 
 name = "cpu"
+
+# torch >= 2.10 tells C code where a tensor lies; for others every call takes the full path, with views.
+_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+_reads_tensors = _C is not None and _exchange is not None and _C.read_tensors_of(torch.Tensor, _exchange)
+
+
+def plain_dtype(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """The dtype code of a dense call that the kernels can run on these CPU tensors as they are, else -1.
+
+    They must be torch.Tensor and no subclass, of one dtype, with shapes that fit, not empty, the last
+    dimension dense.
+    """
+    return _C.plain_dtype(q, k, v) if _reads_tensors and available() else -1
 
 
 def available() -> bool:
@@ -55,20 +68,20 @@ def weights_like(q: Tensor, k: Tensor, average: bool) -> Tensor:
 
 
 def small(
-    q: Tensor, views: Views, scale: float, lse: Tensor | None = None, options: dict[str, Any] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    lse: Tensor | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Tensor:
-    """out of a dense call that `views` and fastattn._C's `options` say all about but the scale; fills lse."""
-    code, view_q, view_k, view_v = views
-    _, shape, strides = view_q
-    if view_v[1][3] == shape[3] and q.is_contiguous():
-        out = torch.empty_like(q)
-        view_out = (out.data_ptr(), shape, strides)
-    else:
-        out = output_like(q, view_v[1][3])
-        view_out = (out.data_ptr(), out.shape, out.stride())
-    view_lse = None if lse is None else view(lse)
+    """out of a dense call that `plain_dtype` takes and of which `options`, those of fastattn._C, say all but
+    the scale; fills lse."""
+    head_dim_v = v.size(3)
+    same = head_dim_v == q.size(3) and q.is_contiguous()
+    out = torch.empty_like(q) if same else output_like(q, head_dim_v)
     threads = torch.get_num_threads()
-    _C.attention_fwd(code, view_q, view_k, view_v, view_out, view_lse, scale, threads, options)
+    _C.attention_fwd(DTYPE_CODES[q.dtype], q, k, v, out, lse, scale, threads, options)
     return out
 
 
@@ -79,12 +92,10 @@ def small_backward(
     if dout.dtype is not q.dtype:
         dout = dout.to(q.dtype)
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
-    grads = [torch.empty_like(t) if t.is_contiguous() else output_like(t, t.shape[3]) for t in (q, k, v)]
+    dq, dk, dv = (torch.empty_like(t) if t.is_contiguous() else output_like(t, t.shape[3]) for t in (q, k, v))
     code, threads = DTYPE_CODES[q.dtype], torch.get_num_threads()
-    views = [rows_view(t) for t in (q, k, v, out)]
-    views_out = [rows_view(t) for t in grads]
-    _C.attention_bwd(code, *views, view(lse), rows_view(dout), None, *views_out, scale, threads, None)
-    return grads[0], grads[1], grads[2]
+    _C.attention_bwd(code, q, k, v, out, lse, dout, None, dq, dk, dv, scale, threads, None)
+    return dq, dk, dv
 
 
 def forward(

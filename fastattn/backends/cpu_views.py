@@ -15,8 +15,6 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 
 # (data pointer, shape, strides), as fastattn._C reads a tensor
 View = tuple[int, Sequence[int], Sequence[int]]
-# (dtype code, q, k, v)
-Views = tuple[int, View, View, View]
 
 
 class Layout:

@@ -22,7 +22,7 @@ from fastattn.inspect import fused
 from fastattn.inspect.definition import statistics
 from fastattn.lowering import lower
 from fastattn.masks import Mask
-from fastattn.plain import plain_views
+from fastattn.plain import is_plain
 from fastattn.spec import accumulate_dtype, dtype_name, spec_of
 from fastattn.validation import check_tensor, validate, validate_options
 from fastattn.weight_statistics import POOL_MODES, Results, Wanted
@@ -169,8 +169,8 @@ def summarize(
         TypeError, ValueError, NotImplementedError: naming the argument, the rule and the value got.
     """
     call = Call("attention", q, k, k, mask, bias, scale, softcap, sinks, backend=backend)
-    is_plain = backend is None and plain_views(q, k, k) is not None  # eager, on CPU, nothing to check
-    if is_plain:
+    checked = backend is None and is_plain(q, k, k)  # eager, on CPU, nothing to check
+    if checked:
         validate_options(call)
     else:
         autocast(call)
@@ -178,7 +178,7 @@ def summarize(
     wanted = _wanted(top_k, pool, pool_mode, call)
     _check_lse(lse, call)
     options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
-    if is_plain:
+    if checked:
         found = _fused("cpu", call, wanted, lse)
     else:
         with without_autocast(q.device):
