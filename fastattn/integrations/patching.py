@@ -12,6 +12,8 @@ from torch import nn
 from fastattn.integrations.handwritten.swap import is_swapped, notes_of
 from fastattn.integrations.routes import ROUTES, WRITTEN_OUT, Work, lock, stock_class
 
+NO_PRODUCT = "it called no product of queries and keys that is known as one"
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -71,13 +73,13 @@ class Patch:
             if how != WRITTEN_OUT or not is_swapped(module):
                 continue
             notes = notes_of(module)
+            if notes.fused or not notes.runs:
+                continue
             # The products of other things are scores as well, for all that is known of them.
             functions = notes.weights or notes.scores
-            if functions and not notes.fused:
-                what = "weights" if notes.weights else "scores"
-                found[name] = (
-                    f"computed as written so far, for its {what} went into {', '.join(sorted(functions))}"
-                )
+            what = "weights" if notes.weights else "scores"
+            why = f"its {what} went into {', '.join(sorted(functions))}" if functions else NO_PRODUCT
+            found[name] = f"computed as written so far, for {why}"
         return found
 
 

@@ -57,13 +57,14 @@ class Notes:
     """What became of the attention of one module.
 
     Attributes:
+        runs: calls of the module.
         fused: calls of attention that its products became.
         scores, weights: functions that no call of attention has, for which they were computed as written.
         refused: the last error that was raised below C++, which may have lost it.
     """
 
     def __init__(self) -> None:
-        self.fused = 0
+        self.runs = self.fused = 0
         self.refused: str | None = None
         self.scores: set[str] = set()
         self.weights: set[str] = set()

@@ -73,6 +73,10 @@ def _scores(notes: Notes, q: Tensor, k: Tensor, make: Any, **options: Any) -> An
 
 @_product(torch.einsum)
 def einsum(notes: Notes, func: Any, *args: Any) -> Any:
+    if len(args) == 2 and isinstance(args[1], list | tuple):
+        args = (args[0], *args[1])
+        if any(isinstance(x, Lazy) for x in args):
+            return NotImplemented  # einsum calls itself without the list, which the Lazy then sees
     found = _parse(args)
     if found is None or not _may_be_scores(args[1], args[2]):
         return NotImplemented

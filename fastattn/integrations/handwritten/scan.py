@@ -19,7 +19,7 @@ PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
 OPAQUE = "an autograd function, or one of TorchScript"
 SCRIPT = "in TorchScript: "
-CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
+CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward")
 
 
 def style(module: nn.Module) -> str | None:
@@ -27,9 +27,9 @@ def style(module: nn.Module) -> str | None:
 
     Returns:
         "interface": through transformers' table of attention functions; "call": by
-        F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
-        likewise, perhaps with a function in between that is C++ for all that Python sees; "scripted": by one
-        of these, in a function that TorchScript has compiled; None: not at all.
+        F.scaled_dot_product_attention, or a function of PyTorch that calls it; "written out": by a product, a
+        softmax and a product; "opaque": likewise, perhaps with a function in between that is C++ for all that
+        Python sees; "scripted": by one of these, in a function that TorchScript has compiled; None: not at all.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return None  # it has no code in Python

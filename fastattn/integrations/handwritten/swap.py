@@ -90,10 +90,12 @@ def _run(module: nn.Module, stock: Any, args: tuple[Any, ...], kwargs: dict[str,
         with Mode(None):
             return stock.forward(module, *args, **kwargs)
     notes = notes_of(module)
+    notes.runs += 1
     before = notes.fused
     notes.refused = None
     try:
-        with AttentionMode(notes):
+        # Modules of transformers return weights unasked, which nobody then looks at.
+        with AttentionMode(notes, needs_weights=not _from_transformers(stock)):
             out = stock.forward(module, *args, **kwargs)
     except RuntimeError as error:
         if notes.refused is None or notes.refused in str(error):

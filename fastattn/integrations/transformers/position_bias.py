@@ -146,7 +146,7 @@ def _without_zeros(original: Any) -> Any:
 
 
 def _without_own_zeros(original: Any) -> Any:
-    """`forward` that, in cross-attention, asks for a bias of one zero instead of making one for each score."""
+    """`forward` that, in cross-attention, has one zero for all scores instead of making one for each."""
 
     @functools.wraps(original)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
