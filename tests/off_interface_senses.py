@@ -39,7 +39,6 @@ class Sense:
         options: of the config.
         inputs: makes the model's arguments.
         asks: whether the model returns weights for `output_attentions=True`.
-        training: whether it is in training mode; without, LeViT keeps a bias with its graph.
     """
 
     model: str
@@ -47,7 +46,6 @@ class Sense:
     options: dict[str, Any]
     inputs: Callable[[], dict[str, Any]]
     asks: bool = True
-    training: bool = False
 
 
 def waves() -> dict[str, Tensor]:
@@ -149,7 +147,6 @@ SENSES: dict[str, Sense] = {
         },
         lambda: {"pixel_values": rand(B, 3, 64, 64)},
         False,
-        True,
     ),
     "MobileViT": Sense(
         "MobileViTModel",
@@ -299,6 +296,3 @@ SENSES: dict[str, Sense] = {
         text,
     ),
 }
-
-# Modules that no test runs, which the docs name.
-UNTRIED: frozenset[str] = frozenset()

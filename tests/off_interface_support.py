@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
-from fastattn.integrations.routes import CALL, INTERFACE, stock_class
+from fastattn.integrations.handwritten.swap import stock_of
+from fastattn.integrations.routes import CALL, INTERFACE
 from fastattn.integrations.transformers.off_interface import LEFT
 
 
@@ -43,7 +44,7 @@ def tabulate(name: str, model: nn.Module, report: fastattn.integrations.patching
 
 
 def kind_of(model: nn.Module, module: str) -> str:
-    return stock_class(model.get_submodule(module)).__name__
+    return stock_of(model.get_submodule(module)).__name__
 
 
 def _doubt(text: str) -> tuple[bool, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ pytest.importorskip("transformers")
 from fastattn.bench import transformers as bench
 from fastattn.bench.transformers import rows, training, writing
 from fastattn.bench.transformers.writing import Prompt, Writer
+from fastattn.cli import main
 from fastattn.integrations.transformers import FastCache, register
 
 register()
@@ -79,6 +82,31 @@ def test_summary_names_the_goals():
     assert len(lines) == 4 and all("2.00x" in line for line in lines)
     assert [line.split("goal: at least ")[1] for line in lines] == ["1.3x)", "1.0x)", "1.0x)", "1.5x)"]
     assert "long text: 10 MB, sdpa 30 MB" in memory
+
+
+def test_the_page_is_written_from_the_json(monkeypatch, tmp_path):
+    """What `bench --transformers` writes, as a table between the marks of the docs' page."""
+    scripts = Path(__file__).parent.parent / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    import transformers_measured as script
+
+    found = [
+        *rows.rows_of(
+            "prefill",
+            "long text",
+            {"fastattn": [1.0, 1.0], "sdpa": [2.0, 2.0], "eager": [5.0]},
+            {"sdpa": 7.0},
+        )
+    ]
+    monkeypatch.setattr(bench, "run", lambda quick, on_row: found)
+    assert main(["bench", "--transformers", "--threads", "1", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "transformers.json").read_text())
+    page = script.with_table(script.PAGE.read_text(), report)
+    assert "| long text | 1 s | 2.00x [2.00, 2.00], 7 MB | 5.00x once |" in page
+    assert "On 1 threads of" in page and "- prefill " in page
+    assert script.with_table(page, report) == page
+    with pytest.raises(ValueError, match="the page must have the lines"):
+        script.with_table("nothing", report)
 
 
 def test_disagreement_is_an_error():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fastattn
-from fastattn.integrations.routes import SHARED_MASK
+from fastattn.integrations.routes import OF_A_MODEL, SHARED_MASK
 
 transformers = pytest.importorskip("transformers")
 from off_interface_support import assert_same, tabulate  # noqa: E402
@@ -212,6 +212,12 @@ def test_an_implementation_set_since_on_a_part_is_kept():
     model.set_attn_implementation({"vision_config": "eager"})
     report.undo()
     assert [part._attn_implementation for part in parts] == [before, "eager"]
+
+
+def test_a_layer_of_the_interface_alone_is_left():
+    model = llama()
+    report = fastattn.patch(model.model.layers[0])
+    assert report.left == {"self_attn": OF_A_MODEL} and not report.replaced
 
 
 def test_the_interface_cannot_skip_a_module():

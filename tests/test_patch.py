@@ -182,5 +182,9 @@ def test_wrong_arguments():
         fastattn.patch(nn.Linear)
     with pytest.raises(TypeError, match=r"skip must be a collection of names, got the one string '1'"):
         fastattn.patch(new_model(), skip="1")
+    with pytest.raises(TypeError, match=r"skip must be a collection of names, got a NoneType"):
+        fastattn.patch(new_model(), skip=None)
+    with pytest.raises(TypeError, match=r"skip must hold names, got 3"):
+        fastattn.patch(new_model(), skip=["1", 3])
     with pytest.raises(ValueError, match=r"skip must hold names of modules .* got 'layer.\*'"):
         fastattn.patch(new_model(), skip=["layer.*"])

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
-from fastattn.integrations.handwritten.lazy import Lazy, Notes, may_change, settle_readers, without_lazy
+from fastattn.integrations.handwritten.lazy import (
+    Lazy,
+    Notes,
+    by_rule,
+    may_change,
+    settle_readers,
+    without_lazy,
+)
 from fastattn.integrations.handwritten.products import PRODUCTS
 from fastattn.integrations.torch.override import Mode
 from fastattn.integrations.torch.stand_ins import torch_mha
@@ -36,7 +43,7 @@ class AttentionMode(Mode):
         kwargs = kwargs or {}
         product = PRODUCTS.get(func)
         if product is not None and not any(issubclass(kind, Lazy) for kind in types):
-            found = product(self.notes, func, *args, **kwargs)
+            found = by_rule(product, self.notes, func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
         elif func is torch_mha and not self.needs_weights and len(args) <= _NEED_WEIGHTS:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fastattn.integrations.handwritten.lazy import Lazy, Notes, without_lazy
 from fastattn.integrations.handwritten.mode import AttentionMode
+from fastattn.integrations.handwritten.scan import may_write
 from fastattn.integrations.handwritten.scores import Weights
 from fastattn.integrations.torch.override import Mode, override_sdpa
 
@@ -28,6 +29,12 @@ def is_ours(kind: type) -> bool:
 
 def is_swapped(module: nn.Module) -> bool:
     return is_ours(type(module))
+
+
+def stock_of(module: nn.Module) -> Any:
+    """The class that a module has, or had before it was swapped."""
+    kind = type(module)
+    return kind.__mro__[1] if is_ours(kind) else kind
 
 
 def swap(module: nn.Module) -> None:
@@ -47,6 +54,7 @@ def notes_of(module: nn.Module) -> Notes:
     found = _notes.get(module)
     if found is None:
         found = _notes.setdefault(module, Notes())
+        found.copies = may_write(stock_of(module))
     return found
 
 
