@@ -216,7 +216,9 @@ def operand_changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def maxima_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of another dimension, and for something else."""
     scores = q @ k.mT
-    return (scores - scores.amax(-2, True)).softmax(-1) @ v + scores.amax(-1, True).exp()
+    of_keys = (q[:, :, 0] @ k[:, 0, :L].mT - scores.amax(-1)).softmax(-1)  # each key has one, of other scores
+    out = (scores - scores.amax(-2, True)).softmax(-1) @ v
+    return out + scores.amax(-1, True).exp() + of_keys.square().sum()
 
 
 def by_other_names(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

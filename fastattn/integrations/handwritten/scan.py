@@ -20,7 +20,8 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention 
 OPAQUE = "an autograd function, or one of TorchScript"
 SCRIPT = "in TorchScript: "
 WRITES = "in place"
-CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward")
+MHA = "multi_head_attention_forward"
+CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn", MHA)
 
 
 def style(module: nn.Module) -> str | None:
@@ -59,6 +60,11 @@ def style(module: nn.Module) -> str | None:
     for name in PRODUCTS:
         scripted[name] += names[name]
     return "scripted" if _attends(scripted) else None
+
+
+def calls_mha(kind: Any) -> bool:
+    """Whether code of a class calls F.multi_head_attention_forward."""
+    return bool(_names(kind)[MHA])
 
 
 def may_write(kind: Any) -> bool:

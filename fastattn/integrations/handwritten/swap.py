@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fastattn.integrations.handwritten.lazy import Lazy, Notes, without_lazy
 from fastattn.integrations.handwritten.mode import AttentionMode
-from fastattn.integrations.handwritten.scan import may_write
+from fastattn.integrations.handwritten.scan import calls_mha, may_write
 from fastattn.integrations.handwritten.scores import Weights
 from fastattn.integrations.torch.override import Mode, override_sdpa
 
@@ -103,7 +103,7 @@ def _run(module: nn.Module, stock: Any, args: tuple[Any, ...], kwargs: dict[str,
     notes.refused = None
     try:
         # Modules of transformers return weights unasked, which nobody then looks at.
-        with AttentionMode(notes, needs_weights=not _from_transformers(stock)):
+        with AttentionMode(notes, needs_weights=not (_from_transformers(stock) and calls_mha(stock))):
             out = stock.forward(module, *args, **kwargs)
     except RuntimeError as error:
         if notes.refused is None or notes.refused in str(error):

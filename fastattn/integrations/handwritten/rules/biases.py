@@ -30,8 +30,8 @@ def _biased(lazy: Any, bias: Any, factor: float, make: Any) -> Any:
     number = as_number(bias)
     if number is not None and math.isfinite(number) and not (isinstance(bias, Tensor) and bias.dim()):
         return derived(lazy, scores, make)  # the same number everywhere leaves a softmax as it is
-    if pending(bias, RowMaximum) and bias.dim() == lazy.dim() and fits(bias, lazy):
-        return derived(lazy, scores, make)
+    if pending(bias, RowMaximum) and bias.shape[-1] == 1 and bias.dim() == lazy.dim() and fits(bias, lazy):
+        return derived(lazy, scores, make)  # the same number for a whole row likewise
     if isinstance(bias, Lazy):
         bias = bias.settled()
     if not isinstance(bias, Tensor) or not fits(bias, lazy) or not bias.is_floating_point():
