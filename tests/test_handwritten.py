@@ -71,6 +71,19 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bnij,jbnd->ibnd", weights, v)
 
 
+def einsum_of_lists(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """CvT: the operands in a list."""
+    weights = (torch.einsum("bhid,bhjd->bhij", [q, k]) * 0.4).softmax(-1)
+    return torch.einsum("bhij,bhjd->bhid", (weights, v))
+
+
+def einsum_of_the_rest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """LongT5: an ellipsis for the batch and the blocks."""
+    q, k, v = (x.transpose(1, 2).unsqueeze(1).repeat(1, 2, 1, 1, 1) for x in (q, k, v))
+    scores = torch.einsum("...qhd,...khd->...hqk", q, k) + rand(1, 2, 1, L, S, seed=8)
+    return torch.einsum("...hqk,...khd->...qhd", scores.softmax(-1), v)
+
+
 def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.matmul(q, k.mT)
     scores /= math.sqrt(D)
@@ -100,6 +113,21 @@ def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v @ weights.transpose(-2, -1)
 
 
+def channels_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention blocks of diffusion's autoencoders."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    weights = torch.bmm(q, k.permute(0, 2, 1)).softmax(2).permute(0, 2, 1)
+    return torch.bmm(v.permute(0, 2, 1), weights).unflatten(0, (B, H)).mT
+
+
+def without_the_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """CogView: the largest score of a row comes off before the softmax."""
+    scores = (q @ k.mT + BIAS) / 32
+    scores = (scores - scores.amax(dim=(-1)).unsqueeze(-1)) * 32
+    scores = scores - torch.amax(scores, -1, keepdim=True).detach()
+    return scores.softmax(-1) @ v
+
+
 def five_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.unsqueeze(1).expand(-1, 2, -1, -1, -1) for x in (q, k, v))
     return torch.softmax(q @ k.transpose(3, 4) + rand(2, 1, L, S, seed=7), -1) @ v
@@ -110,10 +138,14 @@ FUSED = [
     baddbmm_without_bias,
     windows,
     einsum,
+    einsum_of_lists,
+    einsum_of_the_rest,
     in_place,
     filled,
     one_value_head,
     transposed,
+    channels_first,
+    without_the_maximum,
     five_dimensions,
 ]
 
@@ -181,6 +213,22 @@ def operand_changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v + (q.sum() + k.sum()) * memory.sum()
 
 
+def maxima_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of another dimension, and for something else."""
+    scores = q @ k.mT
+    of_keys = (q[:, :, 0] @ k[:, 0, :L].mT - scores.amax(-1)).softmax(-1)  # each key has one, of other scores
+    out = (scores - scores.amax(-2, True)).softmax(-1) @ v
+    return out + scores.amax(-1, True).exp() + of_keys.square().sum()
+
+
+def by_other_names(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Arguments by names and of kinds that no rule has."""
+    scores = torch.bmm(q.flatten(0, 1), mat2=k.flatten(0, 1).mT).unflatten(0, (B, H))
+    scores = scores + torch.div(q @ k.mT, other=3.0, rounding_mode=None)
+    turned = (q @ k.mT).softmax(-1).transpose(dim0=-1, dim1=-2)
+    return (scores.softmax(-1) + turned.mT) @ v
+
+
 def scores_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).sum(-1, keepdim=True) + v.sum()
 
@@ -197,6 +245,8 @@ WRITTEN = [
     small_fill,
     seen_through_a_view,
     operand_changed,
+    maxima_alone,
+    by_other_names,
     scores_alone,
     sigmoid,
 ]

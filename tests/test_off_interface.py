@@ -6,7 +6,6 @@ import copy
 import inspect
 from typing import Any
 
-import docs_tables
 import patch_support
 import pytest
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fastattn
-from fastattn.integrations.routes import CALL, SHARED_MASK, stock_class
+from fastattn.integrations.routes import OF_A_MODEL, SHARED_MASK
 
 transformers = pytest.importorskip("transformers")
+from off_interface_support import assert_same, tabulate  # noqa: E402
 from off_interface_zoo import DECODERS, OTHERS  # noqa: E402
 from patch_support import gradients, rand, trainable  # noqa: E402
 
@@ -77,14 +77,6 @@ def outcome(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[Tensor], 
     return parts, gradients(loss, trainable(model))
 
 
-def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
-    """To a few bits of float32."""
-    assert len(got) == len(want)
-    scale = max((tensor.abs().max().item() for tensor in want), default=1.0)
-    for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_forward_and_backward(name):
     """Each module is replaced, and what it writes out fuses; or it is left, for the reason in the table."""
@@ -95,23 +87,11 @@ def test_forward_and_backward(name):
     got, got_gradients = outcome(model, inputs)
     assert_same(got, parts)
     assert_same(got_gradients, want_gradients)
-    for module, how in report._as_run().items():
-        kind = stock_class(model.get_submodule(module)).__name__
-        if kind != "Attention" or name != "OpenAIGPT":  # whose mask multiplies its scores
-            assert "computed as written" not in how, kind
-        docs_tables.tried("off-interface", "transformers", f"`{kind}` of {name}", shown(how))
-    for module, reason in report.left.items():
-        kind = stock_class(model.get_submodule(module)).__name__
-        assert reason == LEFT[kind]
-        docs_tables.tried("off-interface", "transformers", f"`{kind}` of {name}", f"left: {reason}")
+    found = tabulate(name, model, report)
+    assert name == "OpenAIGPT" or not any("no gain" in text for text in found.values())
+    assert {kind for kind, text in found.items() if text.startswith("left")} <= LEFT.keys()
     report.undo()
     assert all(torch.equal(a, b) for a, b in zip(outcome(model, inputs)[0], parts, strict=True))
-
-
-def shown(how: str) -> str:
-    if "as written" in how:
-        return "no gain: " + how.partition(", for ")[2]
-    return "calls the function" if how == CALL else "written out"
 
 
 def causal_model(name: str, **options: Any) -> Any:
@@ -232,6 +212,12 @@ def test_an_implementation_set_since_on_a_part_is_kept():
     model.set_attn_implementation({"vision_config": "eager"})
     report.undo()
     assert [part._attn_implementation for part in parts] == [before, "eager"]
+
+
+def test_a_layer_of_the_interface_alone_is_left():
+    model = llama()
+    report = fastattn.patch(model.model.layers[0])
+    assert report.left == {"self_attn": OF_A_MODEL} and not report.replaced
 
 
 def test_the_interface_cannot_skip_a_module():

@@ -215,7 +215,7 @@ T5_LAYERS = {
 
 def test_every_table_has_a_test():
     assert set(T5_LAYERS) == set(tables._LAYERS)
-    assert {*T5_LAYERS, "udop.UdopAttention"} - {"umt5.UMT5Attention"} == set(tables._ZEROS)
+    assert {*T5_LAYERS, "udop.UdopAttention"} == {*tables._ZEROS, *tables._OWN_ZEROS}
 
 
 def t5_layer(path, is_decoder, has_bias):
@@ -245,6 +245,26 @@ def test_no_zeros_in_cross_attention(path):
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
     # In self-attention what is not given is still the layer's own.
     assert layer(texts)[1].shape == (1, 3, 5, 5)
+
+
+@pytest.mark.parametrize("path", tables._OWN_ZEROS)
+def test_no_zeros_of_its_own_in_cross_attention(path, monkeypatch):
+    """UMT5's layers make the zeros in each call; the layer stays what it was."""
+    layer = t5_layer(path, True, False).eval()
+    torch.manual_seed(0)
+    width = next(layer.children()).in_features
+    texts, sources = torch.randn(2, 5, width), torch.randn(2, 7, width)
+    layer.config._attn_implementation = "eager"
+    want, _ = layer(texts, encoder_hidden_states=sources)
+    layer.config._attn_implementation = "fastattn"
+    before = dict(vars(layer))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", None)
+        out, _ = layer(texts, encoder_hidden_states=sources)
+    assert vars(layer) == before
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    weights = list(layer.parameters())
+    assert all(gradient.any() for gradient in torch.autograd.grad(out.square().sum(), weights))
 
 
 @pytest.mark.parametrize("is_decoder", [False, True])

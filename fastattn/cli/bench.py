@@ -163,15 +163,16 @@ def measure_transformers(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     machine = {**describe(), "transformers": library.__version__}
     print("\n".join([*machine_lines(machine), f"transformers {library.__version__}"]))
-    rows = []
-    for threads in options.threads[-1:]:
-        print("\n".join(["", f"{threads} threads", transformers.HEADER]), flush=True)
-        with thread_count(threads):
-            rows += transformers.run(options.quick, lambda row: print(row.line(), flush=True))
-    print("\n".join(["", *transformers.summary(rows)]))
+    start, threads = time.perf_counter(), options.threads[-1]
+    print("\n".join(["", f"{threads} threads", transformers.HEADER]), flush=True)
+    with thread_count(threads):
+        rows = transformers.run(options.quick, lambda row: print(row.line(), flush=True))
+    goals = list(transformers.summary(rows))
+    print("\n".join(["", *goals]))
     path = args.out / "transformers.json"
-    path.write_text(json.dumps({"machine": machine, "rows": [row.row() for row in rows]}, indent=1) + "\n")
-    print(f"\nwrote {path}")
+    report = {"machine": machine, "threads": threads, "goals": goals, "rows": [row.row() for row in rows]}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nin {time.perf_counter() - start:.0f} s; wrote {path}")
 
 
 def run(args: argparse.Namespace) -> int:

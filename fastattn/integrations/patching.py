@@ -9,8 +9,10 @@ from types import MappingProxyType, TracebackType
 
 from torch import nn
 
-from fastattn.integrations.handwritten.swap import is_swapped, notes_of
-from fastattn.integrations.routes import ROUTES, WRITTEN_OUT, Work, lock, stock_class
+from fastattn.integrations.handwritten.swap import is_swapped, notes_of, stock_of
+from fastattn.integrations.routes import ROUTES, WRITTEN_OUT, Work, lock
+
+NO_PRODUCT = "it called no product of queries and keys that is known as one"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Patch:
         for title, entries in (("", self._as_run()), ("left, ", self.left)):
             groups: dict[tuple[str, str], list[str]] = defaultdict(list)
             for name, text in entries.items():
-                kind = stock_class(self._modules[name]).__name__
+                kind = stock_of(self._modules[name]).__name__
                 groups[kind, text].append(name or "(the model itself)")
             for (kind, text), names in groups.items():
                 lines.append(f"  {len(names)} {kind}: {title}{text}")
@@ -71,13 +73,13 @@ class Patch:
             if how != WRITTEN_OUT or not is_swapped(module):
                 continue
             notes = notes_of(module)
+            if notes.fused or not notes.runs:
+                continue
             # The products of other things are scores as well, for all that is known of them.
             functions = notes.weights or notes.scores
-            if functions and not notes.fused:
-                what = "weights" if notes.weights else "scores"
-                found[name] = (
-                    f"computed as written so far, for its {what} went into {', '.join(sorted(functions))}"
-                )
+            what = "weights" if notes.weights else "scores"
+            why = f"its {what} went into {', '.join(sorted(functions))}" if functions else NO_PRODUCT
+            found[name] = f"computed as written so far, for {why}"
         return found
 
 
@@ -103,15 +105,21 @@ def patch(model: nn.Module, *, skip: Iterable[str] = ()) -> Patch:
     Returns:
         The report, to be printed, and undone by undo(); `with fastattn.patch(model):` does so by itself.
     Raises:
-        TypeError: `model` is not a module, or `skip` is one string.
+        TypeError: `model` is not a module, or `skip` is not a collection of strings.
         ValueError: `skip` has a name that no module has.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(skip, str):
         raise TypeError(f"skip must be a collection of names, got the one string {skip!r}")
+    if not isinstance(skip, Iterable):
+        raise TypeError(f"skip must be a collection of names, got a {type(skip).__name__}")
+    names = tuple(skip)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"skip must hold names, got {name!r}")
     with lock:
-        work = Work(model, tuple(skip))
+        work = Work(model, names)
         for route in ROUTES:
             route(work)
     replaced, left = (

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastattn.integrations.handwritten.scan import attends_in_script, style
-from fastattn.integrations.handwritten.swap import is_ours, is_swapped, swap, swap_back
+from fastattn.integrations.handwritten.swap import is_ours, is_swapped, stock_of, swap, swap_back
 from fastattn.integrations.timm import LEFT as LEFT_IN_TIMM
 from fastattn.integrations.torch import replace_modules
 from fastattn.nn import MultiheadAttention
@@ -32,6 +32,9 @@ OPAQUE = (
     "product and its softmax"
 )
 SCRIPTED = "it is compiled by TorchScript"
+OF_A_MODEL = (
+    "it is on transformers' attention interface, one switch for a whole model: patch the model that it is in"
+)
 NOT_FOUND = (
     "no attention found in its code: neither a call of F.scaled_dot_product_attention nor a product, a "
     "softmax and a product"
@@ -96,12 +99,6 @@ class Work:
 def _is_derived(module: nn.Module) -> bool:
     """Whether the class that we gave a module is now a base of its class, as a parametrization leaves it."""
     return any(base is MultiheadAttention or is_ours(base) for base in type(module).__mro__[1:])
-
-
-def stock_class(module: nn.Module) -> type:
-    """The class that a module has, or had before it was swapped."""
-    kind = type(module)
-    return kind.__mro__[1] if is_swapped(module) else kind
 
 
 def _replace_modules(work: Work) -> None:
@@ -241,15 +238,15 @@ def _how(module: nn.Module) -> str | None:
 
 
 def _is_named_in_transformers(module: nn.Module) -> bool:
-    if not stock_class(module).__module__.startswith("transformers."):
+    if not stock_of(module).__module__.startswith("transformers."):
         return False
     from fastattn.integrations.transformers.off_interface import WRITTEN_OUT as NAMED
 
-    return stock_class(module).__name__ in NAMED
+    return stock_of(module).__name__ in NAMED
 
 
 def _why_not(module: nn.Module) -> str | None:
-    if is_swapped(module) or stock_class(module).__module__.startswith("fastattn."):
+    if is_swapped(module) or stock_of(module).__module__.startswith("fastattn."):
         return ALREADY
     if (reason := _known_reason(module)) is not None:
         return reason
@@ -264,7 +261,7 @@ def _why_not(module: nn.Module) -> str | None:
 
 def _known_reason(module: nn.Module) -> str | None:
     """Why a module that a table of ours names stays as it is."""
-    kind = stock_class(module)
+    kind = stock_of(module)
     if kind.__module__.startswith("transformers."):
         from fastattn.integrations.transformers.off_interface import LEFT
 
@@ -293,12 +290,18 @@ def _name_the_rest(work: Work) -> None:
             work.left[name] = SCRIPTED
     decided = [*work.replaced, *work.left]
     for name, module in list(work.open()):
-        kind = getattr(module, "original_name", stock_class(module).__name__)
+        kind = getattr(module, "original_name", stock_of(module).__name__)
         if not re.search(r"(Attention|Attn)(?!\w*Output)", kind) or any(
             _is_inside(name, other) or _is_inside(other, name) for other in decided
         ):
             continue
-        work.left[name] = SCRIPTED if isinstance(module, torch.jit.ScriptModule) else NOT_FOUND
+        work.left[name] = _why_unknown(module)
+
+
+def _why_unknown(module: nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return SCRIPTED
+    return OF_A_MODEL if style(module) == "interface" else NOT_FOUND  # its model is not here
 
 
 ROUTES = (_replace_modules, _set_interface, _set_processors, _swap, _name_the_rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastattn.integrations.handwritten.scores import Scores, Transposed, Weights, dropped
+from fastattn.integrations.handwritten.scores import RowMaximum, Scores, Transposed, Weights, dropped
 
-Meaning = Scores | Weights | Transposed
+Meaning = Scores | Weights | Transposed | RowMaximum
 # A function and the args and kwargs that it is called with, among which may be lazies.
 Make = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Autocast = tuple[str, bool, torch.dtype] | None
@@ -57,13 +58,16 @@ class Notes:
     """What became of the attention of one module.
 
     Attributes:
+        runs: calls of the module.
         fused: calls of attention that its products became.
+        copies: whether the module may write into what these return, of which autograd must keep the value.
         scores, weights: functions that no call of attention has, for which they were computed as written.
         refused: the last error that was raised below C++, which may have lost it.
     """
 
     def __init__(self) -> None:
-        self.fused = 0
+        self.runs = self.fused = 0
+        self.copies = False
         self.refused: str | None = None
         self.scores: set[str] = set()
         self.weights: set[str] = set()
@@ -138,7 +142,7 @@ class Lazy(Tensor):
                 return func(*args, **kwargs)
             rule = RULES.get(func)
             if rule is not None:
-                found = rule(func, *args, **kwargs)
+                found = by_rule(rule, func, *args, **kwargs)
                 if found is not NotImplemented:
                     return found
             for lazy in tree_leaves((args, kwargs)):
@@ -227,6 +231,18 @@ class Lazy(Tensor):
             lazy = stack.pop()
             lazy.settled()
             stack += [child for ref in lazy.children if (child := ref()) is not None]
+
+
+def by_rule(rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a rule or a product gives; NotImplemented for arguments spelled in a way that it does not know."""
+    try:
+        return rule(*args, **kwargs)
+    except TypeError:
+        try:
+            inspect.signature(rule).bind(*args, **kwargs)
+        except TypeError:
+            return NotImplemented
+        raise
 
 
 def without_lazy(value: Any) -> Any:

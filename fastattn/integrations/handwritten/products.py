@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,10 @@ def _scores(notes: Notes, q: Tensor, k: Tensor, make: Any, **options: Any) -> An
 
 @_product(torch.einsum)
 def einsum(notes: Notes, func: Any, *args: Any) -> Any:
+    if len(args) == 2 and isinstance(args[1], list | tuple):
+        args = (args[0], *args[1])
+        if any(isinstance(x, Lazy) for x in args):
+            return NotImplemented  # einsum calls itself without the list, which the Lazy then sees
     found = _parse(args)
     if found is None or not _may_be_scores(args[1], args[2]):
         return NotImplemented
@@ -121,7 +126,7 @@ def _parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
     """The letters of two operands and the output of an equation without repeated ones."""
     if len(args) != 3 or not isinstance(args[0], str) or not all(isinstance(x, Tensor) for x in args[1:]):
         return None
-    inputs, arrow, out = args[0].replace(" ", "").partition("->")
+    inputs, arrow, out = _without_ellipsis(args[0].replace(" ", ""), args[1].dim()).partition("->")
     operands = inputs.split(",")
     if not arrow or len(operands) != 2 or not (inputs + out).replace(",", "").isalpha():
         return None
@@ -131,6 +136,16 @@ def _parse(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
     if any(len(name) != x.dim() for name, x in zip(operands, args[1:], strict=True)):
         return None
     return operands[0], operands[1], out
+
+
+def _without_ellipsis(equation: str, dims: int) -> str:
+    """The equation with letters for the dimensions that ... stands for in its first operand, of `dims`."""
+    first = equation.partition(",")[0]
+    count = dims - len(first.replace("...", "", 1))
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    if "..." not in first or not 0 <= count <= len(free):
+        return equation
+    return equation.replace("...", "".join(free[:count]))
 
 
 def _arranged(x: Tensor, letters: str, want: str) -> Tensor:

@@ -19,7 +19,9 @@ PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "@")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # where transformers looks its attention functions up
 OPAQUE = "an autograd function, or one of TorchScript"
 SCRIPT = "in TorchScript: "
-CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")
+WRITES = "in place"
+MHA = "multi_head_attention_forward"
+CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn", MHA)
 
 
 def style(module: nn.Module) -> str | None:
@@ -27,9 +29,10 @@ def style(module: nn.Module) -> str | None:
 
     Returns:
         "interface": through transformers' table of attention functions; "call": by
-        F.scaled_dot_product_attention; "written out": by a product, a softmax and a product; "opaque":
-        likewise, perhaps with a function in between that is C++ for all that Python sees; "scripted": by one
-        of these, in a function that TorchScript has compiled; None: not at all.
+        F.scaled_dot_product_attention, or a function of PyTorch that calls it; "written out": by a product, a
+        softmax and a product; "opaque": likewise, perhaps with a function in between that is C++ for all that
+        Python sees; "scripted": by one of these, in a function that TorchScript has compiled; None: not
+        at all.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return None  # it has no code in Python
@@ -57,6 +60,16 @@ def style(module: nn.Module) -> str | None:
     for name in PRODUCTS:
         scripted[name] += names[name]
     return "scripted" if _attends(scripted) else None
+
+
+def calls_mha(kind: Any) -> bool:
+    """Whether code of a class calls F.multi_head_attention_forward."""
+    return bool(_names(kind)[MHA])
+
+
+def may_write(kind: Any) -> bool:
+    """Whether code of a class may write into a tensor, such as the output of its attention."""
+    return bool(_names(kind)[WRITES])
 
 
 def attends_in_script(module: torch.jit.ScriptModule) -> bool:
@@ -121,9 +134,21 @@ def _said(code: types.CodeType) -> Iterator[tuple[str, bool]]:
             yield "@", False
         elif instruction.opname in _LOADS:
             yield instruction.argval, instruction.opname == "LOAD_GLOBAL"
+        if _writes(instruction):
+            yield WRITES, False
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _said(constant)
+
+
+def _writes(instruction: dis.Instruction) -> bool:
+    """Whether an instruction is x += y or its like, x[i] = y, or names a method like add_."""
+    name = instruction.argval
+    if instruction.opname in _LOADS:
+        return name.endswith("_") and not name.endswith("__")
+    if instruction.opname == "BINARY_OP":  # since Python 3.11
+        return instruction.argrepr.endswith("=")
+    return instruction.opname.startswith("INPLACE_") or instruction.opname == "STORE_SUBSCR"
 
 
 def _innermost(function: Any) -> types.FunctionType:

@@ -64,6 +64,11 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class RowMaximum:
+    """The largest score of each query, [*, L] or [*, L, 1]: a softmax is the same with it subtracted."""
+
+
+@dataclass(frozen=True)
 class Fold:
     """Leading dimensions cut into factors, those before `at` being the batch and the others the heads."""
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fastattn.integrations.handwritten.lazy import Lazy, Notes, without_lazy
 from fastattn.integrations.handwritten.mode import AttentionMode
+from fastattn.integrations.handwritten.scan import calls_mha, may_write
 from fastattn.integrations.handwritten.scores import Weights
 from fastattn.integrations.torch.override import Mode, override_sdpa
 
@@ -28,6 +29,12 @@ def is_ours(kind: type) -> bool:
 
 def is_swapped(module: nn.Module) -> bool:
     return is_ours(type(module))
+
+
+def stock_of(module: nn.Module) -> Any:
+    """The class that a module has, or had before it was swapped."""
+    kind = type(module)
+    return kind.__mro__[1] if is_ours(kind) else kind
 
 
 def swap(module: nn.Module) -> None:
@@ -47,6 +54,7 @@ def notes_of(module: nn.Module) -> Notes:
     found = _notes.get(module)
     if found is None:
         found = _notes.setdefault(module, Notes())
+        found.copies = may_write(stock_of(module))
     return found
 
 
@@ -90,10 +98,12 @@ def _run(module: nn.Module, stock: Any, args: tuple[Any, ...], kwargs: dict[str,
         with Mode(None):
             return stock.forward(module, *args, **kwargs)
     notes = notes_of(module)
+    notes.runs += 1
     before = notes.fused
     notes.refused = None
     try:
-        with AttentionMode(notes):
+        # Modules of transformers return weights unasked, which nobody then looks at.
+        with AttentionMode(notes, needs_weights=not (_from_transformers(stock) and calls_mha(stock))):
             out = stock.forward(module, *args, **kwargs)
     except RuntimeError as error:
         if notes.refused is None or notes.refused in str(error):

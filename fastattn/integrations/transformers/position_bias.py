@@ -34,9 +34,10 @@ _LAYERS: dict[str, bool | None] = {
     "pix2struct.Pix2StructTextAttention": False,
 }
 
-# Layers that make zeros [1, H, Lq, Lk] in cross-attention, where they are given no position_bias. UMT5's do
-# so too, but cannot be given one.
+# Layers that make zeros [1, H, Lq, Lk] in cross-attention, where they are given no position_bias.
 _ZEROS = (*(path for path in _LAYERS if path != "umt5.UMT5Attention"), "udop.UdopAttention")
+# Layers that make them too, but cannot be given one.
+_OWN_ZEROS = ("umt5.UMT5Attention",)
 
 
 class BiasTensor(Tensor):
@@ -84,6 +85,8 @@ def keep_tables() -> None:
         _wrap(path, "compute_bias", functools.partial(_with_table, bidirectional=bidirectional))
     for path in _ZEROS:
         _wrap(path, "forward", _without_zeros)
+    for path in _OWN_ZEROS:
+        _wrap(path, "forward", _without_own_zeros)
 
 
 def _wrap(path: str, method: str, wrapper: Any) -> None:
@@ -138,6 +141,25 @@ def _without_zeros(original: Any) -> Any:
             position_bias = hidden_states.new_zeros(1, 1, 1, 1)
         given = {"mask": mask, "key_value_states": key_value_states, "position_bias": position_bias}
         return original(self, hidden_states, **given, **kwargs)
+
+    return forward
+
+
+def _without_own_zeros(original: Any) -> Any:
+    """`forward` that, in cross-attention, has one zero for all scores instead of making one for each."""
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_ours = self.config._attn_implementation == NAME and not torch.compiler.is_compiling()
+        if is_ours and not self.has_relative_attention_bias:
+            # Another object with the same parameters, so that no thread sees the layer change.
+            twin = object.__new__(type(self))
+            zero = hidden_states.new_zeros(1, 1, 1, 1)
+            vars(twin).update(
+                vars(self), has_relative_attention_bias=True, compute_bias=lambda *_, **__: zero
+            )
+            self = twin
+        return original(self, hidden_states, *args, **kwargs)
 
     return forward
 

@@ -20,7 +20,7 @@ from fastattn.integrations.handwritten.rules.registry import (
     pending,
     rule,
 )
-from fastattn.integrations.handwritten.scores import Scores
+from fastattn.integrations.handwritten.scores import RowMaximum, Scores
 
 
 def _biased(lazy: Any, bias: Any, factor: float, make: Any) -> Any:
@@ -30,6 +30,8 @@ def _biased(lazy: Any, bias: Any, factor: float, make: Any) -> Any:
     number = as_number(bias)
     if number is not None and math.isfinite(number) and not (isinstance(bias, Tensor) and bias.dim()):
         return derived(lazy, scores, make)  # the same number everywhere leaves a softmax as it is
+    if pending(bias, RowMaximum) and bias.shape[-1] == 1 and bias.dim() == lazy.dim() and fits(bias, lazy):
+        return derived(lazy, scores, make)  # the same number for a whole row likewise
     if isinstance(bias, Lazy):
         bias = bias.settled()
     if not isinstance(bias, Tensor) or not fits(bias, lazy) or not bias.is_floating_point():
@@ -57,6 +59,23 @@ def sub(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Any:
         return NotImplemented
     make: Make = (func, (input, other), {} if alpha == 1 else {"alpha": alpha})
     return _biased(input, other, -float(alpha), make)
+
+
+@rule(Tensor.amax, torch.amax)
+def amax(func: Any, input: Any, dim: Any = (), keepdim: bool = False) -> Any:
+    """What some subtract from scores before a softmax, so that no exponential overflows."""
+    if not pending(input, Scores) or dim not in (-1, input.dim() - 1, (-1,), [-1]):
+        return NotImplemented
+    shape = (*input.shape[:-1], 1) if keepdim else input.shape[:-1]
+    return derived(input, RowMaximum(), (func, (input, dim, keepdim), {}), shape=shape)
+
+
+@rule(Tensor.detach, torch.detach)
+def detach(func: Any, input: Any) -> Any:
+    """The softmax is the same with a row's maximum subtracted, and so is its gradient, with or without."""
+    if not pending(input, RowMaximum):
+        return NotImplemented
+    return derived(input, input.meaning, (func, (input,), {}))
 
 
 in_place(add, Tensor.add_, Tensor.__iadd__)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.integrations.handwritten.lazy import Lazy
+from fastattn.integrations.handwritten.lazy import Lazy, Make
 from fastattn.integrations.handwritten.rules.registry import derived, pending, rule
-from fastattn.integrations.handwritten.scores import Scores, Weights
+from fastattn.integrations.handwritten.scores import RowMaximum, Scores, Weights
 
 
 @rule(Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten, Tensor.flatten)
@@ -25,6 +25,9 @@ def reshape(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(torch.flatten, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze)
 def reshape_by_number(func: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    if pending(input, RowMaximum) and args == (-1,) and func in (Tensor.unsqueeze, torch.unsqueeze):
+        make: Make = (func, (input, -1), {})
+        return derived(input, input.meaning, make, shape=(*input.shape, 1), shares_memory=True)
     return reshape(func, input, *(args or (0,)), **kwargs) if args or kwargs else NotImplemented
 
 

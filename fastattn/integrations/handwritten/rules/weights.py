@@ -61,6 +61,18 @@ def transpose(func: Any, input: Any, *dims: Any) -> Any:
     return derived(input, Transposed(input.meaning), make, shape=shape, shares_memory=True)
 
 
+@rule(Tensor.permute, torch.permute)
+def permute(func: Any, input: Any, *dims: Any) -> Any:
+    """A permutation that is a transposition of the last two dimensions."""
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
+    if not all(isinstance(dim, int) for dim in order) or len(order) != input.dim():
+        return NotImplemented
+    n = len(order)
+    if [dim % n for dim in order] != [*range(n - 2), n - 1, n - 2]:
+        return NotImplemented
+    return transpose(Tensor.transpose, input, -2, -1)
+
+
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 def matmul(func: Any, input: Any, other: Any) -> Any:
     if pending(other, Transposed) and isinstance(input, Tensor) and not isinstance(input, Lazy):
@@ -79,4 +91,4 @@ def output(lazy: Lazy, v: Tensor, lead: Lead) -> Any:
     except NotFusable:
         return NotImplemented
     lazy.notes.fused += 1
-    return out
+    return out.clone() if lazy.notes.copies and out.requires_grad else out
