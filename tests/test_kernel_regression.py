@@ -195,6 +195,8 @@ def test_leading_dimensions_and_compile():
             ValueError,
             "width must have one element or shape [2], one per feature, got [3]",
         ),
+        ({"width": torch.tensor([1.0, -2.0])}, ValueError, "width must be positive and finite, got -2"),
+        ({"width": torch.tensor(torch.nan)}, ValueError, "width must be positive and finite, got nan"),
         ({"width": torch.tensor(1)}, TypeError, "width must be floating point, got int64"),
         (
             {"mask": torch.ones(8, 14, dtype=torch.bool)},
@@ -202,7 +204,7 @@ def test_leading_dimensions_and_compile():
             "mask must broadcast to [2, 9, 14], got [8, 14]",
         ),
     ],
-    ids=["kernel", "zero", "text", "shape", "int", "mask"],
+    ids=["kernel", "zero", "text", "shape", "negative", "nan", "int", "mask"],
 )
 def test_errors(keywords, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
@@ -351,12 +353,17 @@ def test_state_survives_saving(tmp_path):
             "x must have 1 features, got 2",
         ),
         (
+            lambda: KernelRegression().fit([1.0, 2.0], [1.0, torch.nan]),
+            ValueError,
+            "y must be finite, got 1 numbers that are not",
+        ),
+        (
             lambda: KernelRegression().fit(torch.zeros(3, 1, 1), torch.zeros(3)),
             ValueError,
             "x must be [N] or [N, D]",
         ),
     ],
-    ids=["kernel", "width", "flat", "early", "lengths", "features", "dimensions"],
+    ids=["kernel", "width", "flat", "early", "lengths", "features", "nan", "dimensions"],
 )
 def test_errors_of_the_layer(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
