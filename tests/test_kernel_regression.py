@@ -18,7 +18,7 @@ from call_support import EXACT, NATIVE, grads, randn
 import fastattn
 from fastattn import masks
 from fastattn.kernel_regression import KERNELS
-from fastattn.nn import KernelRegression
+from fastattn.nn import Attention, KernelRegression
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 
@@ -100,6 +100,20 @@ def test_data_far_from_zero_are_as_good_as_data_near_it(kernel):
     near = fastattn.kernel_attention(q, k, v, kernel=kernel, width=0.0303)
     far = fastattn.kernel_attention(q + 4096, k + 4096, v, kernel=kernel, width=0.0303)
     torch.testing.assert_close(far, near, rtol=0, atol=1e-5)
+
+
+def test_the_gaussian_is_a_dot_product_with_a_bias_for_each_key():
+    """As the tour writes it, where the data are few widths wide."""
+    q, k, v = (torch.randn(2, n, d, dtype=torch.float64) for n, d in ((5, 3), (7, 3), (7, 2)))
+    want, want_lse = fastattn.kernel_attention(q, k, v, width=0.7, return_lse=True)
+    a, b = q / 0.7, k / 0.7
+    key_bias = -0.5 * b.square().sum(-1)
+    heads = (t[:, None] for t in (a, b, v))
+    out, lse = fastattn.attention(*heads, bias=key_bias[:, None, None], scale=1.0, return_lse=True)
+    torch.testing.assert_close(out[:, 0], want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse[:, 0] - 0.5 * a.square().sum(-1), want_lse, rtol=0, atol=1e-13)
+    a, b = torch.cat([a, torch.ones_like(a[..., :1])], -1), torch.cat([b, key_bias[..., None]], -1)
+    torch.testing.assert_close(Attention("dot")(a, b, v), want, rtol=0, atol=1e-13)
 
 
 def test_the_gaussian_of_a_narrow_width_keeps_its_digits():
