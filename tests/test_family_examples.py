@@ -33,6 +33,9 @@ def hierarchical(printed: str) -> None:
 
 def kernel_regression(printed: str) -> None:
     assert "100000 points" in printed
+    assert float(re.search(r"([\d.]+)% right", printed)[1]) > 95
+    error = dict(re.findall(r"^  (\w+) +(\d\.\d+)", printed, re.M))
+    assert float(error["epanechnikov"]) < 0.3 < float(error["constant"])
 
 
 def paths_and_costs(printed: str) -> None:

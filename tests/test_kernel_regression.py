@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import re
 import subprocess
 import sys
@@ -382,26 +381,6 @@ def test_state_survives_saving(tmp_path):
 def test_errors_of_the_layer(call, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         call()
-
-
-@needs_native
-@pytest.mark.slow
-def test_the_example_learns(tmp_path):
-    script = Path(__file__).parent.parent / "examples" / "family" / "kernel_regression.py"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(fastattn.__file__).parent.parent),
-        "MPLBACKEND": "agg",
-    }
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(
-        command, timeout=300, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(re.search(r"(\d+\.\d)% right", done.stdout)[1]) > 95
-    curve = dict(re.findall(r"^  (\w+) +(\d\.\d+)", done.stdout, re.M))
-    assert float(curve["epanechnikov"]) < 0.3 < float(curve["constant"])
-    assert (tmp_path / "kernel_regression.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "boxcar", "epanechnikov"])
