@@ -41,6 +41,14 @@ def not_a_mask(name: str, value: Any) -> TypeError:
     return TypeError(f"{name} must be a fastattn.masks.Mask or a bool tensor, got {got}")
 
 
+def not_a_bias(name: str, value: Any) -> TypeError:
+    """The error for an argument that is neither a bias nor a tensor."""
+    got = type(value).__name__
+    if isinstance(value, torch.nn.Module):
+        got += ", a module: call it, and give what it returns"
+    return TypeError(f"{name} must be a tensor or a fastattn.biases.Bias, got {got}")
+
+
 def check_bool(name: str, value: Any) -> bool:
     """`value`, which must be True or False.
 

@@ -35,9 +35,9 @@ def hard_attention(
 ) -> Any:
     """out_i = v_{j(i)}, with j(i) the visible key of the largest scale q_i . k_j, or drawn from its softmax.
 
-    The choice is made in one pass that keeps no scores. Of equal scores the first key wins; a NaN wins over
-    all. A draw takes the largest score plus Gumbel noise, made from the words of Philox that dropout reads:
-    the same seed gives the same keys.
+    The CPU kernels choose in one pass that keeps no scores; on other devices the definition chooses, which
+    makes them all. Of equal scores the first key wins; a NaN wins over all. A draw takes the largest score
+    plus Gumbel noise, made from the words of Philox that dropout reads: the same seed gives the same keys.
 
     >>> q, k, v = torch.eye(3)[[2, 0]], torch.eye(3), torch.arange(3.0)[:, None]
     >>> hard_attention(q, k, v).flatten().tolist()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn import leading
 from fastattn.call import Call
+from fastattn.execution import has_values
 from fastattn.leading import leading_dimensions
 from fastattn.masks import Mask
 from fastattn.masks.ranges import KeyRange
@@ -47,8 +48,8 @@ def kernel_attention(
         k: [..., Lk, D], the training points, q's dtype.
         v: [..., Lk, Dv], their values, q's dtype. The leading dimensions of q, k and v broadcast.
         kernel: one of "gaussian", "boxcar", "epanechnikov", "triangular", "constant".
-        width: positive; a number, or a tensor of one element or of shape [D], one width per feature, to which
-            gradients flow (0 from a boxcar, which is flat, and none from a constant).
+        width: positive, finite; a number, or a tensor of one element or of shape [D], one width per feature,
+            to which gradients flow (0 from a boxcar, which is flat, and none from a constant).
         mask: a fastattn.masks.Mask (the first leading dimension is its batch, a second its heads), or bool
             broadcastable to [..., Lq, Lk], True = attend.
         return_lse: whether to return log(sum_j K(u_ij)) too, of use for densities and for `merge`.
@@ -111,6 +112,10 @@ def _check_width(width: Any, q: Tensor) -> float | Tensor:
         raise ValueError(
             f"width must have one element or shape [{q.shape[-1]}], one per feature, got {list(width.shape)}"
         )
+    if has_values(width):
+        wrong = width[~((width > 0) & width.isfinite())]
+        if wrong.numel():
+            raise ValueError(f"width must be positive and finite, got {wrong[0].item():g}")
     return width.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
 
 

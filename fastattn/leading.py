@@ -47,6 +47,9 @@ def leading_dimensions(call: Call) -> torch.Size:
         check_tensor(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must be [..., length, features], got shape {list(tensor.shape)}")
+    _, (name_k, k), (name_v, v) = named
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"{name_v} must have {name_k}'s length {k.shape[-2]}, got shape {list(v.shape)}")
     lead = torch.Size(())
     for name, tensor in named:
         try:

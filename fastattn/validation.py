@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.biases import Bias
 from fastattn.call import Call
-from fastattn.checks import check_int, not_a_mask
+from fastattn.checks import check_int, not_a_bias, not_a_mask
 from fastattn.masks import Mask
 from fastattn.spec import DISTANCE_SCORES, FLOAT_DTYPES, accumulate_dtype, dtype_name
 
@@ -68,6 +68,13 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None, owne
         raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {owner}'s device {device}, got {value.device}")
+    return value
+
+
+def check_floating(name: str, value: Any) -> Tensor:
+    """`value` as a dense tensor of one of the dtypes that there are kernels for."""
+    if check_tensor(name, value).dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be one of {_DTYPES}, got {dtype_name(value.dtype)}")
     return value
 
 
@@ -203,7 +210,7 @@ def _check_bias(call: Call) -> None:
         bias.check(call.mask_shape(), call.q.device)
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"{name} must be a tensor or a fastattn.biases.Bias, got {type(bias).__name__}")
+        raise not_a_bias(name, bias)
     check_tensor(name, bias, call.q.device, call.name("q"))
     if bias.dtype != call.q.dtype and bias.dtype != torch.float32:
         want, got = dtype_name(call.q.dtype), dtype_name(bias.dtype)

@@ -193,7 +193,7 @@ ERRORS = [
         ValueError,
         "k's leading dimensions must broadcast with the others', got [3] beside [2]",
     ),
-    (lambda q, k, v, w: (q, k, v[:, :5], w), ValueError, "v must have shape"),
+    (lambda q, k, v, w: (q, k, v[:, :5], w), ValueError, "v must have k's length 6, got shape [2, 5, 3]"),
 ]
 
 
@@ -373,7 +373,7 @@ def test_layer_compiles():
         (
             lambda: layer_and_inputs()[0](randn(2, 4, 7), randn(2, 6, 5), randn(2, 5, 3)),
             ValueError,
-            "values must have shape [2, 1, 6, head_dim_v] like keys, got [2, 1, 5, 3]",
+            "values must have keys's length 6, got shape [2, 5, 3]",
         ),
     ],
     ids=["size", "dropout", "features", "float lens", "lens", "text", "values"],

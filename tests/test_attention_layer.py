@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastattn import masks
 from fastattn.biases import ALiBi
-from fastattn.nn import Attention
+from fastattn.nn import Attention, RelativePositionBias
 from fastattn.nn.scores import ProductScore
 
 B, LQ, LK, DQ, DK, DV = 2, 4, 6, 5, 3, 7
@@ -288,6 +289,14 @@ def test_soft_self_cross_and_masked():
     assert torch.equal(masked[:, 0], q[:, 0]), "the first token sees itself alone"
 
 
+def test_a_learned_temperature_is_printed_wherever_it_lies():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device, shown in ((None, "0.5"), ("meta", "?")):
+            layer = Attention("cosine", temperature=0.5, learn_temperature=True, device=device)
+            assert f"temperature={shown}, learn_temperature=True" in repr(layer)
+
+
 def test_learned_temperature_moves():
     layer = Attention("cosine", temperature=1.0, learn_temperature=True)
     x = torch.randn(1, 8, 16)
@@ -395,6 +404,13 @@ def test_a_mask_of_the_batch_beside_heads():
     assert torch.equal(
         Attention()(x, None, None, lens, mask), Attention()(x, None, None, lens, mask[:, None])
     )
+
+
+@pytest.mark.parametrize("score", ["dot", lambda q, k: q @ k.mT])
+def test_a_bias_is_what_its_module_returns(score):
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(TypeError, match="got RelativePositionBias, a module: call it"):
+        Attention(score)(x, bias=RelativePositionBias(num_heads=1))
 
 
 def test_options_that_do_not_fit_are_named():

@@ -103,6 +103,7 @@ def test_caches_shrink():
     (MultiheadAttention(16, 8), 16, ValueError, "must divide the 8 heads that there are, got 16"),
     (MultiheadAttention(16, 8), 0, ValueError, "num_kv_heads must be >= 1, got 0"),
     (nn.MultiheadAttention(16, 8), 2, TypeError, r"got torch\..*MultiheadAttention: .*replace_modules makes"),
+    ("layer", 2, TypeError, r"a fastattn.nn.MultiheadAttention, got builtins\.str"),
     (nn.Linear(2, 2), 2, TypeError, r"a fastattn.nn.MultiheadAttention, got .*\.Linear"),
 ])  # fmt: skip
 def test_errors(module, heads, kind, message):

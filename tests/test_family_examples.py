@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -33,6 +33,9 @@ def hierarchical(printed: str) -> None:
 
 def kernel_regression(printed: str) -> None:
     assert "100000 points" in printed
+    assert float(re.search(r"([\d.]+)% right", printed)[1]) > 95
+    error = dict(re.findall(r"^  (\w+) +(\d\.\d+)", printed, re.M))
+    assert float(error["epanechnikov"]) < 0.3 < float(error["constant"])
 
 
 def paths_and_costs(printed: str) -> None:
@@ -63,7 +66,19 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(CHECKS)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*CHECKS, "picture"}
+
+
+def test_help_and_folders(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    picture = importlib.import_module("picture")
+    monkeypatch.setattr(sys, "argv", ["cues.py", str(tmp_path / "a" / "b")])
+    assert picture.picture_path("cues.png", None) == tmp_path / "a" / "b" / "cues.png"
+    assert (tmp_path / "a" / "b").is_dir()
+    monkeypatch.setattr(sys, "argv", ["cues.py", "--help"])
+    with pytest.raises(SystemExit):
+        picture.picture_path("cues.png", "One image\n\npooled")
+    assert "One image\n\npooled" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -83,12 +98,11 @@ def test_example(native, name, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_only_the_volitional_cue_follows_the_query():
+def test_only_the_volitional_cue_follows_the_query(monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    spec = importlib.util.spec_from_file_location("cues", EXAMPLES / "cues.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("cues")
     _, keys = example.load_patches()
     generator = torch.Generator().manual_seed(0)
     places = [(int(torch.randint(26, (), generator=generator)), column) for column in (0, 13, 39)]

@@ -62,6 +62,9 @@ def test_lengths_of_one_sequence_too(make, call):
     with pytest.raises(TypeError, match="valid_lens must be integers, got float32"):
         call(layer, x, [1.0, 2.0])
     assert call(layer, x, [0, KEYS]).isfinite().all()
+    if not isinstance(layer, nn.MultiheadAttention):
+        with pytest.raises(TypeError, match=r"x must be one of float32, .*, got int64"):
+            call(layer, x.long(), None)
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -99,7 +102,21 @@ BAD_CALLS = {
         TypeError,
         "values must have queries's dtype float32, got float64",
     ),
-    "length": (lambda q, k, v: (q, k, v[:, :5]), ValueError, "values must have"),
+    "length": (
+        lambda q, k, v: (q, k, v[:, :5]),
+        ValueError,
+        "values must have keys's length 7, got shape [2, 5, 6]",
+    ),
+    "integers": (
+        lambda q, k, v: (q.long(), k, v),
+        TypeError,
+        "queries must be one of float32, bfloat16, float16, float64, got int64",
+    ),
+    "mask for lens": (
+        lambda q, k, v: (q, k, v, torch.ones(4, 7) > 0),
+        TypeError,
+        "valid_lens must be integers, got bool: a mask goes to mask=",
+    ),
     "features": (lambda q, k, v: (q, k[..., :5], v), ValueError, "keys must have"),
     "float mask": (
         lambda q, k, v: (q, k, v, None, torch.zeros(4, 7)),

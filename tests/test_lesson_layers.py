@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fastattn import masks
-from fastattn.nn import MultiHeadSelfAttention, SentenceEncoder, SingleHeadAttention
+from fastattn.nn import (
+    Attention,
+    MultiheadAttention,
+    MultiHeadSelfAttention,
+    SentenceEncoder,
+    SingleHeadAttention,
+)
 from fastattn.nn.sentence import weight_table
 
 B, L, WIDTH = 2, 5, 12
@@ -210,11 +216,38 @@ def test_compiles(kind):
     (["the", "dragon", "was", "elf"], VECTORS, KeyError, "got none for 'dragon', 'elf'"),
     ("the animal", VECTORS, TypeError, "words must be a sequence of words, got the string 'the animal'"),
     ([], VECTORS, ValueError, "words must hold at least one word, got none"),
+    (None, VECTORS, TypeError, "words must be a sequence of strings, got None"),
+    ([3], VECTORS, TypeError, r"words must be a sequence of strings, got \[3\]"),
+    (["a"], None, TypeError, "word_vectors must map words to vectors, as a dict does, got NoneType"),
+    (["a"], torch.ones(2, 3), TypeError, "word_vectors must map words to vectors, .* got Tensor"),
+    (["a"], {"a": "x"}, TypeError, r"word_vectors\['a'\] must be a tensor or numbers .*, got 'x'"),
     (["a", "b"], {"a": [1.0, 2.0], "b": [1.0]}, ValueError, r"here 2, got shape \[1\] for 'b'"),
 ])  # fmt: skip
 def test_sentence_errors(words, vectors, kind, message):
     with pytest.raises(kind, match=message):
         SentenceEncoder().encode(words, vectors)
+
+
+def test_a_sentence_encoder_needs_a_layer_that_tells_its_weights():
+    for attention, got in (("dot", "str"), (SingleHeadAttention, "type")):
+        with pytest.raises(TypeError, match=f"attention must be a layer or None, got {got}"):
+            SentenceEncoder(attention)
+    encoder = SentenceEncoder(MultiheadAttention(2, 1, batch_first=True))
+    assert encoder(torch.ones(1, 3, 2)).shape == (1, 2)
+    with pytest.raises(TypeError, match=r"attention must have attention_weights, .* got MultiheadAttention"):
+        encoder.encode(["a"], {"a": [1.0, 2.0]})
+
+
+def test_a_mask_reaches_the_encoder_s_layer():
+    x, past = torch.randn(2, L, WIDTH), masks.causal()
+    for layer, mask in ((SingleHeadAttention(WIDTH, 4), FUTURE), (Attention(), past)):
+        encoder = SentenceEncoder(layer)
+        got = encoder(x, [L, 3], mask)
+        assert not encoder.attention_weights.triu(1).any()
+        want = layer(x, mask=mask)
+        want = want[0] if isinstance(want, tuple) else want
+        torch.testing.assert_close(got[0], want[0].mean(0))
+        torch.testing.assert_close(got[1], want[1, :3].mean(0))
 
 
 def test_sentences_of_the_wrong_shape_are_refused():

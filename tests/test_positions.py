@@ -124,7 +124,10 @@ def test_dropout_is_on_the_sum_and_in_training_alone():
     ({"positions": torch.tensor([0, 5])}, ValueError, r"from 0 to max_len - 1 = 4, got 0 to 5"),
     ({"positions": torch.tensor([-1, 3])}, ValueError, r"max_len - 1 = 4, got -1 to 3"),
     ({"positions": torch.tensor([1])}, ValueError, r"positions must be \[2\] or \[1, 2\], got shape \[1\]"),
-    ({"positions": torch.tensor([1.0, 2.0])}, TypeError, r"positions must be integers, got torch.float32"),
+    ({"positions": torch.tensor([1.0, 2.0])}, TypeError, r"positions must be integers, got float32"),
+    ({"positions": [0, 1]}, TypeError, "positions must be a torch.Tensor, got list"),
+    ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+    ({"x": torch.zeros(1, 2, 4).long()}, TypeError, "x must be one of float32, .*, got int64"),
     ({"positions": torch.tensor([1, 2]), "offset": 1}, ValueError, r"offset must be 0 .* given, got 1"),
 ])  # fmt: skip
 def test_position_errors(kind, arguments, error, message):
@@ -144,6 +147,16 @@ def test_document_positions(ids, want):
     assert found.tolist() == want
 
 
+@pytest.mark.parametrize("ids, error, message", [
+    ([[1, 1]], TypeError, "ids must be a torch.Tensor, got list"),
+    (torch.ones(1, 2), TypeError, "ids must be integers, got float32"),
+    (torch.ones(2).long(), ValueError, r"ids must be \[B, L\], got shape \[2\]"),
+])  # fmt: skip
+def test_document_positions_errors(ids, error, message):
+    with pytest.raises(error, match=message):
+        document_positions(ids)
+
+
 def test_embedding_scales_and_starts_with_unit_variance():
     torch.manual_seed(0)
     embedding = TokenEmbedding(2000, 64, padding_idx=3)
@@ -160,7 +173,8 @@ def test_embedding_scales_and_starts_with_unit_variance():
 @pytest.mark.parametrize("tokens, error, message", [
     (torch.tensor([0, 7]), ValueError, "tokens must be from 0 to 6, got 7"),
     (torch.tensor([-2, 1]), ValueError, "tokens must be from 0 to 6, got -2"),
-    (torch.tensor([1.0]), TypeError, "tokens must be int64 or int32, got torch.float32"),
+    (torch.tensor([1.0]), TypeError, "tokens must be int64 or int32, got float32"),
+    ([[1, 2]], TypeError, "tokens must be a torch.Tensor, got list"),
 ])  # fmt: skip
 def test_embedding_errors(tokens, error, message):
     with pytest.raises(error, match=message):

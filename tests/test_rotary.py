@@ -106,6 +106,8 @@ def test_rotary_constructor_errors(arguments, error, message):
 @pytest.mark.parametrize("x, arguments, error, message", [
     (torch.zeros(2, 3, 4), {}, ValueError, r"x must be \[B, H, L, 4\], got shape \[2, 3, 4\]"),
     ([1.0], {}, TypeError, "x must be a torch.Tensor, got list"),
+    (torch.zeros(2, 3, 1, 4).int(), {}, TypeError, "x must be one of float32, .*, got int32"),
+    (torch.zeros(1, 1, 2, 4), {"positions": [0, 1]}, TypeError, "positions must be a torch.Tensor, got list"),
     (torch.zeros(1, 1, 6, 4), {}, ValueError, "positions must be below max_len=5, got 6 from offset 0"),
     (torch.zeros(1, 1, 2, 4), {"positions": torch.tensor([0, 5])}, ValueError, "max_len - 1 = 4, got 0 to 5"),
 ])  # fmt: skip

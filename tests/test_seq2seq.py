@@ -189,6 +189,9 @@ def test_generate_remembers_the_whole_alignment():
         ),
         (lambda m, x: m(x, x[:1]), ValueError, "tgt must have the source's batch size 2, got 1"),
         (lambda m, x: m(x.float(), x), TypeError, "src must be int64 or int32, got float32"),
+        (lambda m, x: m(x + 10, x), ValueError, "src must be from 0 to 9, got 1"),
+        (lambda m, x: m(x, x - 10), ValueError, "tgt must be from 0 to 11, got -"),
+        (lambda m, x: m(x, x, torch.ones(2)), TypeError, "src_lengths must be integers, got float32"),
         (lambda m, x: m.generate(x, 3, 12), ValueError, "start must be below 12, got 12"),
     ],
 )

@@ -4,14 +4,14 @@ Without a query every patch counts the same, or as a linear layer has learned on
 alone (a non-volitional cue) what differs from the rest draws the eye, whatever one wants. By a query (a
 volitional cue) one finds what one looks for.
 
-python examples/family/cues.py [folder for cues.png]
+python examples/family/cues.py [FOLDER]
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib import pyplot
+from picture import picture_path
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from fastattn.nn import Attention
 
 PATCH = 16  # pixels
 
+SCALE = 6  # the weight at which colours end, in shares of 1 / (number of patches)
 PLACES = {"the sky": (2, 4), "the roof": (9, 9), "the trees": (18, 36)}  # row and column of a patch
 
 
@@ -88,7 +89,7 @@ def look(cues: dict[str, nn.Module], keys: Tensor, query: Tensor) -> dict[str, t
     return found
 
 
-def main(folder: str = ".") -> None:
+def main(path: Path) -> None:
     image, keys = load_patches()
     cues = build_cues(keys)
     looks = {place: look(cues, keys, keys[at]) for place, at in PLACES.items()}
@@ -108,15 +109,17 @@ def main(folder: str = ".") -> None:
         for axes, (cue, (_, weights)) in zip(row[1:], looks[place].items(), strict=True):
             axes.imshow(image.mean(-1), cmap="gray", alpha=0.35)
             extent = (0, image.shape[1], image.shape[0], 0)
-            top = max(weights.max().item(), 4 / weights.numel())  # equal weights are then pale
-            axes.imshow(weights.clamp(min=0), cmap="Reds", alpha=0.8, extent=extent, vmin=0, vmax=top)
+            shares = weights * weights.numel()
+            drawn = axes.imshow(shares, cmap="Reds", alpha=0.8, extent=extent, vmin=0, vmax=SCALE)
             axes.set_title(f"cue: {cue}", fontsize=9)
     for axes in grid.flat:
         axes.set_axis_off()
-    path = Path(folder) / "cues.png"
+    figure.colorbar(
+        drawn, ax=grid, label="weight x number of patches: 1 where all weigh the same", extend="both"
+    )
     figure.savefig(path, dpi=70)
     print(f"drawn: {path.name}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(picture_path("cues.png", __doc__))

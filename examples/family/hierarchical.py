@@ -3,11 +3,10 @@
 Words are pooled to sentences and sentences to the passage, each by learned attention; the weights show which
 of them the decision rests on. The text is the documentation inside the installed standard library.
 
-python examples/family/hierarchical.py [folder for hierarchical.png]
+python examples/family/hierarchical.py [FOLDER]
 """
 
 import re
-import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap
+from picture import picture_path
 from torch import Tensor, nn
 
 from fastattn.data import load_stdlib_docs
@@ -77,20 +79,25 @@ def draw(document: Document, words: Tensor, sentences: Tensor, title: str, path:
     figure, axes = pyplot.subplots(figsize=(11, 0.38 * len(document) + 0.6), layout="constrained")
     axes.set(xlim=(-9, 100), ylim=(len(document) - 0.4, -0.8), title=title)
     axes.set_axis_off()
+    axes.text(-9, -0.75, "sentence weighs", fontsize=8, va="center")
+    scale = ScalarMappable(cmap=LinearSegmentedColormap.from_list("pale", ["white", "tomato"]))  # to read on
+    scale.set_clim(0, 1)
+    figure.colorbar(scale, ax=axes, label="weight of a word\nin its sentence", aspect=10)
     for row, sentence in enumerate(document):
-        axes.barh(row, 8 * sentences[row].item(), left=-9, height=0.6, color="tab:red")
+        weight = sentences[row].item()
+        axes.barh(row, 8 * weight, left=-9, height=0.6, color="tab:red")
+        axes.text(8 * weight - 8.6, row, f"{weight:.0%}", va="center", fontsize=8)
         column = 0.0
         for word, weight in zip(sentence, words[row].tolist(), strict=False):
-            shade = (1, 1 - weight, 1 - weight)
             if column + len(word) > 100:
                 break
-            box = {"facecolor": shade, "edgecolor": "none", "pad": 1.5}
+            box = {"facecolor": scale.to_rgba(weight), "edgecolor": "none", "pad": 1.5}
             axes.text(column, row, word, va="center", fontsize=9, family="monospace", bbox=box)
             column += len(word) + 1.2
     figure.savefig(path, dpi=70)
 
 
-def main(folder: str = ".") -> None:
+def main(path: Path) -> None:
     torch.manual_seed(0)
     pairs = load_documents()
     order = torch.randperm(len(pairs)).tolist()
@@ -129,10 +136,9 @@ def main(folder: str = ".") -> None:
     sure = probabilities.amax(-1).masked_fill(~right, 0) + 0.001 * (word_lens > 0).sum(1)
     shown = int(sure.argmax())
     title = f"from {PACKAGES[labels[shown]]}, by the model {probabilities[shown].max():.0%}"
-    path = Path(folder) / "hierarchical.png"
     draw(documents[shown], words[shown], sentences[shown], title, path)
     print(f"drawn: {path.name}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(picture_path("hierarchical.png", __doc__))

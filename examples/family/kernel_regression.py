@@ -1,9 +1,8 @@
 """Nadaraya-Watson regression: every kernel on a curve, a learned width, digits, a hundred thousand points.
 
-python examples/family/kernel_regression.py [folder for kernel_regression.png]
+python examples/family/kernel_regression.py [FOLDER]
 """
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot
+from picture import picture_path
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -51,11 +51,13 @@ def draw(curves: dict[str, tuple[Tensor, Tensor, Tensor, KernelRegression]], pat
         axes.plot(at, truth(at), "--", color="tab:blue", linewidth=1, label="truth")
         axes.plot(at, estimate, color="tab:red", label="estimate")
         axes.set_title(f"{kernel}, width {model.width.item():.2f}", fontsize=10)
+        axes.set_xlabel("x")
         model.predict(x)
         weights = model.attention_weights
         image = grid[1, n].imshow(weights, cmap="Reds", aspect="auto", vmin=0, vmax=0.15)
         grid[1, n].set_xlabel("training point, in order of x")
     grid[0, 0].legend(fontsize=8)
+    grid[0, 0].set_ylabel("y")
     grid[1, 0].set_ylabel("query, in order of x")
     figure.colorbar(image, ax=grid[1], label="weight", extend="max")
     figure.savefig(path, dpi=70)
@@ -120,16 +122,15 @@ def many_points(points: int = 100_000, queries: int = 1000) -> None:
     print(f"{points} points, {queries} queries: {took:.2f} s, root mean square error {error:.3f}")
 
 
-def main(folder: str = ".") -> None:
+def main(path: Path) -> None:
     torch.manual_seed(0)
     curves = fit_curve()
     classify_digits()
     compare_with_dense()
     many_points()
-    path = Path(folder) / "kernel_regression.png"
     draw(curves, path)
     print(f"drawn: {path.name}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(picture_path("kernel_regression.png", __doc__))

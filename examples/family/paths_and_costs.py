@@ -4,17 +4,17 @@ Prints the table of "Attention Is All You Need" (table 1) beside what is measure
 times, the length of the longest chain of operations, and how many layers (or steps) the last output needs to
 see the first input.
 
-python examples/family/paths_and_costs.py [folder for paths_and_costs.png]
+python examples/family/paths_and_costs.py [FOLDER]
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib import pyplot
+from picture import picture_path
 from torch import Tensor, nn
 
 import fastattn
@@ -93,7 +93,7 @@ def chain(name: str, length: int) -> int:
     return depth[out.grad_fn]
 
 
-def path(name: str, length: int) -> int:
+def path_length(name: str, length: int) -> int:
     """Layers, or recurrent steps, until the last output depends on the first input."""
     x = torch.randn(1, length, 4, requires_grad=True)
     out, count = x, 0
@@ -108,7 +108,7 @@ def path(name: str, length: int) -> int:
             return count
 
 
-def main(folder: str = ".") -> None:
+def main(path: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
@@ -118,28 +118,28 @@ def main(folder: str = ".") -> None:
     for name, build in LAYERS.items():
         by_length = [milliseconds(build(64), n, 64) for n in LENGTHS]
         by_width = [milliseconds(build(d), 256, d, batch=16) for d in WIDTHS]  # wide work, few calls
-        panels[0].loglog(LENGTHS, by_length, marker="o", label=name)
+        label = f"{name}, k = {KERNEL}" if name == "convolution" else name
+        panels[0].loglog(LENGTHS, by_length, marker="o", label=label)
         panels[1].loglog(WIDTHS, by_width, marker="o", label=name)
         cost, steps, carries = PAPER[name]
         fitted = f"n^{exponent(LENGTHS, by_length):.2f} d^{exponent(WIDTHS, by_width):.2f}"
         chains = f"{chain(name, 32)}, {chain(name, 64)}"
-        paths = f"{path(name, 33)}, {path(name, 65)}"
+        paths = f"{path_length(name, 33)}, {path_length(name, 65)}"
         print(f"{name:<16}{cost:<11}{fitted:<20}{steps:<7}{chains:<16}{carries:<7}{paths}", flush=True)
     print("steps: operations in a chain at n = 32, 64; path: layers or recurrent steps at n = 33, 65")
 
     kernels = [4, 8, 16, 32]
     by_kernel = [milliseconds(convolution(128, k), 1024, 128) for k in kernels]
     print(f"convolution by its kernel: k^{exponent(kernels, by_kernel):.2f}")
-    panels[0].set(title="d = 64", xlabel="n, tokens", ylabel="ms")
-    panels[1].set(title="n = 256, 16 sequences", xlabel="d, features")
+    panels[0].set(title="one sequence, d = 64", xlabel="n, tokens", ylabel="ms on one thread")
+    panels[1].set(title="16 sequences, n = 256", xlabel="d, features", ylabel="ms on one thread")
     for panel, sizes in zip(panels, (LENGTHS, WIDTHS), strict=True):
         panel.minorticks_off()
         panel.set_xticks(sizes, sizes)
     panels[0].legend()
-    drawn = Path(folder) / "paths_and_costs.png"
-    figure.savefig(drawn, dpi=70)
-    print(f"drawn: {drawn.name}")
+    figure.savefig(path, dpi=70)
+    print(f"drawn: {path.name}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(picture_path("paths_and_costs.png", __doc__))

@@ -4,10 +4,9 @@ Three recurrent encoder-decoders, the same but for what the decoder knows of the
 up to 20 tokens and are tried on longer ones: to write the source backwards, and to find one marked token in
 noise.
 
-python examples/family/seq2seq.py [folder for seq2seq.png]
+python examples/family/seq2seq.py [FOLDER]
 """
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot
+from picture import picture_path
 from torch import Tensor
 
 from fastattn.models import RecurrentSeq2Seq
@@ -73,7 +73,7 @@ def train(task: str, kind: str) -> tuple[RecurrentSeq2Seq, list[float]]:
     return model, accuracies
 
 
-def main(folder: str = ".") -> None:
+def main(path: Path) -> None:
     torch.set_num_threads(1)  # steps of so small a network are too short to share
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for panel, task in zip(panels, TASKS, strict=False):
@@ -88,20 +88,20 @@ def main(folder: str = ".") -> None:
             panel.plot(lengths, accuracies, marker="o", label=kind)
             if kind == "soft_align" and task == "the source backwards":
                 reader = model
-        panel.axvline(LONGEST, color="gray", linestyle=":")
+        panel.axvline(LONGEST, color="gray", linestyle=":", label="longest in training")
         panel.set(title=task, xlabel="tokens in the source", ylabel="accuracy", ylim=(-0.03, 1.05))
-        panel.legend()
+        panel.legend(fontsize=8)
 
     source, target = backwards(1, 12, torch.Generator().manual_seed(1))
     reader(source, F.pad(target, (1, 0), value=START)[:, :-1])
-    panels[2].imshow(reader.attention_weights[0], cmap="Reds", vmin=0, vmax=1)
+    image = panels[2].imshow(reader.attention_weights[0], cmap="Reds", vmin=0, vmax=1)
+    figure.colorbar(image, ax=panels[2], label="weight")
     panels[2].set(title="where soft_align looks", xlabel="source", ylabel="target")
     panels[2].set_xticks(range(12), source[0].tolist())
     panels[2].set_yticks(range(12), target[0].tolist())
-    path = Path(folder) / "seq2seq.png"
     figure.savefig(path, dpi=70)
     print(f"drawn: {path.name}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(picture_path("seq2seq.png", __doc__))

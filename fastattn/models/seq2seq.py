@@ -12,6 +12,8 @@ from fastattn.additive import additive_attention
 from fastattn.call import Call
 from fastattn.checks import check_bool, check_int
 from fastattn.masks import Mask, padding
+from fastattn.masks.space import is_integer
+from fastattn.nn.embedding import check_tokens
 from fastattn.nn.layer import AttentionLayer
 from fastattn.nn.recurrent import read_padded
 from fastattn.spec import dtype_name
@@ -107,6 +109,8 @@ class RecurrentSeq2Seq(AttentionLayer):
             src_lengths: int [B], tokens before the padding, at least 1; None for all.
         Returns:
             [B, Lt, tgt_vocab_size].
+        Raises:
+            TypeError, ValueError: naming the argument, the rule and the value got.
         """
         memory, state = self.encode(src, src_lengths)
         return self.decode(tgt, memory, state)[0]
@@ -115,13 +119,15 @@ class RecurrentSeq2Seq(AttentionLayer):
         """(memory, first state of the decoder [B, hidden]) of a source."""
         if check_tensor("src", src).dim() != 2 or 0 in src.shape:
             raise ValueError(f"src must be [B, Ls] with at least one token, got shape {list(src.shape)}")
-        _check_tokens("src", src)
+        check_tokens("src", src, self.src_embedding.num_embeddings)
         x, hidden = self.src_embedding(src), self.hidden_size
         if src_lengths is None:
             states, mask = self.encoder(x)[0], None
             last = states[:, -1, :hidden]
         else:
-            src_lengths = _check_tokens("src_lengths", src_lengths)
+            if not is_integer(check_tensor("src_lengths", src_lengths)):
+                raise TypeError(f"src_lengths must be integers, got {dtype_name(src_lengths.dtype)}")
+            src_lengths = src_lengths.long()
             if src_lengths.shape != src.shape[:1]:
                 raise ValueError(f"src_lengths must be [{len(src)}], got shape {list(src_lengths.shape)}")
             low, high = src_lengths.aminmax()
@@ -139,7 +145,7 @@ class RecurrentSeq2Seq(AttentionLayer):
         """(logits [B, Lt, tgt_vocab_size], last state [B, hidden]) of some target tokens, from a state on."""
         if check_tensor("tgt", tgt).dim() != 2 or 0 in tgt.shape:
             raise ValueError(f"tgt must be [B, Lt] with at least one token, got shape {list(tgt.shape)}")
-        _check_tokens("tgt", tgt)
+        check_tokens("tgt", tgt, self.tgt_embedding.num_embeddings)
         if len(tgt) != len(state):
             raise ValueError(f"tgt must have the source's batch size {len(state)}, got {len(tgt)}")
         x = self.tgt_embedding(tgt)
@@ -190,10 +196,3 @@ class RecurrentSeq2Seq(AttentionLayer):
             queries = [step.q for step in steps if isinstance(step, Call)]
             self._remember(replace(self._last, q=torch.cat(queries, 1)))
         return torch.cat(tokens[1:], 1)
-
-
-def _check_tokens(name: str, tokens: Any) -> Tensor:
-    check_tensor(name, tokens)
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {dtype_name(tokens.dtype)}")
-    return tokens

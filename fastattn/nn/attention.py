@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn import leading
 from fastattn.biases import Bias
 from fastattn.call import Call
+from fastattn.checks import not_a_bias
 from fastattn.masks import Mask, MaskShape
 from fastattn.nn.layer import (
     NAMES,
@@ -202,5 +203,5 @@ def _sum(scores: Tensor, bias: Bias | Tensor | None) -> Tensor:
         shape = MaskShape(batch, heads, seqlen_q, seqlen_k)
         bias = bias.to_dense(shape, scores.device, scores.dtype)
     elif not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor or a fastattn.biases.Bias, got {type(bias).__name__}")
+        raise not_a_bias("bias", bias)
     return scores + bias

@@ -38,7 +38,8 @@ def convert_heads(module: Module, num_kv_heads: int) -> Module:
     Checkpoints" (arXiv 2305.13245), section 2.1.
     """
     check_int("num_kv_heads", num_kv_heads, 1)
-    found = [part for part in module.modules() if isinstance(part, MultiheadAttention)]
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    found = [part for part in parts if isinstance(part, MultiheadAttention)]
     if not found:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(

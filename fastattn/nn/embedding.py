@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.checks import check_int
 from fastattn.execution import has_values
+from fastattn.spec import dtype_name
+from fastattn.validation import check_tensor
 
 
 class TokenEmbedding(nn.Embedding):
@@ -58,11 +61,21 @@ class TokenEmbedding(nn.Embedding):
             TypeError: not int64 or int32.
             ValueError: a token outside of the vocabulary (on CPU).
         """
-        if input.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32, got {input.dtype}")
-        if input.numel() and has_values(input):
-            low, high = (int(bound) for bound in input.aminmax())
-            if low < 0 or high >= self.num_embeddings:
-                wrong = low if low < 0 else high
-                raise ValueError(f"tokens must be from 0 to {self.num_embeddings - 1}, got {wrong}")
+        check_tokens("tokens", input, self.num_embeddings)
         return super().forward(input) * math.sqrt(self.embedding_dim)
+
+
+def check_tokens(name: str, tokens: Any, vocab_size: int) -> Tensor:
+    """`tokens`, int64 or int32, which are from 0 to vocab_size - 1 as far as they can be read here.
+
+    Raises:
+        TypeError, ValueError: something else; `name` is the argument's.
+    """
+    check_tensor(name, tokens)
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {dtype_name(tokens.dtype)}")
+    if tokens.numel() and has_values(tokens):
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"{name} must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+    return tokens

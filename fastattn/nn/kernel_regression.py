@@ -120,8 +120,10 @@ class KernelRegression(QueryLayer):
     def _training_points(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
         """x [N, D] and y [N] or [N, C], checked, of one dtype."""
         x, y = self._points("x", x), as_tensor("y", y, self.log_width.device).detach()
-        if not x.is_meta and not x.isfinite().all():
-            raise ValueError(f"x must be finite, got {int((~x.isfinite()).sum())} numbers that are not")
+        for name, given in (("x", x), ("y", y)):
+            if not given.is_meta and not given.isfinite().all():
+                bad = int((~given.isfinite()).sum())
+                raise ValueError(f"{name} must be finite, got {bad} numbers that are not")
         if len(x) == 0:
             raise ValueError(f"x must have at least one point, got shape {list(x.shape)}")
         if y.dim() not in (1, 2) or len(y) != len(x):

@@ -17,7 +17,7 @@ from fastattn.execution import autocast, has_values
 from fastattn.masks import Mask, dense, padding
 from fastattn.masks.space import is_integer
 from fastattn.spec import dtype_name
-from fastattn.validation import check_tensor
+from fastattn.validation import check_floating
 
 ValidLens = Tensor | Sequence[int] | int
 
@@ -158,8 +158,8 @@ def check_versions(recorded: dict[str, list[tuple[Tensor, int]]] | None, what: s
             )
 
 
-def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
-    """`value`, a tensor or what torch makes one of (numbers, sequences, arrays), on `device`."""
+def as_tensor(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """`value`, a tensor or what torch makes one of (numbers, sequences, arrays), on `device` if given."""
     try:
         return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -204,6 +204,8 @@ def check_lens(
         ValueError: they have another shape; or, on CPU, are below 0 or beyond the keys.
     """
     lens = as_tensor("valid_lens", valid_lens, device)
+    if lens.dtype == torch.bool:
+        raise TypeError("valid_lens must be integers, got bool: a mask goes to mask=")
     if not is_integer(lens):
         raise TypeError(f"valid_lens must be integers, got {dtype_name(lens.dtype)}")
     if lens.shape not in ((batch,), (batch, seqlen_q)):
@@ -241,10 +243,15 @@ def join_lens(mask: Mask | Tensor | None, lens: Tensor | None, queries: Tensor) 
 
 
 def check_ranks(ranks: tuple[int, ...], layout: str, **inputs: Any) -> None:
-    """Raise unless all inputs are tensors of one rank, one of `ranks`; `layout` says how they should look."""
+    """Raise unless all inputs are floating-point tensors of one rank, one of `ranks`.
+
+    Args:
+        layout: how they should look, for messages.
+    """
     first = next(iter(inputs))
     for name, x in inputs.items():
-        if check_tensor(name, x).dim() not in ranks:
+        check_floating(name, x)
+        if x.dim() not in ranks:
             raise ValueError(f"{name} must be {layout}, got shape {list(x.shape)}")
         if x.dim() != inputs[first].dim():
             want, got = inputs[first].dim(), list(x.shape)

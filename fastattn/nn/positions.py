@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fastattn.checks import check_bool, check_int
 from fastattn.execution import has_values
+from fastattn.masks.space import is_integer
+from fastattn.spec import dtype_name
+from fastattn.validation import check_floating, check_tensor
 
 
 def sinusoids(max_len: int, d_model: int, base: float = 10000.0) -> Tensor:
@@ -60,7 +63,13 @@ def document_positions(ids: Tensor) -> Tensor:
         ids: int [B, L], as for `fastattn.masks.documents`.
     Returns:
         int64 [B, L].
+    Raises:
+        TypeError, ValueError: ids that are no integers, or of another shape.
     """
+    if not is_integer(check_tensor("ids", ids)):
+        raise TypeError(f"ids must be integers, got {dtype_name(ids.dtype)}")
+    if ids.dim() != 2:
+        raise ValueError(f"ids must be [B, L], got shape {list(ids.shape)}")
     index = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     changes = torch.ones_like(ids, dtype=torch.bool)
     changes[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -90,8 +99,8 @@ def table_rows(
         return table[None, offset : offset + length]
     if offset:
         raise ValueError(f"offset must be 0 where positions are given, got {offset}")
-    if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    if not is_integer(check_tensor("positions", positions)):
+        raise TypeError(f"positions must be integers, got {dtype_name(positions.dtype)}")
     at = positions[None] if positions.dim() == 1 else positions
     if at.dim() != 2 or at.shape[0] not in (1, batch) or at.shape[1] != length:
         raise ValueError(
@@ -158,9 +167,9 @@ class _PositionalEncoding(nn.Module):
         Returns:
             x's shape and dtype.
         Raises:
-            ValueError: another shape; a position that is negative or not below max_len.
+            TypeError, ValueError: another dtype or shape; a position that is negative or not below max_len.
         """
-        if x.dim() != 3 or x.shape[-1] != self.d_model:
+        if check_floating("x", x).dim() != 3 or x.shape[-1] != self.d_model:
             layout = "[B, L" if self.batch_first else "[L, B"
             raise ValueError(f"x must be {layout}, {self.d_model}], got shape {list(x.shape)}")
         batch, length = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastattn.checks import check_int
 from fastattn.nn.positions import sinusoids, table_rows
-from fastattn.validation import check_number, check_tensor
+from fastattn.validation import check_floating, check_number
 
 RotaryLayout = Literal["half", "interleaved"]
 
@@ -101,8 +101,7 @@ class RotaryEmbedding(nn.Module):
         Raises:
             TypeError, ValueError: another shape; a position that is negative or not below max_len.
         """
-        check_tensor("x", x)
-        if x.dim() != 4 or x.shape[-1] != self.head_dim:
+        if check_floating("x", x).dim() != 4 or x.shape[-1] != self.head_dim:
             raise ValueError(f"x must be [B, H, L, {self.head_dim}], got shape {list(x.shape)}")
         rows = table_rows(self.table, x.shape[0], x.shape[2], offset, positions)
         cos, sin = rows[:, None].unbind(-2)  # [1|B, 1, L, r/2]

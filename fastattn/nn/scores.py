@@ -93,9 +93,10 @@ class CosineScore(ProductScore):
         return (q * (-self.log_temperature).exp()).to(q.dtype), k, 1.0
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={float(self.temperature):g}, learn_temperature={self.log_temperature is not None}"
-        )
+        if self.log_temperature is None:
+            return f"temperature={self._temperature:g}, learn_temperature=False"
+        value = "?" if self.log_temperature.is_meta else f"{self.log_temperature.exp().item():g}"
+        return f"temperature={value}, learn_temperature=True"
 
 
 def _unit(x: Tensor) -> Tensor:

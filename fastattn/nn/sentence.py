@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.nn.attention import Attention
-from fastattn.nn.layer import ValidLens, check_lens, check_ranks
+from fastattn.nn.layer import ValidLens, as_tensor, check_lens, check_ranks
 
 
 class SentenceEncoder(nn.Module):
@@ -29,20 +29,26 @@ class SentenceEncoder(nn.Module):
         attention: a layer with attention(x, valid_lens=...) -> output or (output, weights), and
             `attention_weights`, such as `SingleHeadAttention(d_model, d_k)`; None for
             softmax(x xᵀ / sqrt(d)) x, which has nothing to learn.
+    Raises:
+        TypeError: attention is no layer.
     Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1; Lin et al. 2017, "A Structured
     Self-attentive Sentence Embedding" (arXiv 1703.03130).
     """
 
     def __init__(self, attention: nn.Module | None = None) -> None:
         super().__init__()
-        self.attention = Attention("scaled_dot") if attention is None else attention
+        attention = Attention("scaled_dot") if attention is None else attention
+        if not isinstance(attention, nn.Module):
+            raise TypeError(f"attention must be a layer or None, got {type(attention).__name__}")
+        self.attention = attention
 
-    def forward(self, x: Tensor, valid_lens: ValidLens | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid_lens: ValidLens | None = None, mask: Any = None) -> Tensor:
         """One vector for each sentence.
 
         Args:
             x: [B, L, d], vectors of words.
             valid_lens: int [B], words of each sentence, from 0 to L; the rest is padding. None for all.
+            mask: of which word sees which, as the attention layer takes it (lesson layers: 1 = blocked).
         Returns:
             [B, d]; 0 for a sentence without words.
         Raises:
@@ -53,7 +59,7 @@ class SentenceEncoder(nn.Module):
             valid_lens = check_lens(valid_lens, len(x), x.shape[1], x.shape[1], x.device)
             if valid_lens.dim() != 1:
                 raise ValueError(f"valid_lens must be [{len(x)}], got shape {list(valid_lens.shape)}")
-        y = self.attention(x, valid_lens=valid_lens)
+        y = self.attention(x, valid_lens=valid_lens, **({} if mask is None else {"mask": mask}))
         y = y[0] if isinstance(y, tuple) else y
         if valid_lens is None:
             return y.mean(1) if y.shape[1] else y.new_zeros(y.shape[0], y.shape[2])
@@ -62,9 +68,9 @@ class SentenceEncoder(nn.Module):
         return torch.where(words[..., None], y, 0).sum(1) / lens.clamp(min=1)
 
     @property
-    def attention_weights(self) -> Tensor:
-        """The weights of the last call, [B, L, L]."""
-        return self.attention.attention_weights  # type: ignore[return-value]
+    def attention_weights(self) -> Tensor | None:
+        """The weights of the last call, [B, L, L]; None before any, or if the layer does not tell them."""
+        return getattr(self.attention, "attention_weights", None)
 
     def encode(
         self, words: Sequence[str], word_vectors: Mapping[str, Any], *, show: bool = True
@@ -79,25 +85,36 @@ class SentenceEncoder(nn.Module):
             show: whether to print.
         Raises:
             KeyError: a word without a vector, which is named.
-            ValueError: no words; vectors of different lengths.
+            TypeError, ValueError: no words; no vectors; vectors of different lengths.
         """
         if isinstance(words, str):
             raise TypeError(f"words must be a sequence of words, got the string {words!r}: split it first")
+        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+            raise TypeError(f"words must be a sequence of strings, got {words!r}")
+        if isinstance(word_vectors, Tensor) or not hasattr(word_vectors, "__contains__"):
+            kind = type(word_vectors).__name__
+            raise TypeError(f"word_vectors must map words to vectors, as a dict does, got {kind}")
         if not words:
             raise ValueError("words must hold at least one word, got none")
         unknown = list(dict.fromkeys(word for word in words if word not in word_vectors))
         if unknown:
             raise KeyError(f"word_vectors must have every word, got none for {', '.join(map(repr, unknown))}")
-        vectors = [torch.as_tensor(word_vectors[word]) for word in words]
+        vectors = [as_tensor(f"word_vectors[{word!r}]", word_vectors[word]) for word in words]
         for word, vector in zip(words, vectors, strict=True):
             if vector.dim() != 1 or vector.shape != vectors[0].shape:
-                want, got = vectors[0].numel(), list(vector.shape)
+                want, shape = vectors[0].numel(), list(vector.shape)
                 raise ValueError(
-                    f"word_vectors must have one length, here {want}, got shape {got} for {word!r}"
+                    f"word_vectors must have one length, here {want}, got shape {shape} for {word!r}"
                 )
         x = torch.stack(vectors)[None]
         vector = self(x if x.is_floating_point() else x.float())[0]
-        weights = self.attention_weights[0].to(vector.dtype)
+        found = self.attention_weights
+        if found is None:
+            kind = type(self.attention).__name__
+            raise TypeError(
+                f"attention must have attention_weights, as nn.SingleHeadAttention has, to encode, got {kind}"
+            )
+        weights = found[0].to(vector.dtype)
         if show:
             print(weight_table(words, weights if weights.dim() == 2 else weights.mean(0)))
         return vector, weights
