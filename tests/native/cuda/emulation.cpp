@@ -65,8 +65,14 @@ void BlockState::maybe_yield() {
   switch_away();
 }
 
+void BlockState::complain(const std::string& message) {
+  if (error.empty())
+    error =
+        "thread " + std::to_string(running) + " of block " + std::to_string(launch.block) + ": " + message;
+}
+
 void BlockState::fail(const std::string& message) {
-  error = "thread " + std::to_string(running) + " of block " + std::to_string(launch.block) + ": " + message;
+  complain(message);
   _longjmp(scheduler, 1);
 }
 
@@ -101,13 +107,16 @@ __attribute__((noinline)) void BlockState::resume(int thread) {
 void BlockState::run() {
   stacks.resize(fibers.size() * kStackBytes);
   for (size_t thread = 0; thread < fibers.size(); ++thread) ready.push_back(static_cast<int>(thread));
+  // How soon what is under way completes: within a few switches, or as late as nothing else can go on.
+  constexpr int kOdds[] = {16, 256, 4096, 0};
+  const int odds = kOdds[random() % 4];
   while (error.empty()) {
     if (ready.empty()) {
       if (complete_copy()) continue;
       if (!is_done()) error = who_waits();
       break;
     }
-    if (random() % 64 == 0) complete_something();
+    if (odds != 0 && random() % odds == 0) complete_something();
     const size_t chosen = random() % ready.size();
     const int thread = ready[chosen];
     ready[chosen] = ready.back();

@@ -46,6 +46,9 @@ struct MemoryBarrier {
   std::vector<int> waiters;
 };
 
+// Of a byte of shared memory that copies write.
+enum class Contents : uint8_t { kNothing, kUnderWay, kThere };
+
 struct Copy {
   TensorMapSpec map;
   Coordinates from;
@@ -89,6 +92,7 @@ struct BlockState {
         warpgroups(launch.threads / 128),
         named(16),
         memory(kSharedBase + launch.shared_bytes, 0xFF),
+        contents(memory.size(), Contents::kNothing),
         random(options.seed * 1000003 + launch.block) {}
 
   void run();
@@ -97,7 +101,8 @@ struct BlockState {
   void sleep(const std::string& what);
   void wake(std::vector<int>& waiters);
   void maybe_yield();
-  [[noreturn]] void fail(const std::string& message);
+  void complain(const std::string& message);           // the block stops at the next switch
+  [[noreturn]] void fail(const std::string& message);  // it stops here, in a fiber
   std::string who_waits() const;
 
   const uint64_t* gather(const char* kind, uint64_t value);
@@ -121,6 +126,7 @@ struct BlockState {
   std::map<uint32_t, MemoryBarrier> barriers;
   std::vector<Copy> copies;
   std::vector<uint8_t> memory;
+  std::vector<Contents> contents;
   std::vector<char> stacks;
   std::vector<int> ready;
   std::minstd_rand random;

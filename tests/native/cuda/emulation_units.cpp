@@ -42,6 +42,8 @@ void copy(uint32_t address, const TensorMap& map, const Coordinates& from, uint3
   for (int d = 0; d < rank; ++d) bytes *= spec.box[d];
   if (address + bytes > state.memory.size()) state.fail("a copy ends outside shared memory");
   std::fill_n(state.memory.begin() + address, bytes, 0xFF);  // NaN in both 16-bit types
+  std::fill_n(state.contents.begin() + address, bytes, Contents::kUnderWay);
+  state.barrier_at(barrier);
   state.copies.push_back(made);
 }
 
@@ -72,9 +74,10 @@ bool BlockState::complete_copy() {
       uint32_t to = static_cast<uint32_t>(done.address + row * row_bytes + 2 * c);
       if (options.fault != Fault::kWrongSwizzle) to = swizzled(to, spec.swizzle);
       std::memcpy(&memory[to], &value, 2);
+      contents[to] = Contents::kThere;
     }
   }
-  MemoryBarrier& barrier = barrier_at(done.barrier);
+  MemoryBarrier& barrier = barriers.at(done.barrier);
   barrier.bytes -= static_cast<int64_t>(rows * row_bytes);
   settle(barrier);
   return true;
@@ -200,19 +203,28 @@ struct Descriptor {
         swizzle(static_cast<Swizzle>(bits >> 62)) {}
 };
 
-// Elements [lines, 16] of a matrix whose lines lie along k (K-major): groups of eight lines, `stride` apart.
-// Elements [16, lines] of one with a row for each k (MN-major): blocks of a row's width, `leading` apart, and
-// groups of eight rows, `stride` apart.
-float element_at(const BlockState& state, const Descriptor& d, bool k_major, int line, int k,
-                 Elements elements) {
+// Where element (line, k) of an operand is. Lines along k (K-major) come in groups of eight, `stride` apart;
+// of a matrix with a row for each k (MN-major) the rows do, in blocks of a swizzled row's width, `leading`
+// apart.
+uint32_t place_of(const BlockState& state, const Descriptor& d, bool k_major, int line, int k) {
   const uint32_t row_bytes = swizzle_bytes(d.swizzle), width = row_bytes / 2;
   const uint32_t stride = state.options.fault == Fault::kWrongStride ? 2 * d.stride : d.stride;
   const uint32_t offset =
       k_major ? line / 8 * stride + line % 8 * row_bytes + 2 * k
               : line / width * d.leading + 2 * (line % width) + k / 8 * stride + k % 8 * row_bytes;
-  const uint32_t at = swizzled(d.start + offset, d.swizzle);
-  uint16_t bits = 0xFFFF;
-  if (at + 2 <= state.memory.size()) std::memcpy(&bits, &state.memory[at], 2);
+  return swizzled(d.start + offset, d.swizzle);
+}
+
+float element_at(BlockState& state, uint32_t at, Elements elements, const char* operand, bool must_be_there) {
+  if (at + 2 > state.memory.size()) {
+    state.complain(std::string("a product reads ") + operand + " outside shared memory");
+    return NAN;
+  }
+  const Contents contents = state.contents[at];
+  if (contents == Contents::kUnderWay || (must_be_there && contents == Contents::kNothing))
+    state.complain(std::string("a product reads ") + operand + " that no copy has brought yet");
+  uint16_t bits;
+  std::memcpy(&bits, &state.memory[at], 2);
   return value_of(bits, elements);
 }
 
@@ -234,10 +246,13 @@ void BlockState::complete_group(Warpgroup& group) {
     std::vector<float> left(64 * 16), right(16 * columns);
     for (int k = 0; k < 16; ++k) {
       for (int row = 0; row < 64; ++row)
-        left[row * 16 + k] =
-            in_registers ? fragment_at(product, row, k) : element_at(*this, a, true, row, k, common.elements);
+        left[row * 16 + k] = in_registers ? fragment_at(product, row, k)
+                                          // packed rows may be fewer than a tile has
+                                          : element_at(*this, place_of(*this, a, true, row, k),
+                                                       common.elements, "rows of A", false);
       for (int column = 0; column < columns; ++column)
-        right[k * columns + column] = element_at(*this, b, !in_registers, column, k, common.elements);
+        right[k * columns + column] = element_at(*this, place_of(*this, b, !in_registers, column, k),
+                                                 common.elements, "rows of B", true);
     }
     for (int row = 0; row < 64; ++row) {
       float* sums = &product.sums->values[row * columns];
@@ -290,6 +305,7 @@ uint16_t to_float16(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float size = std::fabs(x);
   if (std::isnan(x)) return sign | 0x7E00;
+  if (size == 0) return sign;
   if (size >= 65520.f) return sign | 0x7C00;
   int exponent = 0;
   std::frexp(size, &exponent);
