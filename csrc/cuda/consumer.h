@@ -20,28 +20,32 @@ class Consumer {
     for (Deal deal(a_.schedule.size, block_index(), block_count()); deal.more(); deal.next()) {
       const RowTile tile(a_, a_.schedule.item(deal.index()));
       if (!tile.exists()) continue;
-      KeyTiles<Traits> keys(a_, tile, index_);
-      const ThreadRows rows(a_, tile, index_);
       Softmax softmax;
       float o[kSums] = {};
-      if (keys.more()) {
-        barrier_wait(shared_.q_full(), q_parity_);
-        q_parity_ ^= 1;
-        if constexpr (Traits::kGeneral) {
-          attend(tile, rows, keys, softmax, o);
-        } else {
-          attend_overlapped(rows, keys, softmax, o);
-        }
-      }
-      store<Traits>(a_, tile, rows, softmax, o, Traits::kGeneral ? kLog2E : a_.scale_log2,
-                    Traits::kGeneral ? 1.f : a_.scale);
+      attend(tile, softmax, o);
+      const RowTile again(a_, a_.schedule.item(forgotten(deal.index())));
+      store<Traits>(a_, again, ThreadRows(a_, again, index_), softmax, o,
+                    Traits::kGeneral ? kLog2E : a_.scale_log2, Traits::kGeneral ? 1.f : a_.scale);
     }
   }
 
  private:
+  FASTATTN_DEVICE void attend(const RowTile& tile, Softmax& softmax, float (&o)[kSums]) {
+    KeyTiles<Traits> keys(a_, tile, index_);
+    if (!keys.more()) return;
+    const ThreadRows rows(a_, tile, index_);
+    barrier_wait(shared_.q_full(), q_parity_);
+    q_parity_ ^= 1;
+    if constexpr (Traits::kGeneral) {
+      attend_in_turn(tile, rows, keys, softmax, o);
+    } else {
+      attend_overlapped(rows, keys, softmax, o);
+    }
+  }
+
   // One tile after the other; the other warpgroup multiplies meanwhile, or does not, as it happens.
-  FASTATTN_DEVICE void attend(const RowTile& tile, const ThreadRows& rows, KeyTiles<Traits>& keys,
-                              Softmax& softmax, float (&o)[kSums]) {
+  FASTATTN_DEVICE void attend_in_turn(const RowTile& tile, const ThreadRows& rows, KeyTiles<Traits>& keys,
+                                      Softmax& softmax, float (&o)[kSums]) {
     while (keys.more()) {
       const KeyTile key = keys.next();
       const int stage = use_.stage();

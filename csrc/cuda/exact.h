@@ -66,8 +66,8 @@ FASTATTN_DEVICE void exact_row(const ForwardArguments& a, const RowTile& tile, c
     if constexpr (Traits::kGeneral) {
       if (a.drop_below != 0) {
         const uint32_t bh = static_cast<uint32_t>(tile.b * call.num_heads + row.h);
-        p *=
-            dropout_word(static_cast<uint64_t>(*call.dropout_seed), bh, row.i, j) >= a.drop_below ? 1.f : 0.f;
+        const uint32_t word = dropout_word(static_cast<uint64_t>(*call.dropout_seed), bh, row.i, j);
+        p *= word >= a.drop_below ? 1.f : 0.f;
       }
     }
 #pragma unroll

@@ -23,19 +23,18 @@ class Producer {
       if (!tile.exists()) continue;
       KeyTiles<Traits> keys(a_, tile, 0);
       if (!keys.more()) continue;
-      // In the order in which the consumers want them: k runs ahead of v by one tile.
       load_q(tile);
-      KeyTile current = keys.next();
-      load_k(tile, current, use_);
-      while (keys.more()) {
-        const KeyTile next = keys.next();
-        load_k(tile, next, use_.after());
-        load_v(tile, current, use_);
-        use_ = use_.after();
-        current = next;
-      }
-      load_v(tile, current, use_);
-      use_ = use_.after();
+      // In the order in which the consumers want them: k runs ahead of v by one tile.
+      int32_t last = -1;
+      do {
+        const int32_t next = keys.more() ? keys.next().j0 : -1;
+        if (next >= 0) load_k(tile, next, last < 0 ? use_ : use_.after());
+        if (last >= 0) {
+          load_v(tile, last);
+          use_ = use_.after();
+        }
+        last = next;
+      } while (last >= 0);
     }
   }
 
@@ -56,16 +55,16 @@ class Producer {
     sync_warp();
   }
 
-  FASTATTN_DEVICE void load_k(const RowTile& tile, const KeyTile& key, Use<Traits> use) {
+  FASTATTN_DEVICE void load_k(const RowTile& tile, int32_t j0, Use<Traits> use) {
     const int stage = use.stage();
     load(shared_.k(stage), shared_.k_full(stage), shared_.k_empty(stage), use, a_.k_map,
-         {0, tile.entry.k_begin + key.j0, tile.h_kv * a_.k_head, tile.b * a_.k_batch, 0});
+         {0, tile.entry.k_begin + j0, tile.h_kv * a_.k_head, tile.b * a_.k_batch, 0});
   }
 
-  FASTATTN_DEVICE void load_v(const RowTile& tile, const KeyTile& key, Use<Traits> use) {
-    const int stage = use.stage();
-    load(shared_.v(stage), shared_.v_full(stage), shared_.v_empty(stage), use, a_.v_map,
-         {0, tile.entry.k_begin + key.j0, tile.h_kv * a_.v_head, tile.b * a_.v_batch, 0});
+  FASTATTN_DEVICE void load_v(const RowTile& tile, int32_t j0) {
+    const int stage = use_.stage();
+    load(shared_.v(stage), shared_.v_full(stage), shared_.v_empty(stage), use_, a_.v_map,
+         {0, tile.entry.k_begin + j0, tile.h_kv * a_.v_head, tile.b * a_.v_batch, 0});
   }
 
   FASTATTN_DEVICE void load(uint32_t to, uint32_t full, uint32_t empty, Use<Traits> use, const TensorMap& map,

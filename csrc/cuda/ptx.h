@@ -22,6 +22,13 @@ FASTATTN_DEVICE uint32_t shared_memory() {
 // The same value in all lanes of a warp, so that the compiler keeps it once.
 FASTATTN_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
+// The same value, of which the compiler knows nothing: what was derived from x before is derived again, and
+// takes no registers until then.
+FASTATTN_DEVICE int forgotten(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- Warps
 // ---------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ inline int block_index() { return emulated::block_index(); }
 inline int block_count() { return emulated::block_count(); }
 inline uint32_t shared_memory() { return emulated::kSharedBase; }
 inline int uniform(int x) { return x; }
+inline int forgotten(int x) { return x; }
 
 template <class T>
 T exchanged(T x, int lane, bool is_xor) {
