@@ -1,4 +1,4 @@
-"""A backend whose kernels go forward alone, with the backward pass of another, which reads the same out and lse."""
+"""A backend whose kernels go forward alone, with the backward pass of another, which reads the same lse."""
 
 from __future__ import annotations
 

@@ -95,19 +95,13 @@ py::list configs() {
   return list;
 }
 
-py::dict info() {
-  py::dict d;
-  d["problem"] = runtime_problem();
-  d["device_type"] = runtime_device_type();
-  d["configs"] = configs();
-  return d;
-}
-
 }  // namespace
 
 void fastattn::cuda::bind(py::module_& m) {
   m.def("attention_fwd", attention_fwd);
   m.def("capability", [](int device) { return device_facts(device).capability; });
   m.def("schedule", schedule);
-  m.def("info", info);
+  m.def("configs", configs);
+  m.def("problem", runtime_problem);
+  m.def("device_type", runtime_device_type);
 }

@@ -25,7 +25,7 @@ struct TensorMapSpec {
 };
 
 // The encoded form, which only the driver and the copy engine know.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 

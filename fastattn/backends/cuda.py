@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels for Hopper on tensors: allocate, describe, call fastattn._cuda. Nothing waits for the device.
+"""The CUDA C++ kernels for Hopper on tensors: allocate, describe, call fastattn._cuda; nothing waits.
 
 There is a forward pass alone; `fastattn.joined` puts the backward pass of another backend beside it.
 """
@@ -36,27 +36,42 @@ def library() -> Any:
     return _cuda
 
 
-@cache
-def _problem(module: Any) -> str:
-    """Why the extension runs nothing here: asked for only where a tensor is on its device, since it starts the
-    driver, after which a process cannot be forked."""
-    return str(module.info()["problem"])
+def _against_the_machine(device: str) -> str:
+    """Why the kernels do not run here on tensors of a device type, or an empty text."""
+    module = library()
+    runs_on = "cuda" if isinstance(module, str) else module.device_type()
+    reasons = [module] if isinstance(module, str) else []
+    if device != runs_on:
+        reasons.append(f"it runs on {runs_on} tensors, not {device}")
+    elif not reasons:
+        reasons += _unsupported(module, torch.cuda.current_device() if device == "cuda" else 0)
+    return "; ".join(reasons)
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler: a trace calls the function
+# and keeps its result.
+_against_the_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _device_type(module: Any) -> str:
-    return "cuda" if isinstance(module, str) else str(module.info()["device_type"])
+def _unsupported(module: Any, device: int) -> tuple[str, ...]:
+    """What speaks against a device. Asked only where a tensor is on one: it starts the driver, after which a
+    process cannot be forked."""
+    if problem := module.problem():
+        return (problem,)
+    got = module.capability(device)
+    return (
+        ()
+        if got == CAPABILITY
+        else (f"its kernels are for compute capability {CAPABILITY / 10}, not {got / 10}",)
+    )
 
 
 def supports(spec: AttentionSpec) -> str | None:
     """None, or every reason why this backend cannot run the forward pass of a call."""
-    module, reasons = library(), []
-    if isinstance(module, str):
-        reasons.append(module)
-    elif spec.device == _device_type(module):
-        reasons += _unsupported(module)
-    if spec.device != _device_type(module):
-        reasons.append(f"it runs on {_device_type(module)} tensors, not {spec.device}")
+    reasons = []
+    if machine := _against_the_machine(spec.device):
+        reasons.append(machine)
     if spec.dtype not in ("bfloat16", "float16"):
         reasons.append(f"it has bfloat16 and float16, not {spec.dtype}")
     dims = (spec.head_dim, spec.head_dim_v)
@@ -70,17 +85,6 @@ def supports(spec: AttentionSpec) -> str | None:
     if max(spec.seqlen_q, spec.seqlen_k) > LONGEST:
         reasons.append(f"lengths go up to {LONGEST}, not {max(spec.seqlen_q, spec.seqlen_k)}")
     return "; ".join(reasons) or None
-
-
-def _unsupported(module: Any) -> list[str]:
-    """What speaks against the machine."""
-    if _problem(module):
-        return [_problem(module)]
-    device = torch.cuda.current_device() if _device_type(module) == "cuda" else 0
-    got = module.capability(device)
-    if got == CAPABILITY:
-        return []
-    return [f"its kernels are for compute capability {CAPABILITY / 10}, not {got / 10}"]
 
 
 def forward(
