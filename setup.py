@@ -2,8 +2,8 @@
 
 Environment variables:
     FASTATTN_NATIVE=0   install the pure-Python part alone, which computes with PyTorch's own kernels
-    FASTATTN_CUDA=1|0   build the CUDA kernels, or not; where unset, they are built on a machine with nvcc and a
-                        GPU, and where that fails the rest is installed all the same
+    FASTATTN_CUDA=1|0   build the CUDA kernels, or not; where unset, a machine with nvcc and a GPU builds
+                        them, and where that fails the rest is installed all the same
     MAX_JOBS=n          compile at most n files at once (default: by cores and memory)
     CMAKE_ARGS="..."    further arguments for cmake
     CXX=...             the C++ compiler

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for sm_90a: what the compiler says of registers, and which instructions came out."""
+"""The CUDA kernels compiled for sm_90a: registers, by the compiler, and instructions, by the disassembler."""
 
 from __future__ import annotations
 
