@@ -84,7 +84,8 @@ def test_the_machine_is_asked_last(monkeypatch: pytest.MonkeyPatch):
         def problem(self) -> str:
             raise AssertionError("the driver was asked")
 
-    monkeypatch.setattr(cuda, "library", lambda library=Untouchable(): library)
+    library = Untouchable()
+    monkeypatch.setattr(cuda, "library", lambda: library)
     assert cuda.supports(replace(SPEC, device="cpu")) == "it runs on cuda tensors, not cpu"
 
 
@@ -159,7 +160,8 @@ def test_a_failed_launch_names_the_call(monkeypatch: pytest.MonkeyPatch):
         def attention_fwd(self, *args: object) -> None:
             raise RuntimeError("sm90_attention_fwd could not be launched: out of memory")
 
-    monkeypatch.setattr(cuda, "library", lambda library=Failing(device_type="cpu"): library)
+    library = Failing(device_type="cpu")
+    monkeypatch.setattr(cuda, "library", lambda: library)
     with pytest.raises(
         RuntimeError, match=r"out of memory \(backend 'cuda', q \[1, 4, 40, 64\].*softcap=2.0"
     ):

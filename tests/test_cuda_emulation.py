@@ -151,8 +151,8 @@ KINDS = ("range", "general")
 def outcome(monkeypatch: pytest.MonkeyPatch, kind: str, seed: int, fault: int, barrier: int = 0) -> str:
     """What becomes of a call on a device with a fault: "right", "wrong" or the device's message.
 
-    Four tiles of rows with 11 tiles of keys each (7 of the other kind): so every stage is the last one once, whose
-    v nothing but its own barrier protects.
+    Four tiles of rows with 11 tiles of keys each (7 of the other kind): every stage is the last one once,
+    whose v nothing but its own barrier protects.
     """
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 2, n, 64, generator=generator).bfloat16() for n in (200, 700, 700))

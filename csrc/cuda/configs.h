@@ -44,7 +44,7 @@ constexpr int kHeadDims[] = {64, 96, 128, 192, 256};
 // (docs/kernels/cuda.md).
 constexpr TileConfig kConfigs[] = {
     {64, Variant::kRange, 112, 2, 3, true, 56, 152},    {96, Variant::kRange, 128, 2, 2, true, 56, 224},
-    {128, Variant::kRange, 128, 2, 2, true, 56, 224},   {192, Variant::kRange, 96, 2, 2, false, 56, 224},
+    {128, Variant::kRange, 128, 2, 2, true, 56, 224},   {192, Variant::kRange, 112, 2, 2, false, 56, 224},
     {256, Variant::kRange, 64, 2, 2, false, 56, 224},   {64, Variant::kGeneral, 64, 4, 2, false, 56, 224},
     {96, Variant::kGeneral, 64, 4, 2, false, 56, 224},  {128, Variant::kGeneral, 64, 3, 2, false, 56, 224},
     {192, Variant::kGeneral, 64, 2, 2, false, 56, 224}, {256, Variant::kGeneral, 64, 2, 2, false, 56, 224},

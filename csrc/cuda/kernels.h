@@ -8,6 +8,8 @@
 
 namespace fastattn::cuda {
 
+static_assert(sizeof(ForwardArguments) <= 4096, "what a kernel may be given");
+
 template <class Element, int kHeadDim>
 struct ForwardKernels {
   // Starts a kernel on a stream of the current device. Throws std::runtime_error where that fails.

@@ -5,14 +5,13 @@ There is a forward pass alone; `fastattn.joined` puts the backward pass of anoth
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import empty_lse, lse_like, no_keys, prepare
+from fastattn.backends.common import device_of, empty_lse, lse_like, no_keys, prepare
 from fastattn.backends.cpu_views import DTYPE_CODES, Layout
 from fastattn.lowering import Operands, Params
 from fastattn.spec import AttentionSpec
@@ -113,7 +112,7 @@ def forward(
     k, v = (_aligned(t, rows[-1:] if t.dim() == 4 else rows[:1]) for t in (k, v))
     seq = Layout(q, k, operands, params)
     totals = (q.shape[0], k.shape[0]) if seq.packed else (0, 0)
-    with _device_of(q):
+    with device_of(q):
         try:
             library().attention_fwd(
                 DTYPE_CODES[q.dtype],
@@ -147,10 +146,3 @@ def _aligned(tensor: Tensor, distinct: range) -> Tensor:
         if length > 1:
             fits = fits and stride * size % ALIGNMENT == 0 and (stride > 0 or dim not in distinct)
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _device_of(q: Tensor) -> Any:
-    """Launches go to the current device."""
-    if not q.is_cuda or q.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(q.device)
