@@ -130,6 +130,22 @@ def test_what_the_compiler_makes(element: str, head_dim: int, folder: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_the_softmax_runs_beside_the_product(element: str, head_dim: int, folder: Path):
+    """In the loop over tiles of keys: products, the wait for the scores, their softmax, and only then the wait for
+    the product with v."""
+    listing = compiled(element, head_dim, folder)["range"].listing
+    (config,) = (c for c in emulated().configs() if c["head_dim"] == head_dim and c["variant"] == "range")
+    words = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", listing)
+    (start,) = (at for at, word in enumerate(words) if word.endswith("0x1"))
+    end = next(at for at in range(start, len(words)) if words[at].endswith("0x0"))
+    assert words[start + 1 : end].count("MUFU.EX2") >= config["keys"] // 2
+    products = head_dim // 16 + config["keys"] // 16
+    assert words[start - products : start] == ["HGMMA"] * products
+
+
+@pytest.mark.slow
 def test_the_extension_builds_and_loads(tmp_path: Path):
     """From nothing, in parallel; on a machine without a GPU it says why it runs nothing."""
     nvcc()

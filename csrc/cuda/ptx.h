@@ -22,6 +22,15 @@ FASTATTN_DEVICE uint32_t shared_memory() {
 // The same value in all lanes of a warp, so that the compiler keeps it once.
 FASTATTN_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
+// 0, but known only when x is; x is not negative.
+FASTATTN_DEVICE uint32_t zero_behind(float x) {
+  uint32_t zero;
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\nselp.u32 %0, 8, 0, p;\n}"
+               : "=r"(zero)
+               : "f"(x));
+  return zero;
+}
+
 // The same value, of which the compiler knows nothing: what was derived from x before is derived again, and
 // takes no registers until then.
 FASTATTN_DEVICE int forgotten(int x) {

@@ -66,6 +66,7 @@ inline int block_count() { return emulated::block_count(); }
 inline uint32_t shared_memory() { return emulated::kSharedBase; }
 inline int uniform(int x) { return x; }
 inline int forgotten(int x) { return x; }
+inline uint32_t zero_behind(float x) { return x < 0 ? 8 : 0; }
 
 template <class T>
 T exchanged(T x, int lane, bool is_xor) {
