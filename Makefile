@@ -96,5 +96,5 @@ format: $(REQUIREMENTS)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info fastattn/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info fastattn/_C.*.so fastattn/_cuda.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f $(INSTALLED)

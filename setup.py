@@ -2,6 +2,8 @@
 
 Environment variables:
     FASTATTN_NATIVE=0   install the pure-Python part alone, which computes with PyTorch's own kernels
+    FASTATTN_CUDA=1|0   build the CUDA kernels, or not; where unset, a machine with nvcc and a GPU builds
+                        them, and where that fails the rest is installed all the same
     MAX_JOBS=n          compile at most n files at once (default: by cores and memory)
     CMAKE_ARGS="..."    further arguments for cmake
     CXX=...             the C++ compiler
@@ -63,15 +65,24 @@ def tool(name: str) -> str:
     raise CompileError(f"{name} not found: run `pip install {name}`, {PURE_PYTHON}")
 
 
+def wants_cuda() -> bool:
+    """Whether to build `fastattn._cuda`."""
+    wanted = os.environ.get("FASTATTN_CUDA", "")
+    if wanted not in {"", "0", "1"}:
+        raise SystemExit(f"FASTATTN_CUDA must be 0 or 1, got {wanted!r}")
+    return wanted == "1" or (wanted == "" and bool(shutil.which("nvcc")) and Path("/dev/nvidia0").exists())
+
+
 class CMakeBuild(build_ext):
-    """Runs CMakeLists.txt once for `fastattn._C`, into the place where setuptools wants it."""
+    """Runs CMakeLists.txt once for each extension, into the place where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
         if sys.platform == "win32":
             raise CompileError(f"Windows has no native core yet: build inside WSL, {PURE_PYTHON}")
         find_compiler()
         output = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        target = ext.name.rpartition(".")[2]
+        build_dir = Path(self.build_temp).resolve() / f"cmake{target}"
         # CMake remembers paths of a build environment that pip has deleted since: always start afresh.
         shutil.rmtree(build_dir, ignore_errors=True)
         build_dir.mkdir(parents=True)
@@ -82,12 +93,16 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTATTN_OUTPUT_DIR={output.parent}",
+            f"-DFASTATTN_CUDA={'ON' if target == '_cuda' else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([tool("cmake"), "--build", str(build_dir), "-j", str(job_count())], check=True)
+            command = [tool("cmake"), "--build", str(build_dir), "--target", target, "-j", str(job_count())]
+            subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
+            if target == "_cuda":
+                raise CompileError("the CUDA kernels could not be built; the lines above say why") from None
             raise CompileError(
                 f"{Path(error.cmd[0]).name} could not build the native core; the lines above say why. "
                 f"It needs GCC 9 or newer, or Clang 10 or newer: install one, {PURE_PYTHON}"
@@ -100,7 +115,13 @@ native = os.environ.get("FASTATTN_NATIVE", "1")
 if native not in {"0", "1"}:
     raise SystemExit(f"FASTATTN_NATIVE must be 0 or 1, got {native!r}")
 
+extensions = [Extension("fastattn._C", sources=[])]
+if wants_cuda():
+    extensions.append(
+        Extension("fastattn._cuda", sources=[], optional=os.environ.get("FASTATTN_CUDA") != "1")
+    )
+
 setup(
-    ext_modules=[Extension("fastattn._C", sources=[])] if native == "1" else [],
+    ext_modules=extensions if native == "1" else [],
     cmdclass={"build_ext": CMakeBuild},
 )

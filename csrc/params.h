@@ -6,7 +6,11 @@
 
 // These headers are read by files compiled for different instruction sets: a function that is not inlined
 // would exist in several copies, of which the linker keeps any one.
+#if defined(__CUDACC__)
+#define FASTATTN_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fastattn {
 

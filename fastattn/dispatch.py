@@ -34,18 +34,23 @@ def _triton() -> Any:
     return triton
 
 
-def _not_built(name: str) -> str:
-    return f"fastattn's {name} kernels are not part of this version"
+def _cuda() -> Any:
+    from fastattn import joined
+
+    return joined.CUDA
 
 
-# In order of preference: a function that returns the backend, or the reason why there is none.
-BACKENDS: dict[str, Callable[[], Any] | str] = {
-    "cuda": _not_built("CUDA"),
+# In order of preference.
+BACKENDS: dict[str, Callable[[], Any]] = {
+    "cuda": _cuda,
     "triton": _triton,
     "cpu": lambda: cpu,
     "torch": lambda: torch_backend,
     "reference": _reference,
 }
+
+# Backends that run only where they are asked for, and why.
+UNPROVEN = {"cuda": "not yet proven on a device: ask for it with backend='cuda'"}
 
 _warned: set[str] = set()  # backends whose slowness was mentioned
 
@@ -70,6 +75,8 @@ class Explanation:
                 state = "runs" + (" (forced)" if self.forced else "")
             else:
                 state = "could run" if reason is None else f"cannot: {reason}"
+                if reason is None and name in UNPROVEN:
+                    state += f" ({UNPROVEN[name]})"
             lines.append(f"  {name:<10} {state}")
         return "\n".join(lines)
 
@@ -78,7 +85,7 @@ def reasons(spec: AttentionSpec) -> dict[str, str | None]:
     """For each backend in order, None where it can run the call, else why it cannot."""
     found: dict[str, str | None] = {}
     for name, load in BACKENDS.items():
-        found[name] = load if isinstance(load, str) else load().supports(spec)
+        found[name] = load().supports(spec)
     return found
 
 
@@ -128,7 +135,7 @@ def able(spec: AttentionSpec, found: dict[str, str | None]) -> list[str]:
     return [
         name
         for name, reason in found.items()
-        if reason is None and not (name == "triton" and spec.device == "cpu")
+        if reason is None and name not in UNPROVEN and not (name == "triton" and spec.device == "cpu")
     ]
 
 
@@ -157,10 +164,7 @@ def choose(call: Call) -> Any:
             "This is said once; fastattn.explain tells for any call.",
             stacklevel=4,
         )
-    load = BACKENDS[choice.backend]
-    if isinstance(load, str):
-        raise NotImplementedError(load)
-    return load()
+    return BACKENDS[choice.backend]()
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.autograd import DOUBLE_BACKWARD
 from fastattn.backends import cpu, triton
 from fastattn.backends.common import lse_like
+from fastattn.joined import CUDA
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 from fastattn.strides import output_like
 
@@ -38,7 +39,7 @@ _library.define(f"attention_forward{_FORWARD}", tags=(torch.Tag.needs_exact_stri
 _library.define(f"attention_backward{_BACKWARD}", tags=(torch.Tag.needs_exact_strides,))
 _library.define(f"hard_index{_HARD}", tags=(torch.Tag.needs_exact_strides,))
 
-_KERNELS: dict[str, Any] = {cpu.name: cpu, triton.name: triton}
+_KERNELS: dict[str, Any] = {cpu.name: cpu, triton.name: triton, CUDA.name: CUDA}
 
 
 def attention(

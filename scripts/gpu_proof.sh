@@ -6,7 +6,8 @@
 #
 # Steps: report (the machine), install (the package, from this checkout), tests (tests/test_gpu.py and others that take a
 # CUDA device), check (every case against the float64 reference), speed (against PyTorch's paths). check and speed are the
-# parts of `python -m fastattn bench --gpu`. Nothing is fetched: the python3 on PATH must have torch with CUDA and triton
+# parts of `python -m fastattn bench --gpu`. cuda builds the CUDA kernels, where there is nvcc, checks them, and runs some
+# small cases under compute-sanitizer; cuda-speed times them. Nothing is fetched: the python3 on PATH must have torch with CUDA and triton
 # (PYTHON=... names another). The native core for CPU is built where a compiler, cmake, ninja and pybind11 are there.
 #
 # The status is 0 where every step that ran succeeded. OUT=... names the folder for logs (default: gpu-proof).
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-$PWD/gpu-proof}"
 BENCH_FLAGS="${BENCH_FLAGS:-}"
-STEPS=(report install tests check speed)
+STEPS=(report install tests check speed cuda cuda-speed)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # where installing fails, the other steps still run
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -53,6 +54,30 @@ tests() {
 
 check() { "$PYTHON" -m fastattn bench --gpu check --out "$OUT/check" $BENCH_FLAGS; }
 speed() { "$PYTHON" -m fastattn bench --gpu speed --out "$OUT/speed" $BENCH_FLAGS; }
+
+# The Hopper kernels have never run on a device: the first thing to look at is the log of this step.
+cuda() {
+  command -v nvcc >/dev/null || { echo "no nvcc: skipped"; return 0; }
+  local python; python="$(command -v "$PYTHON")"
+  cmake -S . -B build/cuda -G Ninja "-DPython_EXECUTABLE=$python" -DFASTATTN_CUDA=ON >/dev/null &&
+    time cmake --build build/cuda --target _cuda || return 1
+  "$PYTHON" -m fastattn info --device cuda
+  local failed=0 tool
+  timeout 120 "$PYTHON" -m pytest -p no:cacheprovider -x -q tests/test_gpu_cuda.py || failed=1
+  "$PYTHON" -m fastattn bench --gpu check --backend cuda --out "$OUT/cuda-check" $BENCH_FLAGS || failed=1
+  for tool in memcheck racecheck; do
+    if command -v compute-sanitizer >/dev/null; then
+      echo "--- compute-sanitizer --tool $tool"
+      timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -p no:cacheprovider -q \
+        tests/test_gpu_cuda.py -k "case and not repeated" || failed=1
+    fi
+  done
+  return $failed
+}
+
+cuda-speed() {
+  "$PYTHON" -m fastattn bench --gpu speed --backend cuda --out "$OUT/cuda-speed" $BENCH_FLAGS
+}
 
 chosen=("$@")
 [ ${#chosen[@]} -gt 0 ] || chosen=("${STEPS[@]}")

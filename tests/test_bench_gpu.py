@@ -544,8 +544,9 @@ def test_the_whole_command(monkeypatch, capsys, tmp_path: Path):
 
     monkeypatch.setattr(bench_gpu.check, "check_in_processes", check_them)
     args = argparse.Namespace(
-        quick=True, filter="", flex=False, minutes=5.0, gpu="all", out=tmp_path / "out", list=False
-    )
+        quick=True, filter="", flex=False, minutes=5.0, gpu="all", out=tmp_path / "out", list=False,
+        backend="triton",
+    )  # fmt: skip
     assert bench_gpu.main(args) == 1
     printed = capsys.readouterr().out
     for expected in ("FAILED two: far", "full-forward-2x16x16", "TFLOP/s", "gpu.json"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,3 +90,10 @@ def finish_gradients(
     if dsinks is not None and dlse is not None:
         dsinks = dlse.sum(1) if dlse.dim() == 2 else dlse.sum((0, 2))
     return [dbias, ddiag, dsinks, dscore_weights]
+
+
+def device_of(q: Tensor) -> Any:
+    """A context in which launches go to q's device: they go to the current one."""
+    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(q.device)

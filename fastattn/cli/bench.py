@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a CUDA device instead: check every case of the tests there, then time against SDPA's cuDNN, "
         "flash and efficient kernels and FlexAttention, about 9 minutes; or one of the two parts",
     )
+    add("--backend", choices=("triton", "cuda"), default="triton", help="with --gpu: ours (default: triton)")
     add(
         "--minutes",
         type=positive_seconds,

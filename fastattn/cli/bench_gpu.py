@@ -20,7 +20,7 @@ MOST_WORKERS = 14  # processes that compile; each holds some memory of the devic
 
 def options_of(args: argparse.Namespace) -> Options:
     """The run that the arguments ask for."""
-    given = Options(quick=args.quick, filter=args.filter, flex=args.flex)
+    given = Options(quick=args.quick, filter=args.filter, flex=args.flex, backend=args.backend)
     return given if args.minutes is None else dataclasses.replace(given, minutes=args.minutes)
 
 
@@ -59,7 +59,7 @@ def check_all(options: Options, device: torch.device) -> list[Outcome]:
         if outcome.state == FAILED:
             say(f"  FAILED {outcome.name}: {outcome.reason}")
 
-    outcomes = check.check_in_processes(names, device, "triton", on_outcome, workers)
+    outcomes = check.check_in_processes(names, device, options.backend, on_outcome, workers)
     say(*check.lines(outcomes))
     return outcomes
 

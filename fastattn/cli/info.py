@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.dispatch import UNPROVEN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +92,8 @@ def describe(facts: dict[str, Any]) -> str:
         state = f"not usable: {reason}" if reason is not None else "usable"
         if name == facts["backend"]:
             state = "usable, runs by default"
+        elif reason is None and name in UNPROVEN:
+            state = f"usable, {UNPROVEN[name]}"
         lines.append(f"  {name:<11}{state}")
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.common import device_of
 from fastattn.backends.triton import arguments
 from fastattn.backends.triton.arguments import pairs, per_row, rows
 from fastattn.backends.triton.attention_bwd_bias import attention_bwd_bias, attention_bwd_diagonals
@@ -80,7 +80,7 @@ def forward(
 ) -> None:
     """Fill out and lse, of q and keys that are not empty."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
-    with _device_of(q):
+    with device_of(q):
         call = Launch(q, k, v, operands, params)
         few = _few(call.lengths.seqlen_q)
         config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few, call.pair_bytes)
@@ -123,7 +123,7 @@ def backward(
     lse = resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
     dq, dk, dv = grads
-    with _device_of(q):
+    with device_of(q):
         call = Launch(q, k, v, operands, params)
         config = backward_config(call.arch, call.widest, call.itemsize, call.blocks, call.pair_bytes)
         delta, residual = torch.empty_like(lse), torch.empty_like(lse)
@@ -245,10 +245,3 @@ def _sink_gradient(sinks: Tensor, lse: Tensor, residual: Tensor, delta: Tensor) 
     weight = torch.exp((sinks.view(shape) - lse) - residual)
     each = torch.where(lse == -torch.inf, 0.0, weight * delta).double()
     return -(each.sum(1) if lse.dim() == 2 else each.sum((0, 2)))
-
-
-def _device_of(q: Tensor) -> Any:
-    """Launches go to the current device."""
-    if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(q.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.common import device_of
 from fastattn.backends.triton import host
 from fastattn.backends.triton.arguments import per_row, rows
 from fastattn.backends.triton.configs import TileConfig
@@ -53,7 +54,7 @@ def forward(
 ) -> None:
     """Fill out and lse, of q and keys that are not empty."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
-    with host._device_of(q):
+    with device_of(q):
         call = PairLaunch(q, k, v, operands, params)
         call.run_pairs(
             pair_fwd,
@@ -84,7 +85,7 @@ def backward(
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
     dq, dk, dv = grads
-    with host._device_of(q):
+    with device_of(q):
         call = PairLaunch(q, k, v, operands, params)
         delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         call.run_pairs(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.backends.common import device_of
 from fastattn.backends.triton import host
 from fastattn.backends.triton.arguments import per_row, rows
 from fastattn.backends.triton.configs import TileConfig
@@ -53,7 +54,7 @@ def forward(
 ) -> None:
     """Fill the results, of q and keys that are not empty."""
     q, k = dense_last(q), dense_last(k)
-    with host._device_of(q):
+    with device_of(q):
         call = SummaryLaunch(q, k, operands, params)
         shift, factor = torch.empty_like(results.lse), torch.empty_like(results.lse)
         config = links_config(call.config, wanted.top_k)
@@ -142,7 +143,7 @@ def backward(
     if pooled is not None and pool_mode == "mean":
         pooled = pooled / pairs_per_cell(q.shape[2], k.shape[2], pooled)
     losses = Losses(entropy, received, distance, pooled, *((1, 1) if pooled is None else pooled.shape[2:]))
-    with host._device_of(q):
+    with device_of(q):
         call = SummaryLaunch(q, k, operands, params)
         config = call.config
         mean, residual = torch.empty_like(lse), torch.empty_like(lse)

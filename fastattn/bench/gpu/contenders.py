@@ -82,17 +82,23 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def contenders(
-    bench: BenchCase, inputs: Inputs, copies: int = 1, with_flex: bool = True, compiled: bool = True
+    bench: BenchCase,
+    inputs: Inputs,
+    copies: int = 1,
+    with_flex: bool = True,
+    compiled: bool = True,
+    backend: str = "triton",
 ) -> list[Contender]:
     """Ours first, then PyTorch's paths; which of them take the case is found out by calling them.
 
     Args:
         with_flex: whether FlexAttention takes part.
         compiled: whether it is compiled, without which it is of no use but for tests.
+        backend: of ours.
     """
     calls = Calls(bench, inputs, copies)
     inputs, case = calls.inputs, inputs.case
-    ways = [calls.way(OURS, ours(inputs, backend="triton"))]
+    ways = [calls.way(OURS, ours(inputs, backend=backend))]
     if case.op == "varlen":
         ways += varlen_ways(calls)
     elif case.softcap is None:  # for which PyTorch's call has no argument

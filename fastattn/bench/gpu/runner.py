@@ -18,6 +18,7 @@ from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio
 from fastattn.bench.runner import TOLERANCE, chosen_cases, disagreement
 from fastattn.bench.work import Work, work
 from fastattn.testing.bench_case import BenchCase
+from fastattn.testing.checking import refusal
 from fastattn.testing.gpu_bench_cases import GPU_BENCH_CASES, HOST, is_compiled
 from fastattn.testing.inputs import make_inputs
 
@@ -38,6 +39,7 @@ class Options:
         rest: seconds of idleness before each sample.
         min_sample: seconds that a sample takes at least, by repeating short calls.
         host_calls: calls in a sample of the host's time: few enough for the device's queue to hold.
+        backend: of ours, "triton", or "cuda" in those cases that it takes.
     """
 
     quick: bool = False
@@ -47,6 +49,7 @@ class Options:
     rest: float = 0.1
     min_sample: float = 0.015
     host_calls: int = 100
+    backend: str = "triton"
 
     @property
     def rounds(self) -> int:
@@ -163,22 +166,27 @@ def run(
             return results, [case.name for case in cases[number:]]
         clock = clocks[1] if bench.group == HOST else clocks[0]
         with_flex = options.flex or is_compiled(bench)
-        results.append(run_case(bench, device, clock, options, with_flex, compiled))
+        result = run_case(bench, device, clock, options, with_flex, compiled)
+        if result is None:
+            continue
+        results.append(result)
         if on_result is not None:
-            on_result(results[-1])
+            on_result(result)
     return results, []
 
 
 def run_case(
     bench: BenchCase, device: torch.device, clock: Clock, options: Options, with_flex: bool, compiled: bool
-) -> Result:
-    """First calls, which are compared; then all that took the case, in turns."""
+) -> Result | None:
+    """First calls, which are compared; then all that took the case, in turns; None where ours refuses it."""
     start = time.perf_counter()
     inputs = make_inputs(bench.case, device=device)
+    if options.backend != "triton" and refusal(options.backend, inputs) is not None:
+        return None
     amount = work(inputs, bench.timed)
     is_host = bench.group == HOST
     copies = 1 if is_host else copies_for(amount.bytes, cache_bytes(device))
-    ways = contenders(bench, inputs, copies, with_flex and not is_host, compiled)
+    ways = contenders(bench, inputs, copies, with_flex and not is_host, compiled, options.backend)
     taken, differences, refused = first_calls(ways, copies, bench, device)
     failure = refused.pop(OURS, None)
     if failure is None:

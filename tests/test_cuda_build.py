@@ -1,0 +1,181 @@
+"""The CUDA kernels compiled for sm_90a: registers, by the compiler, and instructions, by the disassembler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from cuda_support import ROOT, emulated
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+ELEMENTS = ("BFloat16", "Float16")
+VARIANTS = ("range", "general")
+OLDEST = (12, 5)
+
+
+@cache
+def nvcc() -> str:
+    """The compiler; skips where there is none that will do, unless FASTATTN_CUDA=1."""
+    found, reason = shutil.which("nvcc"), "nvcc is not on PATH"
+    if found is not None:
+        told = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", told)
+        assert release is not None, told
+        version = tuple(map(int, release.groups()))
+        if version >= OLDEST:
+            return found
+        reason = (
+            f"nvcc must be of CUDA {'.'.join(map(str, OLDEST))} or newer, got {'.'.join(map(str, version))}"
+        )
+    if os.environ.get("FASTATTN_CUDA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def cuobjdump() -> str:
+    """The disassembler of CUDA, or the one that comes with triton."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = pytest.importorskip("triton")
+    return str(triton.knobs.nvidia.cuobjdump.path)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the compiler says of one kernel.
+
+    Args:
+        stack: bytes of local memory, of which `spilled` are stores of registers.
+        listing: its machine code.
+        messages: further remarks that name it.
+    """
+
+    registers: int
+    stack: int
+    spilled: int
+    listing: str
+    messages: tuple[str, ...]
+
+
+@cache
+def compiled(element: str, head_dim: int, folder: Path) -> dict[str, Kernel]:
+    """The kernels of one translation unit, by variant."""
+    output = folder / f"{element}_{head_dim}.cubin"
+    command = [
+        nvcc(),
+        "-cubin",
+        "-std=c++17",
+        "-O3",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas",
+        "-v",
+    ]
+    command += [f"-I{ROOT / 'csrc'}", f"-DFASTATTN_ELEMENT={element}", f"-DFASTATTN_HEAD_DIM={head_dim}"]
+    command += ["-o", str(output), str(ROOT / "csrc" / "cuda" / "sm90_attention_fwd.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout + done.stderr
+    code = subprocess.run([cuobjdump(), "-sass", output], capture_output=True, text=True, check=True).stdout
+    listings = {_variant(part): part for part in code.split("Function : ")[1:]}
+    kernels = {}
+    for entry in told.split("Compiling entry function ")[1:]:
+        variant = _variant(entry)
+        stack, stores = re.findall(r"(\d+) bytes (?:stack frame|spill stores)", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        assert registers is not None, entry
+        messages = tuple(line for line in told.splitlines() if "(C7" in line and _variant(line) == variant)
+        kernels[variant] = Kernel(int(registers[1]), int(stack), int(stores), listings[variant], messages)
+    return kernels
+
+
+def _variant(text: str) -> str:
+    """Of a kernel's mangled name."""
+    found = re.search(r"VariantE(\d)", text)
+    assert found is not None, text[:200]
+    return VARIANTS[int(found[1])]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_what_the_compiler_makes(element: str, head_dim: int, folder: Path):
+    kernels = compiled(element, head_dim, folder)
+    assert set(kernels) == set(VARIANTS)
+    configs = {config["variant"]: config for config in emulated().configs() if config["head_dim"] == head_dim}
+    for variant, kernel in kernels.items():
+        threads = configs[variant]["threads"]
+        assert kernel.registers <= 65536 // threads // 8 * 8, variant
+        # The widest sums leave too few registers for every option's pointers.
+        assert kernel.spilled == 0 or (variant, head_dim) == ("general", 256), (variant, kernel.spilled)
+        assert kernel.spilled <= 160, variant
+        for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "MUFU.EX2"):
+            assert instruction in kernel.listing, (variant, instruction)
+        assert kernel.listing.count("HGMMA") >= head_dim // 16 + configs[variant]["keys"] // 16
+        # ptxas says so where it lets products run one by one.
+        assert not any("serialized" in message for message in kernel.messages), kernel.messages
+    assert kernels["range"].stack == 0
+    assert "LDL" not in kernels["range"].listing and "STL" not in kernels["range"].listing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_the_softmax_runs_beside_the_product(element: str, head_dim: int, folder: Path):
+    """In the loop over tiles of keys: products, the wait for the scores, their softmax, and only then the wait
+    for the product with v."""
+    listing = compiled(element, head_dim, folder)["range"].listing
+    (config,) = (c for c in emulated().configs() if c["head_dim"] == head_dim and c["variant"] == "range")
+    words = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", listing)
+    (start,) = (at for at, word in enumerate(words) if word.endswith("0x1"))
+    end = next(at for at in range(start, len(words)) if words[at].endswith("0x0"))
+    assert words[start + 1 : end].count("MUFU.EX2") >= config["keys"] // 2
+    products = head_dim // 16 + config["keys"] // 16
+    assert words[start - products : start] == ["HGMMA"] * products
+
+
+@pytest.mark.slow
+def test_the_extension_builds_and_loads(tmp_path: Path):
+    """From nothing, in parallel; on a machine without a GPU it says why it runs nothing."""
+    nvcc()
+    build = tmp_path / "build"
+    options = [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFASTATTN_OUTPUT_DIR={tmp_path}",
+        "-DFASTATTN_CUDA=ON",
+    ]
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options],
+        ["cmake", "--build", str(build), "--target", "_cuda"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = tmp_path.glob("_cuda*.so")
+    script = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('_cuda', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.device_type(), '|', module.problem())\n"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    device, _, problem = done.stdout.strip().partition(" | ")
+    assert device == "cuda" and problem, done.stdout
+
+
+def test_the_table_of_kernels_is_whole():
+    listed = {(config["head_dim"], config["variant"]) for config in emulated().configs()}
+    assert listed == {(head_dim, variant) for head_dim in HEAD_DIMS for variant in VARIANTS}
