@@ -144,6 +144,31 @@ def test_wrong_arguments_are_named_as_the_layer_names_them(make, change, kind, m
         make()(*change(*inputs(2)))
 
 
+LEARNED = {
+    "bilinear": (lambda: nn.Attention("bilinear", query_size=FEATURES), "queries"),
+    "additive score": (lambda: nn.Attention("additive", query_size=FEATURES), "queries"),
+    "additive": (LAYERS["additive"], "queries"),
+    "predictive": (LAYERS["predictive"], "queries"),
+    "single head": (SELF["single head"][0], "x"),
+    "multi-head": (SELF["multi-head"][0], "x"),
+    "pooling": (SELF["pooling"][0], "x"),
+    "hierarchical": (lambda: nn.HierarchicalAttention(FEATURES), "x"),
+}
+
+
+@pytest.mark.parametrize("make, name", LEARNED.values(), ids=LEARNED)
+def test_another_dtype_than_the_layer_s_is_named(make, name):
+    layer, tensors = make(), [t.double() for t in inputs(2)]
+    if isinstance(layer, nn.HierarchicalAttention):
+        tensors = [tensors[0][None]]
+    arguments = tensors if name == "queries" else tensors[:1]
+    with pytest.raises(TypeError, match=f"{name} must have the layer's dtype float32, got float64"):
+        layer(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which sees to it
+        layer(*(t.bfloat16() for t in arguments))
+    layer.double()(*arguments)
+
+
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_under_autocast_as_attention_is(make):
     layer, tensors = make(), [t.requires_grad_() for t in inputs(2)]

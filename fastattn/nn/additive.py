@@ -61,8 +61,8 @@ class AdditiveAttention(QueryLayer):
         self.w_v = nn.Linear(num_hiddens, 1, bias=False, device=device, dtype=dtype)
 
     def _attend(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Tensor:
-        check_features("queries", call.q, self.W_q.in_features)
-        check_features("keys", call.k, self.W_k.in_features)
+        check_features("queries", call.q, self.W_q.weight)
+        check_features("keys", call.k, self.W_k.weight)
         call.q, call.k, call.scale = self.W_q(call.q), self.W_k(call.k), 1.0
         call.score, call.score_weights = "additive", self.w_v.weight[0]
         call.dropout_p = float(self.dropout) if self.training else 0.0

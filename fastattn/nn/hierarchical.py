@@ -23,6 +23,7 @@ from fastattn.nn.layer import (
     join_lens,
 )
 from fastattn.nn.recurrent import read_padded
+from fastattn.nn.scores import check_dtype
 from fastattn.spec import dtype_name
 from fastattn.validation import check_tensor
 
@@ -73,6 +74,7 @@ class AttentionPooling(AttentionLayer):
         check_ranks((3,), f"[B, L, {self.input_size}]", x=x)
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, L, {self.input_size}], got shape {list(x.shape)}")
+        check_dtype("x", x, self.project.weight)
         _check_mask(mask, x)
         k = torch.tanh(self.project(x))
         q = self.query.to(k.dtype).expand(x.shape[0], 1, -1)
@@ -155,6 +157,7 @@ class HierarchicalAttention(nn.Module):
         check_ranks((4,), f"[B, S, W, {self.input_size}]", x=x)
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, S, W, {self.input_size}], got shape {list(x.shape)}")
+        check_dtype("x", x, self.word_pooling.project.weight)
         lens = _word_lens(valid_lens, x)
         _check_mask(mask, x)
         words = read_padded(self.word_encoder, x.flatten(0, 1), lens.flatten())

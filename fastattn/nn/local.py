@@ -91,7 +91,7 @@ class LocalAttention(QueryLayer):
     def _around_centres(self, call: Call, lens: Tensor | None, mask: Mask | Tensor | None) -> Tensor:
         """The queries sorted by their windows: kernels skip keys that none of 64 neighbours sees."""
         if self.centre == "predictive":
-            check_features("queries", call.q, self.W_p.in_features)
+            check_features("queries", call.q, self.W_p.weight)
         lead = leading.fold(call)
         execution.autocast(call)
         validate(call)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.autocast import autocast_dtype
 from fastattn.checks import check_bool, check_int
+from fastattn.spec import dtype_name
 from fastattn.validation import check_number
 
 
@@ -131,8 +133,8 @@ class BilinearScore(ProductScore):
         nn.init.xavier_uniform_(self.weight)
 
     def operands(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float]:
-        check_features("queries", queries, self.weight.shape[0])
-        check_features("keys", keys, self.weight.shape[1])
+        check_features("queries", queries, self.weight, 0)
+        check_features("keys", keys, self.weight)
         return queries @ self.weight, keys, 1.0
 
     def extra_repr(self) -> str:
@@ -171,8 +173,8 @@ class AdditiveScore(nn.Module):
 
     def operands(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(W_q q, W_k k, w) for `fastattn.additive_attention`."""
-        check_features("queries", queries, self.W_q.in_features)
-        check_features("keys", keys, self.W_k.in_features)
+        check_features("queries", queries, self.W_q.weight)
+        check_features("keys", keys, self.W_k.weight)
         return self.W_q(queries), self.W_k(keys), self.w_v.weight[0]
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -181,10 +183,18 @@ class AdditiveScore(nn.Module):
         return torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3)) @ w.to(q.dtype)
 
 
-def check_features(name: str, x: Tensor, size: int) -> None:
-    """Raise unless the vectors x [..., features] have `size` features."""
-    if x.shape[-1] != size:
-        raise ValueError(f"{name} must have {size} features, got shape {list(x.shape)}")
+def check_features(name: str, x: Tensor, weight: Tensor, dim: int = 1) -> None:
+    """Raise unless vectors x [..., features] have as many features as `weight` in `dim`, and its dtype."""
+    if x.shape[-1] != weight.shape[dim]:
+        raise ValueError(f"{name} must have {weight.shape[dim]} features, got shape {list(x.shape)}")
+    check_dtype(name, x, weight)
+
+
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise unless x has the dtype of the layer's weight, or autocast sees to it."""
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+        want, got = dtype_name(weight.dtype), dtype_name(x.dtype)
+        raise TypeError(f"{name} must have the layer's dtype {want}, got {got}: x.to(...) or layer.to(...)")
 
 
 SCORES: dict[str, type[nn.Module]] = {

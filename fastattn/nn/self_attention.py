@@ -14,6 +14,7 @@ from fastattn.execution import has_values
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
 from fastattn.nn.layer import AttentionLayer, ValidLens, check_ranks, is_transformed, visible_keys
+from fastattn.nn.scores import check_dtype
 from fastattn.validation import check_tensor
 from fastattn.weights import attention_weights
 
@@ -24,6 +25,7 @@ class _LessonLayer(AttentionLayer):
     """layer(x, mask, valid_lens) -> (output, weights), in which 1 = blocked."""
 
     d_model: int
+    W_q: nn.Linear
 
     def forward(
         self,
@@ -44,6 +46,7 @@ class _LessonLayer(AttentionLayer):
         check_ranks((3,), f"[B, L, {self.d_model}]", x=x)
         if x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [B, L, {self.d_model}], got shape {list(x.shape)}")
+        check_dtype("x", x, self.W_q.weight)
         return self._attend(x, visible_keys(self._visible(mask), valid_lens, x, x.shape[1]))
 
     def _visible(self, mask: Tensor | Mask | None) -> Tensor | Mask | None:
