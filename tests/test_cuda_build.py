@@ -133,8 +133,8 @@ def test_what_the_compiler_makes(element: str, head_dim: int, folder: Path):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_the_softmax_runs_beside_the_product(element: str, head_dim: int, folder: Path):
-    """In the loop over tiles of keys: products, the wait for the scores, their softmax, and only then the wait
-    for the product with v."""
+    """The loop over tiles of keys: products, the wait for the scores, their softmax, only then the wait for
+    the product with v."""
     listing = compiled(element, head_dim, folder)["range"].listing
     (config,) = (c for c in emulated().configs() if c["head_dim"] == head_dim and c["variant"] == "range")
     words = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", listing)
