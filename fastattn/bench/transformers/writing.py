@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,15 +135,26 @@ def peak(attention: str, prompt: Prompt) -> float | None:
 
 def print_peak(attention: str, prompt: Prompt) -> None:
     """Print the megabytes by which a prefill and one new token raise this process's peak."""
-    import resource
-
     from fastattn.integrations.transformers import register
 
     register()
     writer = Writer(attention, Prompt(64, prompt.padded).inputs(), 1)
     writer.timed()  # what libraries allocate once is none of it
     writer.inputs = prompt.inputs()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_so_far()
     writer.timed()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) / (2**20 if sys.platform == "darwin" else 2**10))
+    print(_peak_so_far() - before)
+
+
+def _peak_so_far() -> float:
+    """Megabytes of memory that this process has had at most.
+
+    On Linux getrusage would count what the parent had when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
