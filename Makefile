@@ -8,13 +8,14 @@ BENCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TOOLS := $(VENV)/.stamp-tools
 REQUIREMENTS := $(VENV)/.stamp-requirements
 INSTALLED := $(VENV)/.stamp-installed
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_PATHS := $(wildcard fastattn tests bench examples scripts setup.py)
 
 .DELETE_ON_ERROR:
-.PHONY: help build test test-all test-install test-native sanitize bench bench-avx2 bench-gpu demo lint format clean
+.PHONY: help build native test test-all test-install test-native sanitize bench bench-avx2 bench-gpu demo lint format clean
 
 help:
 	@echo "make build         build the native core in place"
@@ -35,8 +36,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
+# What the native core needs, which then can be built while the rest is installed: make --jobs=2 build.
+$(TOOLS): requirements/constraints.txt | $(BIN)/python
+	$(PIP) install --quiet $(PIP_FLAGS) -c requirements/constraints.txt cmake ninja pybind11 setuptools
+	@touch $@
+
 # --no-compile: half of the time would go into bytecode, most of it never used.
-$(REQUIREMENTS): requirements/dev.txt requirements/no-deps.txt requirements/constraints.txt | $(BIN)/python
+$(REQUIREMENTS): requirements/dev.txt requirements/no-deps.txt requirements/constraints.txt $(TOOLS)
 	$(PIP) install --quiet --no-compile $(PIP_FLAGS) -r requirements/dev.txt
 	$(PIP) install --quiet --no-compile $(PIP_FLAGS) --no-deps -r requirements/no-deps.txt
 	@touch $@
@@ -47,7 +53,9 @@ $(INSTALLED): pyproject.toml setup.py fastattn/_version.py $(REQUIREMENTS)
 	FASTATTN_NATIVE=0 $(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-build: $(INSTALLED)
+build: $(INSTALLED) native
+
+native: $(TOOLS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/build_in_place.sh
 
 # One process for each core; threads that wait must not keep the others from it.

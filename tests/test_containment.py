@@ -73,7 +73,7 @@ POISON = [
     ("cpu", -math.inf, ALL),
     ("cpu", math.inf, ("v",)),
     ("triton", math.nan, ALL),
-    ("triton", math.inf, ALL),
+    pytest.param("triton", math.inf, ALL, marks=pytest.mark.slow),  # minutes under the interpreter
     ("reference", math.nan, ALL),
 ]
 

@@ -115,6 +115,8 @@ def weights(
 def test_backends_keep_the_defined_elements(shape: tuple[int, int], dtype: torch.dtype, backend: str):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("triton: it has no float64")
+    if backend == "triton" and dtype != torch.float32 and shape[0] > 3:
+        pytest.skip("triton: the interpreter takes 10 s for each, and the words do not depend on the dtype")
     lq, lk = shape
     for seed, p in ((SEED, 0.1), (-3, 0.5), (2**40, 0.97)):
         out, _ = weights(lq, lk, p, seed, backend, dtype)
