@@ -235,7 +235,15 @@ def test_per_example_gradients_of_a_module():
             torch.testing.assert_close(got[name][n], parameter.grad, **EXACT)
 
 
-@pytest.mark.parametrize("name", ["causal", "blocks", "bias", "alibi", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal",
+        "blocks",
+        "alibi",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("bias", "dropout")),
+    ],
+)
 def test_transforms_inside_compiled_functions(name):
     torch._dynamo.reset()
     args = batch_of(3)

@@ -242,6 +242,7 @@ MEMORY = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_a_full_record_takes_the_memory_that_it_says():
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEMORY)]
     done = subprocess.run(command, timeout=300, capture_output=True, text=True, check=True)
