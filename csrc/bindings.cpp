@@ -20,25 +20,22 @@ std::optional<DType> dense_dtype(const DLTensor& t) {
   return t.type_bits == 64 ? std::optional(DType::kFloat64) : std::nullopt;
 }
 
-// The dtype code of q, k and v where they are tensors of no subtype, of one dtype, on which a dense call can
-// run as they are; else -1.
-int plain_dtype(py::handle q, py::handle k, py::handle v) {
+// Whether q, k and v are tensors of no subtype, of one dtype, on which a dense call can run as they are.
+bool are_plain(py::handle q, py::handle k, py::handle v) {
   DLTensor t[3];
   const py::handle objects[] = {q, k, v};
   for (int n = 0; n < 3; ++n) {
-    if (!tensor_reader.is_exactly(objects[n].ptr())) return -1;
+    if (!tensor_reader.is_exactly(objects[n].ptr())) return false;
     if (!tensor_reader.read(objects[n].ptr(), t[n])) {
       PyErr_Clear();
-      return -1;
+      return false;
     }
   }
   const auto& [tq, tk, tv] = t;
   const std::optional<DType> dtype = dense_dtype(tq);
-  const bool fits = dtype && dense_dtype(tk) == dtype && dense_dtype(tv) == dtype &&
-                    tq.shape[0] == tk.shape[0] && tq.shape[0] == tv.shape[0] && tk.shape[1] == tv.shape[1] &&
-                    tk.shape[2] == tv.shape[2] && tq.shape[3] == tk.shape[3] &&
-                    tq.shape[1] % tk.shape[1] == 0;
-  return fits ? static_cast<int>(*dtype) : -1;
+  return dtype && dense_dtype(tk) == dtype && dense_dtype(tv) == dtype && tq.shape[0] == tk.shape[0] &&
+         tq.shape[0] == tv.shape[0] && tk.shape[1] == tv.shape[1] && tk.shape[2] == tv.shape[2] &&
+         tq.shape[3] == tk.shape[3] && tq.shape[1] % tk.shape[1] == 0;
 }
 
 bool read_forward_option(const std::string& key, py::handle value, AttentionParams& p) {
@@ -171,7 +168,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("summary_fwd", summary_fwd);
   m.def("read_tensors_of",
         [](py::handle type, py::handle capsule) { return tensor_reader.bind(type.ptr(), capsule.ptr()); });
-  m.def("plain_dtype", plain_dtype);
+  m.def("are_plain", are_plain);
   m.def("info", info);
   m.def("set_isa", set_cpu_isa);
   m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {

@@ -40,7 +40,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     return (
         not _is_compiling()
-        and cpu.plain_dtype(q, k, v) >= 0
+        and cpu.are_plain(q, k, v)
         and not (q.is_neg() or k.is_neg() or v.is_neg())
         and not (_function_modes() or _dispatch_modes() or _transforms() or _autocast())
         and forward_ad._current_level < 0

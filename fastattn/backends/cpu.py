@@ -29,13 +29,10 @@ _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 _reads_tensors = _C is not None and _exchange is not None and _C.read_tensors_of(torch.Tensor, _exchange)
 
 
-def plain_dtype(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """The dtype code of a dense call that the kernels can run on these CPU tensors as they are, else -1.
-
-    They must be torch.Tensor and no subclass, of one dtype, with shapes that fit, not empty, the last
-    dimension dense.
-    """
-    return _C.plain_dtype(q, k, v) if _reads_tensors and available() else -1
+def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels can run a dense call on these as they are: CPU tensors and no subclass, of one dtype,
+    with shapes that fit, not empty, the last dimension dense."""
+    return _reads_tensors and available() and _C.are_plain(q, k, v)
 
 
 def available() -> bool:
@@ -75,7 +72,7 @@ def small(
     lse: Tensor | None = None,
     options: dict[str, Any] | None = None,
 ) -> Tensor:
-    """out of a dense call that `plain_dtype` takes and of which `options`, those of fastattn._C, say all but
+    """out of a dense call that `are_plain` takes and of which `options`, those of fastattn._C, say all but
     the scale; fills lse."""
     head_dim_v = v.size(3)
     same = head_dim_v == q.size(3) and q.is_contiguous()
