@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import (
-    empty_lse,
-    extra_gradients,
-    finish_gradients,
-    lse_like,
-    no_keys,
-    prepare,
-)
+from fastattn.backends.common import extra_gradients, filled, finish_gradients, no_keys, prepare
 from fastattn.backends.triton.launch import architecture
 from fastattn.call import Call
 from fastattn.lowering import Operands, Params
@@ -115,15 +108,11 @@ def forward(
     Returns:
         out in q's dtype and stride order; lse float32, [B, Hq, Lq] or [Hq, total_q], or None.
     """
-    out = output_like(q, v.shape[-1])
-    lse = lse_like(q) if need_lse else None
-    if 0 in q.shape[:-1]:
-        return out, lse
-    operands = prepare(q, k, operands, params)
-    if no_keys(k, v, operands):
-        return out.zero_(), empty_lse(lse, operands)
-    _host(params.score).forward(q, k, v, operands, params, out, lse)
-    return out, lse
+
+    def fill(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
+        _host(params.score).forward(q, k, v, operands, params, out, lse)
+
+    return filled(q, k, v, operands, params, need_lse, fill)
 
 
 def backward(
