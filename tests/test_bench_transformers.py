@@ -101,12 +101,12 @@ def test_the_page_is_written_from_the_json(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "run", lambda quick, on_row: found)
     assert main(["bench", "--transformers", "--threads", "1", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "transformers.json").read_text())
-    page = script.with_table(script.PAGE.read_text(), report)
+    page = script.written(script.PAGE.read_text(), report)
     assert "| long text | 1 s | 2.00x [2.00, 2.00], 7 MB | 5.00x once |" in page
     assert "On 1 threads of" in page and "- prefill " in page
-    assert script.with_table(page, report) == page
+    assert script.written(page, report) == page
     with pytest.raises(ValueError, match="the page must have the lines"):
-        script.with_table("nothing", report)
+        script.written("nothing", report)
 
 
 def test_disagreement_is_an_error():
