@@ -115,7 +115,7 @@ def weights(
 
 
 def elements() -> Iterator[Any]:
-    """Shapes, dtypes and backends; under Triton's interpreter large shapes take 10 s: all but one are slow."""
+    """Shapes, dtypes and backends; large shapes take 10 s under Triton's interpreter: slow but for one."""
     shapes = [(1, 1), (3, 65), (70, 131), (65, 200)]
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     for shape, dtype in itertools.product(shapes, dtypes):
