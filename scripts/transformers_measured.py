@@ -15,6 +15,7 @@ from docs_page import with_table
 PAGE = Path(__file__).parent.parent / "docs" / "integrations" / "transformers.md"
 BEGIN = "<!-- written by scripts/transformers_measured.py -->"
 END = "<!-- measured: end -->"
+NAMES = ("fastattn", "sdpa", "eager", "free")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -28,14 +29,12 @@ def table(report: dict[str, Any]) -> str:
         f"On {report['threads']} threads of {machine['cpu']} ({machine['isa']}), torch {machine['torch']}, "
         f"transformers {machine['transformers']}; others' time over fastattn's, with its 95% interval:",
         "",
-        "| work | fastattn | sdpa | eager |",
-        "|---|---|---|---|",
+        "| work | fastattn | sdpa | eager | free attention |",
+        "|---|---|---|---|---|",
     ]
     for work in dict.fromkeys(row["work"] for row in rows):
         cells = {row["attention"]: _cell(row) for row in rows if row["work"] == work}
-        lines.append(
-            f"| {work} | {' | '.join(cells.get(name, '') for name in ('fastattn', 'sdpa', 'eager'))} |"
-        )
+        lines.append(f"| {work} | {' | '.join(cells.get(name, '') for name in NAMES)} |")
     return "\n".join([*lines, "", *(f"- {line}" for line in report["goals"])])
 
 
