@@ -127,6 +127,22 @@ def test_what_the_kernels_do_not_have_is_said():
         torch.func.jvp(lambda q: summarize(q, k.detach()).entropy, (q.detach(),), (q.detach(),))
 
 
+SHORT = {"no mask": None, "band": causal(), "bool": torch.arange(140).view(1, 4, 5, 7) % 3 > 0}
+
+
+@pytest.mark.parametrize("mask", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("lse_given", [False, True])
+def test_the_short_way_to_the_kernels_gives_the_same_bits(mask, lse_given):
+    q, k, _ = qkv(2, 4, 2, 5, 7)
+    options = {"mask": mask, "top_k": 3, "pool": (2, 3)}
+    if lse_given:  # no gradient flows into it, or out of it
+        options["lse"] = summarize(q, k, mask=mask).lse.requires_grad_()
+    short, full = summarize(q, k, **options), summarize(q, k, backend="cpu", **options)
+    for name, tensor in full.tensors().items():
+        torch.testing.assert_close(short.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
+        assert not short.tensors()[name].requires_grad
+
+
 def test_checkpointing():
     q, k = qk(grad=True)
     checkpointed = torch.utils.checkpoint.checkpoint(loss, q, k, use_reentrant=False)

@@ -66,61 +66,66 @@ class Distances {
   T table_[kSize];
 };
 
-// e[0, padded) = exp(s - shift). A pass of its own: what waits for an exponential in the same loop takes the
-// places in the scheduler in which the next exponentials would start.
-template <class T>
-void weigh(const T* s, int64_t padded, T shift, T* e) {
-  for (int64_t n = 0; n < padded; n += kLanes<T>) store(e + n, vexp<T>(load(s + n) - shift));
-}
-
-// Of up to kLanes rows, a row in each lane: sums over e of e, -e ln e and e |position - j|, and the largest
-// score. Where an e is NaN, so is the entropy.
+// Of up to kLanes rows, a row in each lane: sums over e = exp(s - shift) of e, -e ln e and e |position - j|,
+// and the largest score. Where an e is NaN, so is the entropy.
 template <class T>
 class SegmentSums {
  public:
   T sum[kLanes<T>], entropy[kLanes<T>], distance[kLanes<T>], largest[kLanes<T>];
 
-  // Scores s and e = exp(s - shift) have rows `stride` apart; `distances` is the first row's.
-  SegmentSums(const T* s, const T* e, int64_t stride, int64_t rows, int64_t padded, const T* shifts,
-              const T* distances) {
-    for (int64_t r = rows; r < kLanes<T>; ++r) sums_[r] = entropies_[r] = distances_[r] = tops_[r] = Vec<T>{};
+  // Scores s and weights e have rows `stride` apart; `distances` is the first row's. Where kWeigh, e is
+  // written, else it is there already.
+  template <bool kWeigh>
+  static SegmentSums of(const T* s, T* e, int64_t stride, int64_t rows, int64_t padded, const T* shifts,
+                        const T* distances) {
+    SegmentSums found;
+    Vec<T> sums[4][kLanes<T>];
+    for (int n = 0; n < 4; ++n)
+      for (int64_t r = rows; r < kLanes<T>; ++r) sums[n][r] = Vec<T>{};
     int64_t r = 0;
     for (; r + 2 <= rows; r += 2)
-      add_rows<2>(r, s + r * stride, e + r * stride, stride, padded, shifts + r, distances - r);
-    if (r < rows) add_rows<1>(r, s + r * stride, e + r * stride, stride, padded, shifts + r, distances - r);
-    store(sum, sum_rows<T>(sums_));
-    store(entropy, sum_rows<T>(entropies_));
-    store(distance, sum_rows<T>(distances_));
-    store(largest, max_rows<T>(tops_));
+      add_rows<kWeigh, 2>(r, s + r * stride, e + r * stride, stride, padded, shifts + r, distances - r, sums);
+    if (r < rows)
+      add_rows<kWeigh, 1>(r, s + r * stride, e + r * stride, stride, padded, shifts + r, distances - r, sums);
+    store(found.sum, sum_rows<T>(sums[0]));
+    store(found.entropy, sum_rows<T>(sums[1]));
+    store(found.distance, sum_rows<T>(sums[2]));
+    store(found.largest, max_rows<T>(sums[3]));
+    return found;
   }
 
  private:
   // Rows from `first` on, side by side: each addition waits for the one before it in its row.
-  template <int kRowsAtOnce>
-  FASTATTN_INLINE void add_rows(int64_t first, const T* s, const T* e, int64_t stride, int64_t padded,
-                                const T* shifts, const T* distances) {
-    // Below this an e is 0: of a hidden key 0 * -inf must not become NaN.
-    constexpr T kLeast = static_cast<T>(-1000);
+  template <bool kWeigh, int kRowsAtOnce>
+  static FASTATTN_INLINE void add_rows(int64_t first, const T* s, T* e, int64_t stride, int64_t padded,
+                                       const T* shifts, const T* distances, Vec<T> (*out)[kLanes<T>]) {
     Vec<T> sums[kRowsAtOnce] = {}, entropies[kRowsAtOnce] = {}, lengths[kRowsAtOnce] = {}, tops[kRowsAtOnce];
     for (int r = 0; r < kRowsAtOnce; ++r) tops[r] = splat(-kInfinity<T>);
     for (int64_t n = 0; n < padded; n += kLanes<T>)
 #pragma GCC unroll 2
       for (int r = 0; r < kRowsAtOnce; ++r) {
-        const Vec<T> score = load(s + r * stride + n), weight = load(e + r * stride + n);
+        const Vec<T> score = load(s + r * stride + n);
+        // Clamped, so that of a hidden key 0 * -inf does not become NaN.
+        const Vec<T> x = vmax<T>(splat(kExpLowest<T>), score - shifts[r]);
+        Vec<T> weight;
+        if constexpr (kWeigh) {
+          weight = vexp_clamped<T, false>(x);
+          store(e + r * stride + n, weight);
+        } else {
+          weight = load(e + r * stride + n);
+        }
         sums[r] += weight;
-        entropies[r] -= weight * vmax<T>(splat(kLeast), score - shifts[r]);
+        entropies[r] -= weight * x;
         lengths[r] += weight * load(distances - r + n);
         tops[r] = vmax<T>(tops[r], score);
       }
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      sums_[first + r] = sums[r];
-      entropies_[first + r] = entropies[r];
-      distances_[first + r] = lengths[r];
-      tops_[first + r] = tops[r];
+      out[0][first + r] = sums[r];
+      out[1][first + r] = entropies[r];
+      out[2][first + r] = lengths[r];
+      out[3][first + r] = tops[r];
     }
   }
-
-  Vec<T> sums_[kLanes<T>], entropies_[kLanes<T>], distances_[kLanes<T>], tops_[kLanes<T>];
 };
 
 template <class T>

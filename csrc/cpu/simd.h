@@ -173,21 +173,25 @@ FASTATTN_INLINE Vec<Int<T>> load_bytes(const uint8_t* p) {
   return v;
 }
 
-// exp(x) for x <= about 88 (709 in double): 0 below about -87 (-708), exact at -inf, NaN stays NaN.
+// Below this, about, exp(x) is taken to be 0.
+template <class T>
+constexpr T kExpLowest = sizeof(T) == 8 ? static_cast<T>(-708.5) : static_cast<T>(-87.0);
+
+// exp(x) for x from kExpLowest, where it is exactly 0, to about 88 (709 in double); NaN stays NaN.
 // exp(x) = 2^n * 2^r with n = round(x log2 e); n by adding 1.5 * 2^23 (2^52), which rounds to an integer and
 // leaves it in the low bits. 2^(n-1), made of those bits, is exactly 0 for the least n, so that neither the
 // masked nor a NaN needs a select: the polynomial is that of 2 * 2^r, |r| <= 1/2.
-template <class T>
-FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
+// Unless kPrecise, log2 e is rounded to float: the result is off by up to |x| * 1.4e-8 of itself, a fourth of
+// what rounding a score to float may have cost it.
+template <class T, bool kPrecise>
+FASTATTN_INLINE Vec<T> vexp_clamped(Vec<T> x) {
   constexpr bool kDouble = sizeof(T) == 8;
   constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
-  constexpr T kLowest = kDouble ? static_cast<T>(-708.5) : static_cast<T>(-87.0);
   constexpr int kMantissa = kDouble ? 52 : 23;
   // The bias of an exponent less 1: the bits of 2^(n-1) are those of n + kBias.
   constexpr T kBias = kDouble ? static_cast<T>(1022.0) : static_cast<T>(126.0);
   constexpr T kRounder = (kDouble ? static_cast<T>(6755399441055744.0) : static_cast<T>(12582912.0)) + kBias;
-  const Vec<T> clamped = vmax<T>(splat<T>(kLowest), x);  // NaN passes: it is the second operand
-  const Vec<T> shifted = clamped * kLog2e + kRounder;
+  const Vec<T> shifted = x * kLog2e + kRounder;
   const Vec<T> n = shifted - kRounder;
   const Vec<T> scale = (Vec<T>)((Vec<Int<T>>)shifted << kMantissa);
   Vec<T> p;
@@ -195,7 +199,7 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
     // Taylor's series of exp in x - n ln 2, whose ln 2 is in two parts, the first short enough for n * hi to
     // be exact.
     constexpr double kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
-    const Vec<T> r = (clamped - n * kLn2Hi) - n * kLn2Lo;
+    const Vec<T> r = (x - n * kLn2Hi) - n * kLn2Lo;
     p = splat<T>(2.0 / 6227020800.0);
     constexpr double kInverse[] = {1.0 / 479001600.0,
                                    1.0 / 39916800.0,
@@ -214,12 +218,13 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
   } else {
 #if defined(__FMA__) || defined(__aarch64__)
     // The fused product is exact; log2 e beyond float's digits joins in a second step.
-    constexpr float kLog2eLo = 1.92596301e-8f;
-    const Vec<T> r = clamped * kLog2eLo + (clamped * kLog2e - n);
+    [[maybe_unused]] constexpr float kLog2eLo = 1.92596301e-8f;
+    Vec<T> r = x * kLog2e - n;
+    if constexpr (kPrecise) r = x * kLog2eLo + r;
 #else
     // n times the first of ln 2's two parts is exact, and so is the difference.
     constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-    const Vec<T> r = ((clamped - n * kLn2Hi) - n * kLn2Lo) * kLog2e;
+    const Vec<T> r = ((x - n * kLn2Hi) - n * kLn2Lo) * kLog2e;
 #endif
     // Minimax, 2e-9.
     p = splat<T>(static_cast<T>(3.0706724e-4));
@@ -228,6 +233,12 @@ FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
     for (float c : kCoefficient) p = p * r + static_cast<T>(c);
   }
   return p * scale;
+}
+
+// exp(x) for x <= about 88 (709 in double): 0 below about -87 (-708), exact at -inf, NaN stays NaN.
+template <class T>
+FASTATTN_INLINE Vec<T> vexp(Vec<T> x) {
+  return vexp_clamped<T, true>(vmax<T>(splat(kExpLowest<T>), x));  // NaN passes, as the second operand
 }
 
 // tanh(x). Near 0 by an odd minimax polynomial, since 1 - 2/(exp(2x)+1) cancels there.

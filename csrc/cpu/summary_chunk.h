@@ -96,9 +96,7 @@ class ChunkRunner {
             find_states(g);
             normalise(g.i, g.rows);
           }
-          for (int64_t r = 0; r < g.rows; ++r)
-            if (!is_found || is_known_[g.i + r - i0]) weigh_row(g, r);
-          add_group(g);
+          add_group(g, is_found && !some_known(g.i, g.rows));
         });
     for (int64_t i = i0; i < i1; i += kLanes<T>)
       results_.store_rows(i, std::min<int64_t>(kLanes<T>, i1 - i), rows_ + i - i0, states_ + i - i0,
@@ -211,17 +209,17 @@ class ChunkRunner {
 
   static T* row_of(T* tile, const Group& g, int64_t r) { return tile + r * kSegmentKeys + g.begin; }
 
-  void weigh_row(const Group& g, int64_t r) {
-    weigh<T>(row_of(scores_, g, r), g.end - g.begin, rows_[g.i + r - first_].normaliser.shift,
-             row_of(weights_, g, r));
+  bool some_known(int64_t i, int64_t rows) const {
+    return std::any_of(is_known_ + i - first_, is_known_ + i - first_ + rows,
+                       [](bool known) { return known; });
   }
 
-  // Takes a group's scores and weights into all statistics.
-  void add_group(const Group& g) {
+  // Takes a group's scores, and the weights that are made of them or there already, into all statistics.
+  void add_group(const Group& g, bool is_weighed) {
     T factors[kGroup];
     for (int64_t r0 = 0; r0 < g.rows; r0 += kLanes<T>) {
       const int64_t rows = std::min<int64_t>(kLanes<T>, g.rows - r0);
-      const SegmentSums<T> sums = sums_of(g, r0, rows);
+      const SegmentSums<T> sums = is_weighed ? sums_of<false>(g, r0, rows) : sums_of<true>(g, r0, rows);
       for (int64_t r = 0; r < rows; ++r) {
         if (sums.entropy[r] == sums.entropy[r])
           add_row(g, r0 + r, sums, r);
@@ -233,12 +231,14 @@ class ChunkRunner {
     sums_.add(g.i, g.rows, g.j0, g.begin, g.end, weights_, kSegmentKeys, factors);
   }
 
+  template <bool kWeigh>
   SegmentSums<T> sums_of(const Group& g, int64_t r0, int64_t rows) const {
     const int64_t first = g.i + r0 - first_;
     T shifts[kLanes<T>];
     for (int64_t r = 0; r < rows; ++r) shifts[r] = rows_[first + r].normaliser.shift;
-    return SegmentSums<T>(row_of(scores_, g, r0), row_of(weights_, g, r0), kSegmentKeys, rows,
-                          g.end - g.begin, shifts, distances_.row(first) + g.begin);
+    return SegmentSums<T>::template of<kWeigh>(row_of(scores_, g, r0), row_of(weights_, g, r0), kSegmentKeys,
+                                               rows, g.end - g.begin, shifts,
+                                               distances_.row(first) + g.begin);
   }
 
   void add_row(const Group& g, int64_t r, const SegmentSums<T>& sums, int64_t lane) {
@@ -258,8 +258,7 @@ class ChunkRunner {
   void add_again(const Group& g, int64_t r) {
     T *s = row_of(scores_, g, r), *weights = row_of(weights_, g, r);
     hide(g, r, s);
-    weigh_row(g, r);
-    const SegmentSums<T> sums = sums_of(g, r, 1);
+    const SegmentSums<T> sums = sums_of<true>(g, r, 1);
     if (sums.entropy[0] == sums.entropy[0]) return add_row(g, r, sums, 0);
     rows_[g.i + r - first_].lose();
     for (int64_t c = 0; c < g.end - g.begin; ++c) weights[c] = s[c] == -kInfinity<T> ? T{0} : weights[c];

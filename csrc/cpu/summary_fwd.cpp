@@ -53,6 +53,7 @@ class Summary {
     // run.
     const int64_t count = static_cast<int64_t>(chunks.size());
     parallel_tasks(p_.num_threads, count, [&](int, int64_t n) { run_chunk(chunks[count - 1 - n]); });
+    if (cut_.count == 1) return;
     parallel_tasks(p_.num_threads, last - first,
                    [&](int, int64_t n) { add_partials(&chunks[n * cut_.count]); });
   }
@@ -89,6 +90,7 @@ class Summary {
     std::fill(partial.received, partial.received + width_, T{0});
     std::fill(partial.pooled, partial.pooled + c.pool_rows * p_.pool_cols, 0.0);
     ChunkRunner<T>(p_, c, partial, scratch).run();
+    if (cut_.count == 1) add_partials(&c);  // at once: waking the threads again takes longer
   }
 
   // Adds up one head's partial sums, in ascending order of its chunks.

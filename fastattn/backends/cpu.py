@@ -26,7 +26,7 @@ name = "cpu"
 
 # torch >= 2.10 tells C code where a tensor lies; for others every call takes the full path, with views.
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-_reads_tensors = _C is not None and _exchange is not None and _C.read_tensors_of(torch.Tensor, _exchange)
+reads_tensors = _C is not None and _exchange is not None and _C.read_tensors_of(torch.Tensor, _exchange)
 
 
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -35,7 +35,7 @@ def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     That is, CPU tensors and no subclass, of one dtype, with shapes that fit, not empty, the last dimension
     dense.
     """
-    return _reads_tensors and available() and _C.are_plain(q, k, v)
+    return reads_tensors and available() and _C.are_plain(q, k, v)
 
 
 def available() -> bool:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import cpu
-from fastattn.backends.common import empty_lse, extra_gradients, finish_gradients, prepare
+from fastattn.backends.common import empty_lse, extra_gradients, finish_gradients, lse_like, prepare
 from fastattn.backends.cpu_views import DTYPE_CODES, Layout, View, view
 from fastattn.lowering import Operands, Params
-from fastattn.spec import accumulate_dtype
 from fastattn.strides import dense_last, output_like, resolved
 from fastattn.weight_statistics import POOL_MODES, Results, Wanted, pairs_per_cell
 
@@ -21,26 +20,20 @@ name = cpu.name
 
 def results_like(q: Tensor, k: Tensor, wanted: Wanted, lse: Tensor | None = None) -> Results:
     """Uninitialised results, but for a copy of lse where it is given."""
-    rows, heads = q.shape[:3], q.shape[:2]
-    links = (*rows, wanted.top_k)
-    dtype = accumulate_dtype(q.dtype)
-
-    def real(shape: Sequence[int]) -> Tensor:
-        return q.new_empty(shape, dtype=dtype)
-
-    def index(shape: Sequence[int]) -> Tensor:
-        return q.new_empty(shape, dtype=torch.int64)
-
+    batch, heads, rows = q.shape[:3]
+    # empty_like where it will do: it takes half as long as new_empty, and of small calls that shows.
+    lse = lse_like(q) if lse is None else resolved(lse).clone(memory_format=torch.contiguous_format)
+    links = lse.new_empty(batch, heads, rows, wanted.top_k)
     return Results(
-        entropy=real(rows),
-        received=real((*heads, k.shape[2])),
-        distance=real(rows),
-        lse=real(rows) if lse is None else resolved(lse).clone(memory_format=torch.contiguous_format),
-        pooled=real((*heads, *wanted.pool)),
-        max_weight=real(rows),
-        max_index=index(rows),
-        topk_weights=real(links),
-        topk_indices=index(links),
+        entropy=torch.empty_like(lse),
+        received=lse.new_empty(batch, heads, k.shape[2]),
+        distance=torch.empty_like(lse),
+        lse=lse,
+        pooled=lse.new_empty(batch, heads, *wanted.pool),
+        max_weight=torch.empty_like(lse),
+        max_index=torch.empty_like(lse, dtype=torch.int64),
+        topk_weights=links,
+        topk_indices=torch.empty_like(links, dtype=torch.int64),
     )
 
 
@@ -63,25 +56,50 @@ def forward(
     operands = prepare(q, k, operands, params)
     q, k = dense_last(q), dense_last(k)
     layout = Layout(q, k, operands, params)
-    outputs: dict[str, Any] = {
-        field: view(getattr(results, field))
-        for field in ("entropy", "received", "distance", "max_weight", "max_index")
-    }
-    outputs["lse" if lse is None else "lse_given"] = view(results.lse)
-    if wanted.top_k:
-        outputs["topk"] = view(results.topk_weights), view(results.topk_indices)
-    if 0 not in wanted.pool:
-        outputs["pooled"] = POOL_MODES.index(wanted.pool_mode), view(results.pooled)
-    cpu._C.summary_fwd(
-        DTYPE_CODES[q.dtype],
-        layout.query(q),
-        layout.key(k),
-        params.scale,
-        torch.get_num_threads(),
-        outputs,
-        layout.options(operands, params),
-    )
+    options = layout.options(operands, params)
+    _run(q.dtype, layout.query(q), layout.key(k), params.scale, options, results, lse is not None, wanted)
     return results
+
+
+def small(
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, options: dict[str, Any] | None, wanted: Wanted
+) -> Results:
+    """`forward` of a call that `cpu.are_plain` takes and of which `options`, those of fastattn._C, say all
+    but the scale."""
+    results = results_like(q, k, wanted, lse)
+    _run(q.dtype, q, k, scale, options, results, lse is not None, wanted)
+    return results
+
+
+def _run(
+    dtype: torch.dtype,
+    q: Tensor | View,
+    k: Tensor | View,
+    scale: float,
+    options: dict[str, Any] | None,
+    results: Results,
+    lse_given: bool,
+    wanted: Wanted,
+) -> None:
+    """Fills the results."""
+    outputs: dict[str, Any] = {
+        "entropy": _written(results.entropy),
+        "received": _written(results.received),
+        "distance": _written(results.distance),
+        "max_weight": _written(results.max_weight),
+        "max_index": _written(results.max_index),
+        "lse_given" if lse_given else "lse": _written(results.lse),
+    }
+    if wanted.top_k:
+        outputs["topk"] = _written(results.topk_weights), _written(results.topk_indices)
+    if 0 not in wanted.pool:
+        outputs["pooled"] = POOL_MODES.index(wanted.pool_mode), _written(results.pooled)
+    cpu._C.summary_fwd(DTYPE_CODES[dtype], q, k, scale, torch.get_num_threads(), outputs, options)
+
+
+def _written(result: Tensor) -> Tensor | View:
+    """A result as fastattn._C reads it: as it is, where it can."""
+    return result if cpu.reads_tensors else view(result)
 
 
 def _without_pairs(results: Results, operands: Operands) -> Results:

@@ -17,7 +17,7 @@ from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, without_doub
 from fastattn.backends import cpu_summary
 from fastattn.backends.cpu_summary import results_like
 from fastattn.backends.triton import summary as triton_summary
-from fastattn.lowering import Operands, Params
+from fastattn.lowering import NO_OPERANDS, Operands, Params
 from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _no_gradient, _params
 from fastattn.strides import output_like
 from fastattn.weight_statistics import LOSSES, Results, Wanted
@@ -50,19 +50,39 @@ def run(
     No gradient flows into lse, which only saves its computation.
     """
     lse = None if lse is None else lse.detach()
-    tensors = (q, k, *operands[:LOGITS])
     if torch.compiler.is_compiling() or is_traced(q, k):
         return Kernels(kernels.name).forward(q, k, lse, operands, params, wanted)
     if torch._C._are_functorch_transforms_active():
         from fastattn.inspect import transforms
 
         return transforms.run(kernels, q, k, lse, operands, params, wanted)
-    if has_tangent(*tensors):
+    if has_tangent(q, k, *operands[:LOGITS]):
         raise NotImplementedError(FORWARD_MODE)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    return eager(kernels, q, k, lse, operands, params, wanted)
+
+
+def eager(
+    kernels: Any, q: Tensor, k: Tensor, lse: Tensor | None, operands: Operands, params: Params, wanted: Wanted
+) -> Results:
+    """`run` where nothing but plain autograd watches."""
+    lse = constant(lse)
+    if not torch.is_grad_enabled() or not _wants_gradient(q, k, operands):
         return kernels.forward(q, k, lse, operands, params, wanted)
     fixed = operands[LOGITS:]
     return Results(*_Summary.apply(q, k, *operands[:LOGITS], lse, fixed, kernels, params, wanted))
+
+
+def constant(lse: Tensor | None) -> Tensor | None:
+    """lse without gradient, where no transform hides whether it has one."""
+    return lse.detach() if lse is not None and lse.requires_grad else lse
+
+
+def _wants_gradient(q: Tensor, k: Tensor, operands: Operands) -> bool:
+    if q.requires_grad or k.requires_grad:
+        return True
+    if operands is NO_OPERANDS:
+        return False
+    return any(t is not None and t.requires_grad for t in operands[:LOGITS])
 
 
 class Kernels:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dispatch, reference
 from fastattn.autocast import without_autocast
-from fastattn.backends import cpu
+from fastattn.backends import cpu, cpu_summary
 from fastattn.backends.triton import summary as triton_summary
 from fastattn.biases import Bias
 from fastattn.call import Call
@@ -22,7 +23,7 @@ from fastattn.inspect import fused
 from fastattn.inspect.definition import statistics
 from fastattn.lowering import lower
 from fastattn.masks import Mask
-from fastattn.plain import is_plain
+from fastattn.plain import is_plain, mask_options
 from fastattn.spec import accumulate_dtype, dtype_name, spec_of
 from fastattn.validation import check_tensor, validate, validate_options
 from fastattn.weight_statistics import POOL_MODES, Results, Wanted
@@ -179,7 +180,7 @@ def summarize(
     _check_lse(lse, call)
     options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
     if checked:
-        found = _fused("cpu", call, wanted, lse)
+        found = _plain(call, wanted, lse)
     else:
         with without_autocast(q.device):
             found = _run(call, wanted, lse)
@@ -189,6 +190,17 @@ def summarize(
     if pool is None:
         named["pooled"] = None
     return AttentionSummary(**named, pool_mode=pool_mode, _inputs=(q, k, options))
+
+
+def _plain(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
+    """The statistics of a call of which `is_plain` and `validate_options` have found nothing amiss."""
+    q, k, mask = call.q, call.k, call.mask
+    is_simple = call.bias is None and call.softcap is None and call.sinks is None
+    if is_simple and not ((q.requires_grad or k.requires_grad) and torch.is_grad_enabled()):
+        options = None if mask is None else mask_options(mask, q, k)
+        if mask is None or options is not None:
+            return cpu_summary.small(q, k, fused.constant(lse), call.scale_value(), options, wanted)
+    return fused.eager(cpu_summary, q, k, lse, *lower(call), wanted)
 
 
 def _run(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
