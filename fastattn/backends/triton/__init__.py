@@ -22,15 +22,17 @@ from fastattn.backends.common import (
     no_keys,
     prepare,
 )
+from fastattn.backends.triton import plans
 from fastattn.backends.triton.launch import architecture
 from fastattn.call import Call
-from fastattn.lowering import Operands, Params
+from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 from fastattn.spec import AttentionSpec
 from fastattn.strides import output_like
 
 name = "triton"
 
 MAX_HEAD_DIM = 256
+NO_EXTRA_GRADIENTS = (None,) * DIFFERENTIABLE
 OLDEST = (8, 0)
 UNCOMPILED = 10  # TritonGPUHoistTMEMAlloc of Triton 3.7.1 stops at the loop that contains NaN
 
@@ -115,6 +117,11 @@ def forward(
     Returns:
         out in q's dtype and stride order; lse float32, [B, Hq, Lq] or [Hq, total_q], or None.
     """
+    asked = plans.describe(q, (k, v), operands, params, need_lse)
+    if (made := plans.FORWARD.run(asked)) is not None:
+        return made[0], made[1]
+    q, k, v, *rest = given = asked.distinct()
+    operands = Operands(*rest) if rest else NO_OPERANDS
     out = output_like(q, v.shape[-1])
     lse = lse_like(q) if need_lse else None
     if 0 in q.shape[:-1]:
@@ -122,7 +129,8 @@ def forward(
     operands = prepare(q, k, operands, params)
     if no_keys(k, v, operands):
         return out.zero_(), empty_lse(lse, operands)
-    _host(params.score).forward(q, k, v, operands, params, out, lse)
+    launched = _host(params.score).forward(q, k, v, operands, params, out, lse)
+    plans.FORWARD.learn(asked, given, (out, lse), launched)
     return out, lse
 
 
@@ -147,11 +155,21 @@ def backward(
         needs: seven flags, of which the last four are read: q, k and v always get theirs.
     """
     dout = dout.to(q.dtype)
+    asked = plans.describe(q, (k, v, out, lse, dout, dlse), operands, params)
+    if (made := plans.BACKWARD.run(asked)) is not None:
+        return *made[:3], *NO_EXTRA_GRADIENTS
+    q, k, v, out, lse, dout, dlse, *rest = given = asked.distinct()
+    operands = Operands(*rest) if rest else NO_OPERANDS
     grads = [output_like(t, t.shape[-1]) for t in (q, k, v)]
     operands = prepare(q, k, operands, params)
     if 0 in q.shape[:-1] or no_keys(k, v, operands):
         for grad in grads:
             grad.zero_()
         return *grads, *finish_gradients(extra_gradients(operands, needs), operands, dlse)
-    extra = _host(params.score).backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
+    made = [*grads, torch.empty_like(lse), torch.empty_like(lse)]
+    extra, launched = _host(params.score).backward(
+        q, k, v, out, lse, dout, dlse, operands, params, needs[3:], made
+    )
+    if operands.bias is operands.diag is operands.sinks is None:  # of which gradients are more than launches
+        plans.BACKWARD.learn(asked, given, made, launched)
     return *grads, *finish_gradients(extra, operands, None)

@@ -24,7 +24,8 @@ from fastattn.backends.triton.configs import (
     block_dim,
     forward_config,
 )
-from fastattn.backends.triton.launch import architecture, launch
+from fastattn.backends.triton.launch import architecture, launch, parameters_of
+from fastattn.backends.triton.plans import Launched
 from fastattn.lowering import Operands, Params
 from fastattn.strides import dense_last, resolved
 
@@ -34,7 +35,7 @@ DIAGONAL_PARTS = 16
 
 
 class Launch:
-    """What the launches of one call share."""
+    """What the launches of one call share, and what was launched."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params) -> None:
         natural = arguments.is_natural(q, operands)
@@ -51,6 +52,7 @@ class Launch:
         )
         # Whether a pair within the lengths, the band and the key ranges may be hidden.
         self.hides = operands.mask is not None or operands.bias is not None
+        self.launched: list[Launched] = []
 
     def tiles(self, config: TileConfig, heads: int) -> int:
         """Programs, where each has one tile of rows."""
@@ -60,7 +62,10 @@ class Launch:
         return -(-self.lengths.seqlen_k // config.block_n) * self.lengths.batch * self.lengths.num_heads_kv
 
     def run(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
-        launch(kernel, programs, config, *args, **self.constants, **constants)
+        constants = {**self.constants, **constants}
+        compiled = launch(kernel, programs, config, *args, **constants)
+        if compiled is not None:
+            self.launched.append(Launched(programs, compiled, parameters_of(kernel, config, args, constants)))
 
 
 @cache
@@ -77,8 +82,8 @@ def _constants(dim: int, dim_v: int, natural: bool, tf32: bool) -> dict[str, Any
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
-) -> None:
-    """Fill out and lse, of q and keys that are not empty."""
+) -> list[Launched]:
+    """Fill out and lse, of q and keys that are not empty; what was launched, where kernels are compiled."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with device_of(q):
         call = Launch(q, k, v, operands, params)
@@ -97,6 +102,7 @@ def forward(
             call.lengths,
             call.rules,
         )
+        return call.launched
 
 
 def _few(seqlen_q: int) -> int:
@@ -115,18 +121,20 @@ def backward(
     operands: Operands,
     params: Params,
     needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Fill grads, dq, dk and dv, and return (dbias, ddiag, dsinks, None), where needed, in the accumulate
-    dtype."""
+    made: Sequence[Tensor],
+) -> tuple[list[Tensor | None], list[Launched]]:
+    """Fill `made`: dq, dk, dv and, like lse, delta and residual.
+
+    Returns:
+        (dbias, ddiag, dsinks, None), where needed, in the accumulate dtype; what was launched.
+    """
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
-    dq, dk, dv = grads
+    dq, dk, dv, delta, residual = made
     with device_of(q):
         call = Launch(q, k, v, operands, params)
         config = backward_config(call.arch, call.widest, call.itemsize, call.blocks, call.pair_bytes)
-        delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         tile = [per_row(lse), rows(dout), per_row(delta), per_row(residual)]
         call.run(
             attention_bwd_rows,
@@ -187,7 +195,7 @@ def backward(
             ddiag = _diagonal_gradient(call, operands.diag, q, k, v, tile)
         if operands.sinks is not None and needs[2]:
             dsinks = _sink_gradient(operands.sinks, lse, residual, delta)
-    return [dbias, ddiag, dsinks, None]
+    return [dbias, ddiag, dsinks, None], call.launched
 
 
 def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:

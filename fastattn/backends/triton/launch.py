@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,9 +23,9 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
-    """Run `programs` programs of a kernel."""
-    kernel[(programs,)](
+def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> Any:
+    """Run `programs` programs of a kernel; what it was compiled to, None where it was interpreted."""
+    return kernel[(programs,)](
         *args,
         **constants,
         BLOCK_M=config.block_m,
@@ -32,6 +33,14 @@ def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constan
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def parameters_of(
+    kernel: Any, config: TileConfig, args: Sequence[Any], constants: dict[str, Any]
+) -> list[Any]:
+    """What each parameter of a kernel is in a launch, in their order."""
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return [*args, *(sizes.get(name, constants.get(name)) for name in kernel.arg_names[len(args) :])]
 
 
 def constants_of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
