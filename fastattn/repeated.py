@@ -74,8 +74,8 @@ def attention(
     try:
         key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
-            v.shape, v.stride(), v.dtype, v.device, autograd.wants_gradient(q, k, v, NO_OPERANDS), band, scale,
-            softcap, dropout_p, backend, forced_by_environment(),
+            v.shape, v.stride(), v.dtype, v.device, autograd.wants_gradient(q, k, v, NO_OPERANDS), band,
+            scale, softcap, dropout_p, backend, forced_by_environment(),
         )  # fmt: skip
     except RuntimeError:  # a sparse or nested tensor has no strides
         return None

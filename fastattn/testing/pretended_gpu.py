@@ -1,7 +1,7 @@
 """A CUDA device that is not there, for all that Python and Triton's launcher do before a kernel runs.
 
-CPU tensors say that they are on a GPU; Triton compiles for it and calls its own C launcher, which calls a CUDA
-driver that says yes to everything and runs nothing. Results are never filled.
+CPU tensors say that they are on a GPU; Triton compiles for it and calls its own C launcher, which calls a
+CUDA driver that says yes to everything and runs nothing. Results are never filled.
 """
 
 from __future__ import annotations

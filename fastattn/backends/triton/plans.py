@@ -1,7 +1,7 @@
 """Calls like one before them, whose launches are known but for the addresses.
 
-What a kernel is given follows from shapes, strides, dtypes and numbers. The first call of a kind goes the long way
-and leaves a plan; those after it allocate, read addresses and launch. docs/decisions/0033 says what that saves.
+What a kernel is given follows from shapes, strides, dtypes and numbers. The first call of a kind goes the
+long way and leaves a plan; those after it allocate, read addresses and launch: docs/decisions/0033.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Asked(NamedTuple):
     addresses: Addresses
 
     def distinct(self) -> list[Any]:
-        """The tensors, none of them twice: a plan tells them apart by identity. Self-attention repeats k as v,
-        and another call of the same key may not."""
+        """The tensors, none of them twice: a plan tells them apart by identity. One call has k as v, and
+        another of the same key may not."""
         seen: set[int] = set()
         result = []
         for t in self.tensors:
@@ -73,7 +73,7 @@ def describe(
         else:
             address = t.data_ptr()
             addresses.append(address)
-            # A lazy zero tensor has no address, a negated view not its values: both are copied, on the long way.
+            # A lazy zero tensor has no address, a negated view not its values: both are copied, the long way.
             parts += (t.shape, t.stride(), t.dtype, address % ALIGNMENT, address == 0, t.is_neg())
     tf32 = q.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return Asked((params, q.device, tf32, *options, *parts), tensors, addresses)
@@ -109,7 +109,7 @@ class Plan:
         """
         made = [None if m is None else like.new_empty_strided(m[0], m[1], dtype=m[2]) for m in self._made]
         new = [0 if t is None else t.data_ptr() for t in made]
-        if any([address % ALIGNMENT for address in new]):
+        if any(address % ALIGNMENT for address in new):
             return None
         addresses = addresses + new
         with device_of(like):

@@ -2,8 +2,8 @@
 
 python -m fastattn.bench.gpu.host_time
 
-Without a GPU one is pretended: everything runs but the CUDA driver, whose own 2 to 3 us a launch are then missing, as is
-what PyTorch's allocator for GPUs takes beyond the one for CPUs.
+Without a GPU one is pretended: everything runs but the CUDA driver, whose own 2 to 3 us a launch are then
+missing, as is what PyTorch's allocator for GPUs takes beyond the one for CPUs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import sys
 import time
@@ -49,7 +50,9 @@ class HostTime:
     launches: float | None
 
     def line(self) -> str:
-        numbers = f"{self.planned:>9.1f}{self.planned_least:>9.1f}{self.long_way:>10.1f}{self.long_way_least:>9.1f}"
+        numbers = (
+            f"{self.planned:>9.1f}{self.planned_least:>9.1f}{self.long_way:>10.1f}{self.long_way_least:>9.1f}"
+        )
         return f"{self.name:<22}{numbers}   {'' if self.launches is None else f'{self.launches:g}'}"
 
 
@@ -75,7 +78,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "causal, and back": both_ways,
         "decode": lambda: fastattn.decode_attention(q, k, v, lengths),
         "varlen, causal": lambda: fastattn.varlen_attention(
-            *packed, offsets, offsets, max_seqlen_q=16, max_seqlen_k=16, mask=causal
+            packed[0], packed[1], packed[2], offsets, offsets, max_seqlen_q=16, max_seqlen_k=16, mask=causal
         ),
     }
 
@@ -84,7 +87,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
 def forgetful() -> Iterator[None]:
     """Within, no call is like one before it."""
 
-    class Nothing(dict):  # type: ignore[type-arg]
+    class Nothing(dict):
         def __setitem__(self, key: object, value: object) -> None:
             pass
 
@@ -136,13 +139,16 @@ def measure(
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastattn.bench.gpu.host_time", description=__doc__)
     parser.add_argument("--rounds", type=int, default=21, help="of 100 calls each way (default: 21)")
+    parser.add_argument(
+        "--filter", default="", metavar="REGEX", help="only calls whose name contains a match"
+    )
     parser.add_argument("--out", type=Path, help="write the times as JSON")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(HEAD)
     if torch.cuda.is_available():
         device = torch.device("cuda")
-        found = run(device, given.rounds, torch.cuda.synchronize, None)
+        found = run(device, given, torch.cuda.synchronize, None)
         q = torch.randn(1, 2, 16, 64, dtype=torch.bfloat16, device=device)
         times = [
             sample(lambda: F.scaled_dot_product_attention(q, q, q), torch.cuda.synchronize)
@@ -153,20 +159,24 @@ def main(arguments: list[str]) -> int:
         from fastattn.testing.pretended_gpu import pretended_gpu
 
         with pretended_gpu() as launches:
-            found = run(torch.device("cpu"), given.rounds, lambda: None, launches)
+            found = run(torch.device("cpu"), given, lambda: None, launches)
     if given.out is not None:
         given.out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
     return 0
 
 
 def run(
-    device: torch.device, rounds: int, wait: Callable[[], object], launches: Callable[[], int] | None
+    device: torch.device,
+    given: argparse.Namespace,
+    wait: Callable[[], object],
+    launches: Callable[[], int] | None,
 ) -> list[HostTime]:
-    """Measure every call, and print each."""
+    """Measure the chosen calls, and print each."""
     found = []
     for name, call in calls(device).items():
-        found.append(measure(name, call, rounds, wait, launches))
-        print(found[-1].line(), flush=True)
+        if re.search(given.filter, name):
+            found.append(measure(name, call, given.rounds, wait, launches))
+            print(found[-1].line(), flush=True)
     return found
 
 
