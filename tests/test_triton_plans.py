@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from stand_in_support import StandIn
 from test_cases import BY_NAME
 from triton_support import needs_triton
 
@@ -29,60 +28,6 @@ pytestmark = [
 
 # For each form of what kernels are given; those that take long under the interpreter are below, smaller.
 FORMS = ("gqa", "layout-blhd", "paged-odd", "mask-padding-per-query", "bool-transposed")
-
-
-class Stored:
-    """Memory at an address, as the interpreter takes tensors."""
-
-    def __init__(self, address: int, like: torch.Tensor) -> None:
-        last = sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-        size = (last + 1) * like.element_size() if like.numel() else 0
-        data = (ctypes.c_uint8 * max(size, 8)).from_address(address) if address else bytearray(8)
-        self.tensor = torch.frombuffer(data, dtype=torch.uint8)[: size or 8].view(like.dtype)
-
-
-class StandIn:
-    """What Triton would have compiled a launch to: it gets addresses, and interprets the kernel."""
-
-    runs = 0
-
-    def __init__(self, kernel: Any, args: list[Any]) -> None:
-        self.kernel, self.args = kernel, args
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any) -> None:
-            StandIn.runs += 1
-            self.kernel[grid](*[self._restored(*pair) for pair in zip(args, self.args, strict=True)])
-
-        return launch
-
-    def _restored(self, given: Any, before: Any) -> Any:
-        """What was given, with tensors for addresses and the names of tuples."""
-        if isinstance(before, torch.Tensor):
-            assert type(given) is int
-            return Stored(given, before).tensor
-        if isinstance(before, tuple):
-            return type(before)(*[self._restored(*pair) for pair in zip(given, before, strict=True)])
-        assert given is before or given == before
-        return given
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
-    """Kernels count as compiled, and no plan is left from before."""
-    from fastattn.backends.triton import host, plans
-    from fastattn.backends.triton.launch import launch, parameters_of
-
-    def launched(kernel: Any, programs: int, config: Any, *args: Any, **constants: Any) -> StandIn:
-        launch(kernel, programs, config, *args, **constants)
-        return StandIn(kernel, parameters_of(kernel, config, args, constants))
-
-    monkeypatch.setattr(host, "launch", launched)
-    monkeypatch.setattr(plans.FORWARD, "_plans", {})
-    monkeypatch.setattr(plans.BACKWARD, "_plans", {})
-    monkeypatch.setattr(repeated, "_known", {})
-    monkeypatch.setattr(StandIn, "runs", 0)
-    yield StandIn
 
 
 def others(inputs: Inputs) -> Inputs:

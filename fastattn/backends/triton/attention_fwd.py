@@ -19,6 +19,7 @@ from fastattn.backends.triton.tile import (
     key_tiles,
     load_keys,
     load_rows,
+    load_tile,
     not_finite,
     product,
     row_base,
@@ -28,13 +29,19 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q,
-    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
+    acc, m, l, q, k, v, k_tiles, v_tiles, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end,
+    offset, len_q, len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
     tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION:
     tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m))."""
-    keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
+    """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m)).
+
+    k_tiles, v_tiles: descriptors for tiles that are whole, or None.
+    """
+    if k_tiles is not None and not CHECK:
+        keys = load_tile(k_tiles, lengths, b, h_kv, k_begin + j0, BLOCK_N, BLOCK_D)
+    else:
+        keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
     s = product(q, tl.trans(keys), None, PRECISION)
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
     s, _ = apply(
@@ -47,7 +54,10 @@ def _attend(
     l = l * rescale + tl.sum(p, 1)
     if rules.dropout is not None:
         p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
-    values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
+    if v_tiles is not None and not CHECK:
+        values = load_tile(v_tiles, lengths, b, h_kv, k_begin + j0, BLOCK_N, BLOCK_DV)
+    else:
+        values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
     acc = product(p.to(values.dtype), values, acc * rescale[:, None], PRECISION)
     return acc, m_new, l
 
@@ -82,7 +92,7 @@ def _contain(
 
 @triton.jit
 def attention_fwd(
-    q, k, v, out, lse, sinks, lengths, rules,
+    q, k, v, out, lse, sinks, lengths, rules, k_tiles, v_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,18 +120,18 @@ def attention_fwd(
         whole, whole_end = whole_tiles(begin, end, start, count, BLOCK_N)
         for j0 in range(whole, whole_end, BLOCK_N):
             acc, m, l = _attend(
-                acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, -1, begin, end, offset,
-                len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
-                CHECK=False,
+                acc, m, l, rows, k, v, k_tiles, v_tiles, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, -1,
+                begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                NATURAL, PRECISION, CHECK=False,
             )  # fmt: skip
         before = (whole - start) // BLOCK_N
         skipped = (whole_end - whole) // BLOCK_N
     for t in range(count - skipped):
         j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
         acc, m, l = _attend(
-            acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
-            len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
-            CHECK=True,
+            acc, m, l, rows, k, v, None, None, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin,
+            end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL,
+            PRECISION, CHECK=True,
         )  # fmt: skip
 
     if not_finite(acc):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.common import device_of
-from fastattn.backends.triton import arguments
+from fastattn.backends.triton import arguments, descriptors
 from fastattn.backends.triton.arguments import pairs, per_row, rows
 from fastattn.backends.triton.attention_bwd_bias import attention_bwd_bias, attention_bwd_diagonals
 from fastattn.backends.triton.attention_bwd_dkdv import attention_bwd_dkdv
@@ -61,6 +61,17 @@ class Launch:
     def key_tiles(self, config: TileConfig) -> int:
         return -(-self.lengths.seqlen_k // config.block_n) * self.lengths.batch * self.lengths.num_heads_kv
 
+    def key_tiles_of(self, k: Tensor, v: Tensor, config: TileConfig) -> tuple[Any, Any]:
+        """Descriptors of k and v for the forward pass, each None where there is none."""
+        fits = self.arch in descriptors.ARCHITECTURES and self.itemsize in descriptors.ITEM_SIZES
+        if not descriptors.ASKED or not fits or self.lengths.block_table is not None:
+            return None, None
+        widths = self.constants["BLOCK_D"], self.constants["BLOCK_DV"]
+        k_tiles, v_tiles = (
+            descriptors.tiles_of(t, config.block_n, n) for t, n in zip((k, v), widths, strict=True)
+        )
+        return k_tiles, v_tiles
+
     def run(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
         constants = {**self.constants, **constants}
         compiled = launch(kernel, programs, config, *args, **constants)
@@ -101,6 +112,7 @@ def forward(
             operands.sinks,
             call.lengths,
             call.rules,
+            *call.key_tiles_of(k, v, config),
         )
         return call.launched
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.common import device_of
+from fastattn.backends.triton import descriptors
 from fastattn.lowering import NO_OPERANDS, Operands, Params
 
 ALIGNMENT = 16  # bytes; Triton compiles another kernel for an address that is no multiple of it
@@ -76,7 +77,7 @@ def describe(
             # A lazy zero tensor has no address, a negated view not its values: both are copied, the long way.
             parts += (t.shape, t.stride(), t.dtype, address % ALIGNMENT, address == 0, t.is_neg())
     tf32 = q.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return Asked((params, q.device, tf32, *options, *parts), tensors, addresses)
+    return Asked((params, q.device, tf32, descriptors.ASKED, *options, *parts), tensors, addresses)
 
 
 class Plan:
@@ -125,14 +126,17 @@ def _filler(value: Any, slots: dict[int, int]) -> Filler | None:
     """From addresses to the value, with addresses for tensors; None where it holds no tensor."""
     if isinstance(value, Tensor):
         return itemgetter(slots[id(value)])
+    if descriptors.is_descriptor(value):
+        slot, form = slots[id(value.base)], descriptors.moved(value, 0)
+        return lambda addresses: descriptors.moved(form, addresses[slot])
     if not isinstance(value, tuple):
         return None
     fillers = [_filler(item, slots) for item in value]
     if not any(fillers):
         return None
     if isinstance(value[0], Tensor) and not any(fillers[1:]):  # a tensor's Rows: nearly all that there is
-        slot, rest = slots[id(value[0])], tuple(value[1:])
-        return lambda addresses: (addresses[slot], *rest)
+        first, rest = slots[id(value[0])], tuple(value[1:])
+        return lambda addresses: (addresses[first], *rest)
     parts = [(filler, None if filler else item) for filler, item in zip(fillers, value, strict=True)]
     return lambda addresses: tuple([filler(addresses) if filler else item for filler, item in parts])
 
