@@ -117,7 +117,8 @@ def forward(
     Returns:
         out in q's dtype and stride order; lse float32, [B, Hq, Lq] or [Hq, total_q], or None.
     """
-    asked = plans.describe(q, (k, v), operands, params, need_lse)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    asked = plans.describe(q, (k, v), operands, params, need_lse, deterministic)
     if (made := plans.FORWARD.run(asked)) is not None:
         return made[0], made[1]
     q, k, v, *rest = given = asked.distinct()
@@ -129,8 +130,8 @@ def forward(
     operands = prepare(q, k, operands, params)
     if no_keys(k, v, operands):
         return out.zero_(), empty_lse(lse, operands)
-    launched = _host(params.score).forward(q, k, v, operands, params, out, lse)
-    plans.FORWARD.learn(asked, given, (out, lse), launched)
+    launched, workspace = _host(params.score).forward(q, k, v, operands, params, out, lse)
+    plans.FORWARD.learn(asked, given, (out, lse, *workspace), launched)
     return out, lse
 
 

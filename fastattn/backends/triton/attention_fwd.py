@@ -92,11 +92,14 @@ def _contain(
 
 @triton.jit
 def attention_fwd(
-    q, k, v, out, lse, sinks, lengths, rules, k_tiles, v_tiles,
+    q, k, v, out, lse, sinks, lengths, rules, k_tiles, v_tiles, parts,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and, unless it is None, lse of one row tile of one head; see arguments.py for what comes in."""
+    """out and, unless it is None, lse of one row tile of one head; see arguments.py for what comes in.
+
+    With parts, what the keys of part program_id(1) alone give, for attention_combine.
+    """
     b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
@@ -104,6 +107,10 @@ def attention_fwd(
     r = tl.arange(0, BLOCK_M)
     i = tl.minimum(i0 + r, len_q - 1)
     begin, end = key_range(rules, b, i, len_q, len_k)
+    if parts is not None:  # as many whole tiles each, of the keys that the entry has
+        length = tl.cdiv(tl.cdiv(len_k, parts.num_parts), BLOCK_N) * BLOCK_N
+        begin = tl.maximum(begin, tl.program_id(1) * length)
+        end = tl.minimum(end, (tl.program_id(1) + 1) * length)
     rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -111,6 +118,8 @@ def attention_fwd(
     l = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # one more logit, which carries no value
         m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
+        if parts is not None:  # in one part of them
+            m = tl.where(tl.program_id(1) == 0, m, float("-inf"))
         l = tl.where(m == float("-inf"), 0.0, 1.0)
 
     start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
@@ -143,12 +152,20 @@ def attention_fwd(
                 len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
             )  # fmt: skip
 
-    factor = 1.0
-    if rules.dropout is not None:
-        factor = rules.dropout.scale
-    result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
-    store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
-    if lse is not None:
-        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
-        at = row_base(lse, b, h, q_begin + i0) + r * lse.row
-        tl.store(at, log_sum, mask=r < len_q - i0)
+    inside = r < len_q - i0
+    if parts is not None:
+        part = tl.program_id(1).to(tl.int64)
+        base = row_base(parts.out, b, h, q_begin + i0) + part * parts.out_stride
+        store_rows(base, parts.out.row, r, acc, BLOCK_DV, HEAD_DIM_V, len_q - i0)
+        at = part * parts.row_stride + r * parts.m.row
+        tl.store(row_base(parts.m, b, h, q_begin + i0) + at, m, mask=inside)
+        tl.store(row_base(parts.l, b, h, q_begin + i0) + at, l, mask=inside)
+    else:
+        factor = 1.0
+        if rules.dropout is not None:
+            factor = rules.dropout.scale
+        result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
+        store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
+        if lse is not None:
+            log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
+            tl.store(row_base(lse, b, h, q_begin + i0) + r * lse.row, log_sum, mask=inside)

@@ -26,6 +26,7 @@ from fastattn.backends import triton as backend
 from fastattn.backends.triton import descriptors, host, summary
 from fastattn.backends.triton.configs import SHARED_MEMORY, TileConfig
 from fastattn.backends.triton.cubin import Usage, usage
+from fastattn.backends.triton.launch import Programs, grid_of
 from fastattn.biases import ALiBi
 from fastattn.call import Call
 from fastattn.lowering import Operands, Params, lower
@@ -104,8 +105,9 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
     Args:
         name: one of VARIANTS.
     """
-    seqlen = {"few": 16, "some": 64}.get(name, SEQLEN)
-    q, k, v = (_tensor(1, 2, n, head_dim, dtype=dtype) for n in (seqlen, SEQLEN, SEQLEN))
+    seqlen = {"few": 16, "some": 64, "split": 1}.get(name, SEQLEN)
+    keys = 16 * SEQLEN if name == "split" else SEQLEN
+    q, k, v = (_tensor(1, 2, n, head_dim, dtype=dtype) for n in (seqlen, keys, keys))
     call = Call("attention", q, k, v, return_lse=True)
     if name in ("causal", "descriptors"):
         call.mask = masks.causal()
@@ -149,10 +151,10 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 VARIANTS = (
     "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
     "dropout", "varlen", "paged", "additive", "triangular", "summary", "summary, blocks",
-    "descriptors",
+    "descriptors", "split",
 )  # fmt: skip
 
-FORWARD_ONLY = ("descriptors",)  # whose backward pass is another variant's
+FORWARD_ONLY = ("descriptors", "split")  # whose backward pass is another variant's
 
 
 class _Target:
@@ -178,7 +180,9 @@ def compiling(arch: int, found: list[tuple[str, TileConfig, Any]]) -> Iterator[N
     """Launches compile for an architecture instead, and leave what they made in `found`."""
     from triton.runtime import driver
 
-    def compile_only(kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
+    def compile_only(
+        kernel: Any, programs: Programs, config: TileConfig, *args: Any, **constants: Any
+    ) -> None:
         made = kernel.warmup(
             *args,
             **constants,
@@ -186,7 +190,7 @@ def compiling(arch: int, found: list[tuple[str, TileConfig, Any]]) -> Iterator[N
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            grid=(programs,),
+            grid=grid_of(programs),
         )
         found.append((kernel.__name__, config, made))
 
@@ -266,8 +270,9 @@ def problems(made: Compiled) -> list[str]:
     found = []
     if not fits(made):
         found.append(f"asks for {made.shared} B of shared memory of {SHARED_MEMORY[made.arch]}")
-    # Scores that are no product, those of the pair_ kernels, have little for tensor cores to do.
-    if made.dtype != "float32" and not made.tensor_cores and not made.kernel.startswith("pair_"):
+    # Scores that are no product, those of the pair_ kernels, have little for tensor cores, sums nothing.
+    multiplies = not made.kernel.startswith(("pair_", "attention_combine"))
+    if made.dtype != "float32" and not made.tensor_cores and multiplies:
         found.append(f"multiplies without {TENSOR_CORES[made.arch]}")
     wants_copies = made.variant == "descriptors" and made.arch in descriptors.ARCHITECTURES
     if wants_copies and made.kernel == "attention_fwd" and made.dtype != "float32" and not made.bulk_copies:

@@ -16,6 +16,7 @@ from fastattn.backends.triton.attention_bwd_bias import attention_bwd_bias, atte
 from fastattn.backends.triton.attention_bwd_dkdv import attention_bwd_dkdv
 from fastattn.backends.triton.attention_bwd_dq import attention_bwd_dq
 from fastattn.backends.triton.attention_bwd_rows import attention_bwd_rows
+from fastattn.backends.triton.attention_combine import attention_combine
 from fastattn.backends.triton.attention_fwd import attention_fwd
 from fastattn.backends.triton.configs import (
     TileConfig,
@@ -23,8 +24,16 @@ from fastattn.backends.triton.configs import (
     bias_config,
     block_dim,
     forward_config,
+    parts_of,
 )
-from fastattn.backends.triton.launch import architecture, launch, parameters_of
+from fastattn.backends.triton.launch import (
+    Programs,
+    architecture,
+    constants_of,
+    launch,
+    multiprocessors,
+    parameters_of,
+)
 from fastattn.backends.triton.plans import Launched
 from fastattn.lowering import Operands, Params
 from fastattn.strides import dense_last, resolved
@@ -32,6 +41,7 @@ from fastattn.strides import dense_last, resolved
 # Row tiles are dealt out to this many sums along diagonals, which are then added up: enough to fill a device
 # with a few heads, and few enough for O(N) memory.
 DIAGONAL_PARTS = 16
+FEW_ROWS = 64  # up to which keys may be divided: more rows are more programs
 
 
 class Launch:
@@ -72,8 +82,34 @@ class Launch:
         )
         return k_tiles, v_tiles
 
-    def run(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
-        constants = {**self.constants, **constants}
+    def workspace(self, programs: int, q: Tensor, out: Tensor) -> list[Tensor]:
+        """Room for (out, m, l) of parts of the keys; empty where they are not divided."""
+        if self.blocks or self.lengths.seqlen_q > FEW_ROWS:
+            return []
+        # Otherwise the bits of an entry would depend on how many there are beside it.
+        programs = 1 if torch.are_deterministic_algorithms_enabled() else programs
+        count = parts_of(programs, self.lengths.seqlen_k, multiprocessors(q.device))
+        if count == 1:
+            return []
+        by_row = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+        return [q.new_empty((count, *shape), dtype=torch.float32) for shape in (out.shape, by_row, by_row)]
+
+    def combine(self, parts: arguments.Parts, out: Tensor, lse: Tensor | None) -> None:
+        """Fill out and lse from what the parts of the keys gave."""
+        lengths = self.lengths
+        config = TileConfig(1, 1 << (parts.num_parts - 1).bit_length(), 4, 1)
+        args = rows(out), None if lse is None else per_row(lse), parts, lengths, self.rules
+        programs = lengths.batch * lengths.num_heads * lengths.seqlen_q
+        self._launch(
+            attention_combine, programs, config, args, constants_of(attention_combine, self.constants)
+        )
+
+    def run(self, kernel: Any, programs: Programs, config: TileConfig, *args: Any, **constants: Any) -> None:
+        self._launch(kernel, programs, config, args, {**self.constants, **constants})
+
+    def _launch(
+        self, kernel: Any, programs: Programs, config: TileConfig, args: Any, constants: dict[str, Any]
+    ) -> None:
         compiled = launch(kernel, programs, config, *args, **constants)
         if compiled is not None:
             self.launched.append(Launched(programs, compiled, parameters_of(kernel, config, args, constants)))
@@ -93,16 +129,23 @@ def _constants(dim: int, dim_v: int, natural: bool, tf32: bool) -> dict[str, Any
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
-) -> list[Launched]:
-    """Fill out and lse, of q and keys that are not empty; what was launched, where kernels are compiled."""
+) -> tuple[list[Launched], list[Tensor]]:
+    """Fill out and lse, of q and keys that are not empty.
+
+    Returns:
+        What was launched, where kernels are compiled; tensors that only the kernels use.
+    """
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with device_of(q):
         call = Launch(q, k, v, operands, params)
         few = _few(call.lengths.seqlen_q)
         config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few, call.pair_bytes)
+        programs = call.tiles(config, q.shape[1])
+        workspace = call.workspace(programs, q, out)
+        parts = arguments.parts(*workspace) if workspace else None
         call.run(
             attention_fwd,
-            call.tiles(config, q.shape[1]),
+            programs if parts is None else (programs, parts.num_parts),
             config,
             rows(q),
             rows(k),
@@ -113,8 +156,11 @@ def forward(
             call.lengths,
             call.rules,
             *call.key_tiles_of(k, v, config),
+            parts,
         )
-        return call.launched
+        if parts is not None:
+            call.combine(parts, out, lse)
+        return call.launched, workspace
 
 
 def _few(seqlen_q: int) -> int:

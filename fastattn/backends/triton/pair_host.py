@@ -52,7 +52,7 @@ class PairLaunch(host.Launch):
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
-) -> list[Launched]:
+) -> tuple[list[Launched], list[Tensor]]:
     """Fill out and lse, of q and keys that are not empty; nothing that could be launched again as it was."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with device_of(q):
@@ -66,7 +66,7 @@ def forward(
             operands.sinks,
             BLOCK_H=FORWARD_FEATURES,
         )
-    return []
+    return [], []
 
 
 def backward(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.backends.common import device_of
 from fastattn.backends.triton import descriptors
+from fastattn.backends.triton.launch import Programs, grid_of
 from fastattn.lowering import NO_OPERANDS, Operands, Params
 
 ALIGNMENT = 16  # bytes; Triton compiles another kernel for an address that is no multiple of it
@@ -27,7 +28,7 @@ Filler = Callable[[Addresses], Any]
 class Launched(NamedTuple):
     """A launch that was made."""
 
-    programs: int
+    programs: Programs
     compiled: Any  # triton's CompiledKernel
     args: list[Any]  # one for each of the kernel's parameters, constants included
 
@@ -101,7 +102,8 @@ class Plan:
             fillers = [_filler(value, slots) for value in args]
             holes = [(at, filler) for at, filler in enumerate(fillers) if filler is not None]
             fixed = [value if filler is None else None for value, filler in zip(args, fillers, strict=True)]
-            self._launches.append((compiled[(programs, 1, 1)], fixed, holes))
+            grid = (*grid_of(programs), 1, 1)[:3]
+            self._launches.append((compiled[grid], fixed, holes))
 
     def run(self, like: Tensor, addresses: Addresses) -> list[Any] | None:
         """Allocate on the device of `like` what the call made, and launch; what was allocated.
