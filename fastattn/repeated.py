@@ -29,7 +29,8 @@ class Known(NamedTuple):
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-_known: dict[tuple[Any, ...], Known] = {}
+_NEW: Any = object()  # stands for a key that is not there
+_known: dict[tuple[Any, ...], Known | None] = {}
 
 
 def attention(
@@ -79,12 +80,14 @@ def attention(
         )  # fmt: skip
     except RuntimeError:  # a sparse or nested tensor has no strides
         return None
-    known = _known.get(key)
-    if known is None:
+    known = _known.get(key, _NEW)
+    if known is _NEW:
         call = Call("attention", q, k, v, mask, None, scale, softcap, None, dropout_p, backend=backend)
-        known = _learn(key, call)
-        if known is None:
-            return None
+        if len(_known) >= LIMIT:
+            _known.clear()
+        known = _known[key] = _look(call)
+    if known is None:
+        return None
     if dropout_seed is not None:
         check_seed("dropout_seed", dropout_seed, q.device)
     elif dropout_p > 0:
@@ -93,16 +96,12 @@ def attention(
     return autograd.eager(known.kernels, q, k, v, operands, known.params, return_lse)
 
 
-def _learn(key: tuple[Any, ...], call: Call) -> Known | None:
-    """What is known of such calls from now on; None where they need the full path."""
+def _look(call: Call) -> Known | None:
+    """What holds for all calls like this one; None where they need the full path."""
     validate(call)
     if 0 in (call.q.shape[-1], call.v.shape[-1]):
         return None
     kernels = dispatch.choose(call)
     if not hasattr(kernels, "forward"):
         return None
-    _, params = lower(call)
-    if len(_known) >= LIMIT:
-        _known.clear()
-    known = _known[key] = Known(kernels, params)
-    return known
+    return Known(kernels, lower(call)[1])

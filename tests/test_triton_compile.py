@@ -50,12 +50,23 @@ def test_a_causal_call(arch: int, tmp_path: Path):
 
 
 @needs_triton
-def test_descriptors_become_bulk_copies(tmp_path: Path):
-    arguments = ["--arch", "90", "--head-dim", "64", "--variant", "descriptors", "--dtype", "bfloat16"]
+def test_what_goes_forward_alone(tmp_path: Path):
+    """Loads by descriptors are bulk copies; keys that are divided need a kernel more."""
+    arguments = [
+        "--arch",
+        "90",
+        "--head-dim",
+        "64",
+        "--variant",
+        "descriptors",
+        "split",
+        "--dtype",
+        "bfloat16",
+    ]
     rows = compiled(tmp_path, *arguments)["kernels"]
     assert [(row["kernel"], row["bulk_copies"], row["tensor_cores"]) for row in rows] == [
-        ("attention_fwd", True, True)
-    ]
+        ("attention_fwd", True, True), ("attention_fwd", False, True), ("attention_combine", False, False)
+    ]  # fmt: skip
 
 
 @needs_triton
