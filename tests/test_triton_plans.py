@@ -32,9 +32,10 @@ FORMS = ("gqa", "layout-blhd", "paged-odd", "mask-padding-per-query", "bool-tran
 
 def others(inputs: Inputs) -> Inputs:
     """Inputs of the same form, other numbers, and in other memory."""
-    leaves = {name: leaf.detach().clone().mul_(0.5) for name, leaf in inputs.leaves.items()}
-    for name, leaf in inputs.leaves.items():  # clone() does not keep every layout
-        leaves[name] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(leaves[name])
+    leaves = {}
+    for name, leaf in inputs.leaves.items():  # by their memory, since elements may share it
+        memory = torch.empty(0, dtype=leaf.dtype).set_(leaf.untyped_storage()).clone().mul_(0.5)
+        leaves[name] = memory.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
     return replace(inputs, leaves=leaves)
 
 
