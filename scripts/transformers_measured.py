@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docs_page import with_table
+
 PAGE = Path(__file__).parent.parent / "docs" / "integrations" / "transformers.md"
 BEGIN = "<!-- written by scripts/transformers_measured.py -->"
 END = "<!-- measured: end -->"
+NAMES = ("fastattn", "sdpa", "eager", "free")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -26,14 +29,12 @@ def table(report: dict[str, Any]) -> str:
         f"On {report['threads']} threads of {machine['cpu']} ({machine['isa']}), torch {machine['torch']}, "
         f"transformers {machine['transformers']}; others' time over fastattn's, with its 95% interval:",
         "",
-        "| work | fastattn | sdpa | eager |",
-        "|---|---|---|---|",
+        "| work | fastattn | sdpa | eager | free attention |",
+        "|---|---|---|---|---|",
     ]
     for work in dict.fromkeys(row["work"] for row in rows):
         cells = {row["attention"]: _cell(row) for row in rows if row["work"] == work}
-        lines.append(
-            f"| {work} | {' | '.join(cells.get(name, '') for name in ('fastattn', 'sdpa', 'eager'))} |"
-        )
+        lines.append(f"| {work} | {' | '.join(cells.get(name, '') for name in NAMES)} |")
     return "\n".join([*lines, "", *(f"- {line}" for line in report["goals"])])
 
 
@@ -47,21 +48,13 @@ def _cell(row: dict[str, Any]) -> str:
     return text if row["megabytes"] is None else f"{text}, {row['megabytes']:.0f} MB"
 
 
-def with_table(page: str, report: dict[str, Any]) -> str:
-    """The page with the table between its marks.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{table(report)}\n\n{END}{after}"
+def written(page: str, report: dict[str, Any]) -> str:
+    """The page with the table as it is now."""
+    return with_table(page, BEGIN, table(report), END)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    PAGE.write_text(with_table(PAGE.read_text(), json.loads(Path(sys.argv[1]).read_text())))
+    PAGE.write_text(written(PAGE.read_text(), json.loads(Path(sys.argv[1]).read_text())))
     print(f"wrote {PAGE}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from docs_page import with_table
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "integrations" / "transformers.md"
 BEGIN = "<!-- written by scripts/transformers_table.py -->"
@@ -38,20 +40,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str) -> str:
-    """The page with the table between its marks.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+def written(page: str) -> str:
+    """The page with the table as it is now."""
+    return with_table(page, BEGIN, table(), END)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests"))
-    PAGE.write_text(with_table(PAGE.read_text()))
+    PAGE.write_text(written(PAGE.read_text()))
     print(f"wrote {PAGE}")

@@ -24,7 +24,7 @@ register()
 @pytest.mark.parametrize("padded", [False, True])
 def test_writing(monkeypatch, padded):
     """All implementations read the same; eager attention takes part once."""
-    monkeypatch.setattr(writing, "peak", lambda *arguments: 12.0)
+    monkeypatch.setattr(writing, "peak", lambda *arguments: (12.0, 3.0))
     found = writing.write(Prompt(24, padded), 2, 2)
     names = rows.ATTENTIONS[:2] if padded else rows.ATTENTIONS
     assert [(row.kind, row.attention) for row in found] == [
@@ -33,8 +33,8 @@ def test_writing(monkeypatch, padded):
     for row in found:
         assert row.timing.median > 0 and (row.ratio is None) == (row.attention == "fastattn")
         assert len(row.timing.seconds) == (1 if row.attention == "eager" else 2)
+        assert row.megabytes == (12.0 if row.kind == "prefill" else 3.0)
         assert (row.interval is not None) == (row.attention == "sdpa")
-        assert (row.megabytes is not None) == (row.kind == "prefill")
         assert row.work in row.line() and row.row()["seconds"] == row.timing.median
 
 
@@ -53,7 +53,7 @@ def test_training(monkeypatch):
     monkeypatch.setattr(training, "TOKENS", 32)
     step = training.Step("BERT", 16, 0.0, padded=True)
     found = training.train(step, 1)
-    assert [row.attention for row in found] == list(rows.ATTENTIONS)
+    assert [row.attention for row in found] == [*rows.ATTENTIONS, rows.FREE]
     assert {row.kind for row in found} == {"train"} and found[0].work == str(step)
     _, inputs = training.made(step, "sdpa")
     assert inputs["attention_mask"].sum(1).tolist() == [4, 16]
@@ -84,6 +84,13 @@ def test_summary_names_the_goals():
     assert "long text: 10 MB, sdpa 30 MB" in memory
 
 
+def test_free_attention_is_the_limit():
+    """A step of 4 s with sdpa and 2 s with free attention can be twice as fast; 3 s saves half of that."""
+    seconds = {"fastattn": [3.0], "sdpa": [4.0], "eager": [5.0], rows.FREE: [2.0]}
+    _, line = bench.summary(list(rows.rows_of("train", "a step", seconds)))
+    assert "free attention against sdpa: 2.00x, least 2.00x; fastattn saves 50% of that time" in line
+
+
 def test_the_page_is_written_from_the_json(monkeypatch, tmp_path):
     """What `bench --transformers` writes, as a table between the marks of the docs' page."""
     scripts = Path(__file__).parent.parent / "scripts"
@@ -101,12 +108,12 @@ def test_the_page_is_written_from_the_json(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "run", lambda quick, on_row: found)
     assert main(["bench", "--transformers", "--threads", "1", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "transformers.json").read_text())
-    page = script.with_table(script.PAGE.read_text(), report)
-    assert "| long text | 1 s | 2.00x [2.00, 2.00], 7 MB | 5.00x once |" in page
+    page = script.written(script.PAGE.read_text(), report)
+    assert "| long text | 1 s | 2.00x [2.00, 2.00], 7 MB | 5.00x once |  |" in page
     assert "On 1 threads of" in page and "- prefill " in page
-    assert script.with_table(page, report) == page
+    assert script.written(page, report) == page
     with pytest.raises(ValueError, match="the page must have the lines"):
-        script.with_table("nothing", report)
+        script.written("nothing", report)
 
 
 def test_disagreement_is_an_error():
@@ -116,9 +123,12 @@ def test_disagreement_is_an_error():
 
 @pytest.mark.slow
 def test_peak():
-    """A process of its own: the N x N scores of eager attention show."""
+    """A process of its own: the N x N scores of eager attention show, and a cache that is copied to grow."""
     ours, eager = (writing.peak(name, Prompt(1536, False)) for name in ("fastattn", "eager"))
-    assert eager - ours > 8 * 1536**2 * 4 / 2**20
+    assert eager[0] - ours[0] > 8 * 1536**2 * 4 / 2**20
+    layer = 2 * 1536 * 64 * 4 / 2**20  # the keys of its two heads
+    assert eager[1] - ours[1] > layer
+    assert ours[1] > 4 * layer
 
 
 def test_without_transformers():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from triton_support import needs_triton
@@ -14,8 +18,9 @@ from fastattn.testing import dropout_mask, dropout_words
 
 SEED = 0x0123456789ABCDEF
 KNOWN = [((0, 0, 0), 0xB850222E), ((0, 0, 16), 0xC58CB04B), ((3, 5, 77), 0xDD66A65C)]
+needs_native = pytest.mark.skipif(not cpu.available(), reason="the native core is not built")
 BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not cpu.available(), reason="the native core is not built")),
+    pytest.param("cpu", marks=needs_native),
     pytest.param("triton", marks=needs_triton),
     "reference",
 ]
@@ -109,14 +114,21 @@ def weights(
     return out, v
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 65), (70, 131), (65, 200)], ids=str)
+def elements() -> Iterator[Any]:
+    """Shapes, dtypes and backends; large shapes take 10 s under Triton's interpreter: slow but for one."""
+    shapes = [(1, 1), (3, 65), (70, 131), (65, 200)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    for shape, dtype in itertools.product(shapes, dtypes):
+        yield pytest.param(shape, dtype, "reference")
+        yield pytest.param(shape, dtype, "cpu", marks=needs_native)
+        if dtype != torch.float64:
+            slow = shape[0] > 3 and (shape, dtype) != ((70, 131), torch.float32)
+            marks = [needs_triton, pytest.mark.slow] if slow else needs_triton
+            yield pytest.param(shape, dtype, "triton", marks=marks)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "backend"), elements(), ids=str)
 def test_backends_keep_the_defined_elements(shape: tuple[int, int], dtype: torch.dtype, backend: str):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("triton: it has no float64")
-    if backend == "triton" and shape[0] > 3 and (dtype != torch.float32 or shape == (65, 200)):
-        pytest.skip("triton: the interpreter takes 10 s for each, and the words do not depend on the dtype")
     lq, lk = shape
     for seed, p in ((SEED, 0.1), (-3, 0.5), (2**40, 0.97)):
         out, _ = weights(lq, lk, p, seed, backend, dtype)

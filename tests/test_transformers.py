@@ -101,7 +101,7 @@ def test_the_documentation_lists_what_was_tried(monkeypatch):
     import transformers_table
 
     page = transformers_table.PAGE.read_text()
-    assert transformers_table.with_table(page) == page, "run: python scripts/transformers_table.py"
+    assert transformers_table.written(page) == page, "run: python scripts/transformers_table.py"
     families = {architecture.family for architecture in ZOO}
     assert len(ZOO) >= 30 and families >= {"decoder", "encoder", "vision", "audio", "MoE", "multimodal"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 from fastattn.spec import accumulate_dtype
-from fastattn.strides import resolved
+from fastattn.strides import output_like, resolved
 from fastattn.validation import check_cache_values, check_cu_seqlens_values
 
 
@@ -62,6 +62,27 @@ def empty_lse(lse: Tensor | None, operands: Operands) -> Tensor | None:
         heads = operands.sinks[:, None]
         lse.copy_((heads if lse.dim() == 2 else heads[None]).expand_as(lse))
     return lse
+
+
+def filled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    params: Params,
+    need_lse: bool,
+    fill: Callable[[Operands, Tensor, Tensor | None], None],
+) -> tuple[Tensor, Tensor | None]:
+    """out and lse of a lowered call, which `fill(operands, out, lse)` writes where any row can see a key."""
+    out = output_like(q, v.shape[-1])
+    lse = lse_like(q) if need_lse else None
+    if 0 in q.shape[:-1]:
+        return out, lse
+    operands = prepare(q, k, operands, params)
+    if no_keys(k, v, operands):
+        return out.zero_(), empty_lse(lse, operands)
+    fill(operands, out, lse)
+    return out, lse
 
 
 def extra_gradients(operands: Operands, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -30,8 +30,11 @@ _reads_tensors = _C is not None and _exchange is not None and _C.read_tensors_of
 
 
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels can run a dense call on these as they are: CPU tensors and no subclass, of one dtype,
-    with shapes that fit, not empty, the last dimension dense."""
+    """Whether the kernels can run a dense call on these as they are.
+
+    That is, CPU tensors and no subclass, of one dtype, with shapes that fit, not empty, the last dimension
+    dense.
+    """
     return _reads_tensors and available() and _C.are_plain(q, k, v)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import device_of, empty_lse, lse_like, no_keys, prepare
+from fastattn.backends.common import device_of, filled
 from fastattn.backends.cpu_views import DTYPE_CODES, Layout
 from fastattn.lowering import Operands, Params
 from fastattn.spec import AttentionSpec
-from fastattn.strides import dense_last, output_like
+from fastattn.strides import dense_last
 
 name = "cuda"
 
@@ -100,13 +100,16 @@ def forward(
     Raises:
         RuntimeError: the kernel could not be launched.
     """
-    out = output_like(q, v.shape[-1])
-    lse = lse_like(q) if need_lse else None
-    if 0 in q.shape[:-1]:
-        return out, lse
-    operands = prepare(q, k, operands, params)
-    if no_keys(k, v, operands):
-        return out.zero_(), empty_lse(lse, operands)
+
+    def fill(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
+        _launch(q, k, v, operands, params, out, lse)
+
+    return filled(q, k, v, operands, params, need_lse, fill)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
+) -> None:
     rows = range(q.dim() - 1)
     q = _aligned(q, rows)
     k, v = (_aligned(t, rows[-1:] if t.dim() == 4 else rows[:1]) for t in (k, v))
@@ -130,7 +133,6 @@ def forward(
         except RuntimeError as error:
             shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, {q.dtype}"
             raise RuntimeError(f"{error} (backend 'cuda', {shapes}, {params})") from None
-    return out, lse
 
 
 def _aligned(tensor: Tensor, distinct: range) -> Tensor:

@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import (
-    empty_lse,
-    extra_gradients,
-    finish_gradients,
-    lse_like,
-    no_keys,
-    prepare,
-)
+from fastattn.backends.common import extra_gradients, filled, finish_gradients, no_keys, prepare
 from fastattn.backends.triton import plans
 from fastattn.backends.triton.launch import architecture
 from fastattn.call import Call
@@ -122,17 +115,12 @@ def forward(
     if (made := plans.FORWARD.run(asked)) is not None:
         return made[0], made[1]
     q, k, v, *rest = given = asked.distinct()
-    operands = Operands(*rest) if rest else NO_OPERANDS
-    out = output_like(q, v.shape[-1])
-    lse = lse_like(q) if need_lse else None
-    if 0 in q.shape[:-1]:
-        return out, lse
-    operands = prepare(q, k, operands, params)
-    if no_keys(k, v, operands):
-        return out.zero_(), empty_lse(lse, operands)
-    launched, workspace = _host(params.score).forward(q, k, v, operands, params, out, lse)
-    plans.FORWARD.learn(asked, given, (out, lse, *workspace), launched)
-    return out, lse
+
+    def fill(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
+        launched, workspace = _host(params.score).forward(q, k, v, operands, params, out, lse)
+        plans.FORWARD.learn(asked, given, (out, lse, *workspace), launched)
+
+    return filled(q, k, v, Operands(*rest) if rest else NO_OPERANDS, params, need_lse, fill)
 
 
 def backward(

@@ -27,7 +27,7 @@ def run(quick: bool, on_row: Callable[[Row], None]) -> list[Row]:
     for padded in (False, True):
         _take(write(Prompt(tokens, padded), new, 3), rows, on_row)
     for step in steps:
-        _take(train(step, 3 if quick else 5), rows, on_row)
+        _take(train(step, 3 if quick else 7), rows, on_row)
     return rows
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.bench.transformers.rows import ATTENTIONS, VOCABULARY, Row, check, in_turn, rows_of, seeded
+from fastattn.bench.transformers.rows import (
+    ATTENTIONS,
+    FREE,
+    VOCABULARY,
+    Row,
+    check,
+    in_turn,
+    rows_of,
+    seeded,
+)
 
 TOKENS = 2048  # of a batch of texts
 
@@ -51,15 +60,32 @@ STEPS = (
 def train(step: Step, rounds: int) -> list[Row]:
     """Rows of one kind of step; eager attention takes part in one round, after one of warming up.
 
+    The row of FREE is what no attention could be quicker than.
+
     Raises:
         RuntimeError: the first losses without dropout differ.
     """
-    ways = {name: _step(*made(step, name)) for name in ATTENTIONS}
-    losses = [way() for way in ways.values()]
+    _register_free()
+    ways = {name: _step(*made(step, name)) for name in (*ATTENTIONS, FREE)}
+    losses = {name: way() for name, way in ways.items()}
     if not step.dropout:
-        check(str(step), losses)
+        check(str(step), [losses[name] for name in ATTENTIONS])
     found = in_turn({name: _timed(way) for name, way in ways.items()}, rounds, once=("eager",))
     return list(rows_of(step.kind, str(step), {name: [s for (s,) in found[name]] for name in ways}))
+
+
+def _register_free() -> None:
+    """An attention that costs next to nothing, so that what is left of a step is everything else."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def free(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        # Of all three, so that each of the projections has its backward pass.
+        return (query + key + value).transpose(1, 2), None
+
+    AttentionInterface.register(FREE, free)
+    AttentionMaskInterface.register(FREE, lambda *arguments, **options: None)
 
 
 def made(step: Step, attention: str) -> tuple[Any, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from fastattn.bench.contenders import OURS
 from fastattn.bench.transformers.rows import ATTENTIONS, VOCABULARY, Row, check, in_turn, rows_of, seeded
+
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -108,53 +111,65 @@ def write(prompt: Prompt, new: int, rounds: int) -> list[Row]:
     found = in_turn({name: each.timed for name, each in writers.items()}, rounds, once=("eager",))
     check("prefill", [each.first for each in writers.values()])
     kind = "two texts, one padded" if prompt.padded else "one text"
-    reads, writes = ({name: [pair[at] for pair in found[name]] for name in names} for at in (0, 1))
-    return [
-        *rows_of("prefill", f"Llama, {kind}, {prompt.tokens} tokens prefill", reads, peaks),
-        *rows_of("decode", f"Llama, {kind}, {new} new tokens", writes),
-    ]
+    rows: list[Row] = []
+    works = (("prefill", f"{prompt.tokens} tokens prefill"), ("decode", f"{new} new tokens"))
+    for at, (goal, work) in enumerate(works):
+        seconds = {name: [pair[at] for pair in found[name]] for name in names}
+        megabytes = {name: peaks[name][at] for name in names}
+        rows += rows_of(goal, f"Llama, {kind}, {work}", seconds, megabytes)
+    return rows
 
 
-def peak(attention: str, prompt: Prompt) -> float | None:
-    """Megabytes by which one prefill raises the peak of a process of its own; None where nobody counts."""
-    try:
-        import resource  # noqa: F401
-    except ImportError:
-        return None
+def peak(attention: str, prompt: Prompt) -> tuple[float | None, float | None]:
+    """Megabytes by which reading, and then writing, raise the peak of a process of its own.
+
+    Those of writing are what masks and caches take, and little else. None where nobody counts (only Linux
+    does), or where there was not that much memory.
+    """
+    if not STATUS.exists():
+        return None, None
     command = (
         "from fastattn.bench.transformers.writing import Prompt, print_peak; "
         f"print_peak({attention!r}, {prompt!r})"
     )
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    # Large tensors go back to the system when they are freed: else what counts is which of them leave a hole
+    # in the heap that the next one fits into.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode < 0:
-        return None  # killed, most likely: there is not that much memory
+        return None, None  # killed, most likely: there is not that much memory
     if done.returncode:
         raise RuntimeError(f"the process that measures {attention}'s memory failed: {done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+    reading, writing = done.stdout.split()[-2:]
+    return float(reading), float(writing)
 
 
 def print_peak(attention: str, prompt: Prompt) -> None:
-    """Print the megabytes by which a prefill and one new token raise this process's peak."""
+    """Print the megabytes by which reading the prompt, and then writing, raise this process's peak."""
     from fastattn.integrations.transformers import register
 
     register()
-    writer = Writer(attention, Prompt(64, prompt.padded).inputs(), 1)
+    writer = Writer(attention, Prompt(64, prompt.padded).inputs(), 4)
     writer.timed()  # what libraries allocate once is none of it
+    del writer.cache
     writer.inputs = prompt.inputs()
-    before = _peak_so_far()
-    writer.timed()
-    print(_peak_so_far() - before)
+    before = _peak_from_now()
+    writer.prefill()
+    reading = _peak() - before
+    _peak_from_now()
+    writer.decode()
+    print(reading, _peak() - before)
 
 
-def _peak_so_far() -> float:
-    """Megabytes of memory that this process has had at most.
+def _peak_from_now() -> float:
+    """Forget this process's peak so far; megabytes of memory that it has."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
 
-    On Linux getrusage would count what the parent had when it started this process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) / 2**10
-    import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def _peak() -> float:
+    """Megabytes of memory that this process has had at most."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**10
