@@ -83,7 +83,7 @@ def eager(
     kernels: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`attention` where nothing but plain autograd watches."""
-    if not torch.is_grad_enabled() or not _wants_gradient(q, k, v, operands):
+    if not wants_gradient(q, k, v, operands):
         return kernels.forward(q, k, v, operands, params, need_lse)
     # One tuple for what has no gradient, empty where there is nothing: apply() walks its arguments.
     fixed = () if operands is NO_OPERANDS else operands[DIFFERENTIABLE:]
@@ -105,7 +105,10 @@ def has_tangent(*tensors: Any) -> bool:
     return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
+def wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
+    """Whether autograd is to follow a call."""
+    if not torch.is_grad_enabled():
+        return False
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return True
     return operands is not NO_OPERANDS and any(

@@ -180,4 +180,9 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 def seed(call: Call) -> None:
     """Draw a dropout seed from the device's default generator where the call needs one and has none."""
     if 0 < call.dropout_p < 1 and call.dropout_seed is None:
-        call.dropout_seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
+        call.dropout_seed = drawn_seed(call.q.device)
+
+
+def drawn_seed(device: torch.device) -> Tensor:
+    """A dropout seed from a device's default generator."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastattn import dispatch
+from fastattn import dispatch, repeated
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.dispatch import Explanation
@@ -65,6 +65,12 @@ def attention(
         return plain_attention(
             q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, return_lse
         )
+    if bias is None and sinks is None and isinstance(q, Tensor) and q.is_cuda:
+        results = repeated.attention(
+            q, k, v, mask, scale, softcap, dropout_p, dropout_seed, return_lse, backend
+        )
+        if results is not None:
+            return results if return_lse else results[0]
     if has_torch_function_variadic(q, k, v):
         return handle_torch_function(
             attention,

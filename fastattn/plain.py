@@ -42,11 +42,19 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         not _is_compiling()
         and cpu.are_plain(q, k, v)
         and not (q.is_neg() or k.is_neg() or v.is_neg())
+        and is_eager()
+        and forced_by_environment() is None
+    )
+
+
+def is_eager() -> bool:
+    """Whether nothing but plain autograd watches: no tracer, mode, transform, autocast or observer."""
+    return (
+        not _is_compiling()
         and not (_function_modes() or _dispatch_modes() or _transforms() or _autocast())
         and forward_ad._current_level < 0
         and _trace() is None
         and not observers()
-        and forced_by_environment() is None
     )
 
 

@@ -6,7 +6,8 @@
 #
 # Steps: report (the machine), install (the package, from this checkout), tests (tests/test_gpu.py and others that take a
 # CUDA device), check (every case against the float64 reference), speed (against PyTorch's paths). check and speed are the
-# parts of `python -m fastattn bench --gpu`. cuda builds the CUDA kernels, where there is nvcc, checks them, and runs some
+# parts of `python -m fastattn bench --gpu`. host-time: what a small call costs the processor.
+# tma: check and speed again with loads by descriptors, beside those of speed. cuda builds the CUDA kernels, where there is nvcc, checks them, and runs some
 # small cases under compute-sanitizer; cuda-speed times them. Nothing is fetched: the python3 on PATH must have torch with CUDA and triton
 # (PYTHON=... names another). The native core for CPU is built where a compiler, cmake, ninja and pybind11 are there.
 #
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-$PWD/gpu-proof}"
 BENCH_FLAGS="${BENCH_FLAGS:-}"
-STEPS=(report install tests check speed cuda cuda-speed)
+STEPS=(report install tests check host-time speed tma cuda cuda-speed)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # where installing fails, the other steps still run
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -54,6 +55,25 @@ tests() {
 
 check() { "$PYTHON" -m fastattn bench --gpu check --out "$OUT/check" $BENCH_FLAGS; }
 speed() { "$PYTHON" -m fastattn bench --gpu speed --out "$OUT/speed" $BENCH_FLAGS; }
+
+# Loads by Hopper's copy engine, which are off until a device has shown them to be right and faster.
+tma() {
+  [ -e "$OUT/speed/gpu.json" ] || speed || return 1
+  FASTATTN_TRITON_TMA=1 "$PYTHON" -m fastattn bench --gpu --out "$OUT/tma" $BENCH_FLAGS || return 1
+  "$PYTHON" - "$OUT/speed/gpu.json" "$OUT/tma/gpu.json" <<'PY'
+import json, sys
+
+pointers, copies = (
+    {row["case"]: row["ms"] for row in json.load(open(path))["rows"] if row["path"] == "fastattn"} for path in sys.argv[1:]
+)
+print("milliseconds by pointers, by the copy engine, and their ratio, of two runs minutes apart")
+for name in pointers:
+    if name in copies:
+        print(f"{name:<42}{pointers[name]:>9.3f}{copies[name]:>9.3f}{pointers[name] / copies[name]:>7.2f}")
+PY
+}
+
+host-time() { "$PYTHON" -m fastattn.bench.gpu.host_time --out "$OUT/host_time.json"; }
 
 # The Hopper kernels have never run on a device: the first thing to look at is the log of this step.
 cuda() {

@@ -62,6 +62,27 @@ def one_thread(use_threads) -> None:
 
 
 @pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """Kernels count as compiled, and no plan is left from before."""
+    from stand_in_support import StandIn
+
+    from fastattn import repeated
+    from fastattn.backends.triton import host, plans
+    from fastattn.backends.triton.launch import launch, parameters_of
+
+    def launched(kernel, programs: int, config, *args, **constants):
+        launch(kernel, programs, config, *args, **constants)
+        return StandIn(kernel, parameters_of(kernel, config, args, constants))
+
+    monkeypatch.setattr(host, "launch", launched)
+    monkeypatch.setattr(plans.FORWARD, "_plans", {})
+    monkeypatch.setattr(plans.BACKWARD, "_plans", {})
+    monkeypatch.setattr(repeated, "_known", {})
+    monkeypatch.setattr(StandIn, "runs", 0)
+    yield StandIn
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The keyword arguments of each call that reaches our function through the override."""
     from fastattn.integrations.torch import stand_ins

@@ -46,6 +46,37 @@ def test_case(name: str):
     assert outcome.state != FAILED, outcome.reason
 
 
+def test_repeated_calls_read_the_tensors_they_are_given():
+    for seed in range(3):
+        leaves = tensors(seed=seed)
+        wide = [x.detach().float().requires_grad_() for x in leaves]
+        out = fastattn.attention(*wide, mask=masks.causal(), backend="reference")
+        want = [out.detach(), *torch.autograd.grad(out.square().sum(), wide)]
+        for got, exact in zip(both_passes(leaves, mask=masks.causal()), want, strict=True):
+            torch.testing.assert_close(got.float(), exact, rtol=5e-2, atol=5e-2)
+
+
+def test_decoding_divides_the_keys():
+    """In enough parts for the device; where torch wants determinism, in as many whatever the batch."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, length, 128, generator=generator, device=DEVICE).bfloat16()
+        for heads, length in ((8, 1), (2, 8192), (2, 8192))
+    )
+    lengths = torch.tensor([8192, 700], device=DEVICE, dtype=torch.int32)
+    got = fastattn.decode_attention(q, k, v, lengths, backend="triton")
+    want = fastattn.decode_attention(q.float(), k.float(), v.float(), lengths, backend="reference")
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole, alone = (
+            fastattn.decode_attention(q[:n], k[:n], v[:n], lengths[:n], backend="triton")[0] for n in (2, 1)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(whole, alone)
+
+
 def test_it_is_the_default():
     q, k, v = tensors()
     choice = fastattn.explain(q, k, v, mask=masks.causal())

@@ -50,6 +50,26 @@ def test_a_causal_call(arch: int, tmp_path: Path):
 
 
 @needs_triton
+def test_what_goes_forward_alone(tmp_path: Path):
+    """Loads by descriptors are bulk copies; keys that are divided need a kernel more."""
+    arguments = [
+        "--arch",
+        "90",
+        "--head-dim",
+        "64",
+        "--variant",
+        "descriptors",
+        "split",
+        "--dtype",
+        "bfloat16",
+    ]
+    rows = compiled(tmp_path, *arguments)["kernels"]
+    assert [(row["kernel"], row["bulk_copies"], row["tensor_cores"]) for row in rows] == [
+        ("attention_fwd", True, True), ("attention_fwd", False, True), ("attention_combine", False, False)
+    ]  # fmt: skip
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [str(dtype).removeprefix("torch.") for dtype in DTYPES])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -71,6 +91,8 @@ def test_problems_are_named():
     assert problems(made()) == []
     assert problems(made(dtype="float32", tensor_cores=False)) == []
     assert problems(made(tensor_cores=False)) == ["multiplies without wgmma.mma_async"]
+    assert problems(made(variant="descriptors")) == ["loads without cp.async.bulk.tensor"]
+    assert problems(made(variant="descriptors", bulk_copies=True)) == problems(made(arch=80)) == []
     assert problems(made(shared=300_000)) == ["asks for 300000 B of shared memory of 232448"]
 
 

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.common import extra_gradients, filled, finish_gradients, no_keys, prepare
+from fastattn.backends.triton import plans
 from fastattn.backends.triton.launch import architecture
 from fastattn.call import Call
-from fastattn.lowering import Operands, Params
+from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 from fastattn.spec import AttentionSpec
 from fastattn.strides import output_like
 
 name = "triton"
 
 MAX_HEAD_DIM = 256
+NO_EXTRA_GRADIENTS = (None,) * DIFFERENTIABLE
 OLDEST = (8, 0)
 UNCOMPILED = 10  # TritonGPUHoistTMEMAlloc of Triton 3.7.1 stops at the loop that contains NaN
 
@@ -108,11 +110,17 @@ def forward(
     Returns:
         out in q's dtype and stride order; lse float32, [B, Hq, Lq] or [Hq, total_q], or None.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    asked = plans.describe(q, (k, v), operands, params, need_lse, deterministic)
+    if (made := plans.FORWARD.run(asked)) is not None:
+        return made[0], made[1]
+    q, k, v, *rest = given = asked.distinct()
 
     def fill(operands: Operands, out: Tensor, lse: Tensor | None) -> None:
-        _host(params.score).forward(q, k, v, operands, params, out, lse)
+        launched, workspace = _host(params.score).forward(q, k, v, operands, params, out, lse)
+        plans.FORWARD.learn(asked, given, (out, lse, *workspace), launched)
 
-    return filled(q, k, v, operands, params, need_lse, fill)
+    return filled(q, k, v, Operands(*rest) if rest else NO_OPERANDS, params, need_lse, fill)
 
 
 def backward(
@@ -136,11 +144,21 @@ def backward(
         needs: seven flags, of which the last four are read: q, k and v always get theirs.
     """
     dout = dout.to(q.dtype)
+    asked = plans.describe(q, (k, v, out, lse, dout, dlse), operands, params)
+    if (made := plans.BACKWARD.run(asked)) is not None:
+        return *made[:3], *NO_EXTRA_GRADIENTS
+    q, k, v, out, lse, dout, dlse, *rest = given = asked.distinct()
+    operands = Operands(*rest) if rest else NO_OPERANDS
     grads = [output_like(t, t.shape[-1]) for t in (q, k, v)]
     operands = prepare(q, k, operands, params)
     if 0 in q.shape[:-1] or no_keys(k, v, operands):
         for grad in grads:
             grad.zero_()
         return *grads, *finish_gradients(extra_gradients(operands, needs), operands, dlse)
-    extra = _host(params.score).backward(q, k, v, out, lse, dout, dlse, operands, params, needs[3:], grads)
+    made = [*grads, torch.empty_like(lse), torch.empty_like(lse)]
+    extra, launched = _host(params.score).backward(
+        q, k, v, out, lse, dout, dlse, operands, params, needs[3:], made
+    )
+    if operands.bias is operands.diag is operands.sinks is None:  # of which gradients are more than launches
+        plans.BACKWARD.learn(asked, given, made, launched)
     return *grads, *finish_gradients(extra, operands, None)

@@ -97,6 +97,20 @@ class Dropout(NamedTuple):
     scale: float  # of what is kept
 
 
+class Parts(NamedTuple):
+    """Where programs that have a part of the keys each leave what they found, in float32.
+
+    Of part s what lies `s` strides further: out is not yet divided by l; m is in the unit of the scores.
+    """
+
+    out: Rows
+    m: Rows
+    l: Rows
+    num_parts: int
+    out_stride: int
+    row_stride: int
+
+
 class Rules(NamedTuple):
     """What lies between q·k and softmax. Scores are in units of log 2 where nothing is added to them, so that
     one factor makes exp2's argument of a product, and natural otherwise; see is_natural."""
@@ -125,6 +139,18 @@ def per_row(tensor: Tensor) -> Rows:
     """[B, H, L], or packed [H, tokens]: one number for each row."""
     stride = tensor.stride()
     return Rows(tensor, 0, *stride) if tensor.dim() == 2 else Rows(tensor, *stride)
+
+
+def parts(out: Tensor, m: Tensor, l: Tensor) -> Parts:
+    """Tensors like out and lse, with a first dimension for the parts."""
+    return Parts(
+        rows(out[0])._replace(ptr=out),
+        per_row(m[0])._replace(ptr=m),
+        per_row(l[0])._replace(ptr=l),
+        out.shape[0],
+        out.stride(0),
+        m.stride(0),
+    )
 
 
 def pairs(tensor: Tensor) -> Pairs:

@@ -19,6 +19,7 @@ from fastattn.backends.triton.tile import (
     key_tiles,
     load_keys,
     load_rows,
+    load_tile,
     not_finite,
     product,
     row_base,
@@ -28,13 +29,19 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def _attend(
-    acc, m, l, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q,
-    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
+    acc, m, l, q, k, v, k_tiles, v_tiles, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end,
+    offset, len_q, len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV:
     tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION:
     tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m))."""
-    keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
+    """One tile of keys into the running (sum of exp(s - m) v, maximum m, sum of exp(s - m)).
+
+    k_tiles, v_tiles: descriptors for tiles that are whole, or None.
+    """
+    if k_tiles is not None and not CHECK:
+        keys = load_tile(k_tiles, lengths, b, h_kv, k_begin + j0, BLOCK_N, BLOCK_D)
+    else:
+        keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, CHECK)
     s = product(q, tl.trans(keys), None, PRECISION)
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
     s, _ = apply(
@@ -47,7 +54,10 @@ def _attend(
     l = l * rescale + tl.sum(p, 1)
     if rules.dropout is not None:
         p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
-    values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
+    if v_tiles is not None and not CHECK:
+        values = load_tile(v_tiles, lengths, b, h_kv, k_begin + j0, BLOCK_N, BLOCK_DV)
+    else:
+        values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, CHECK)
     acc = product(p.to(values.dtype), values, acc * rescale[:, None], PRECISION)
     return acc, m_new, l
 
@@ -82,11 +92,14 @@ def _contain(
 
 @triton.jit
 def attention_fwd(
-    q, k, v, out, lse, sinks, lengths, rules,
+    q, k, v, out, lse, sinks, lengths, rules, k_tiles, v_tiles, parts,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and, unless it is None, lse of one row tile of one head; see arguments.py for what comes in."""
+    """out and, unless it is None, lse of one row tile of one head; see arguments.py for what comes in.
+
+    With parts, what the keys of part program_id(1) alone give, for attention_combine.
+    """
     b, h, h_kv, i0, q_begin, k_begin, len_q, len_k = row_program(lengths, BLOCK_M)
     if i0 >= len_q:
         return
@@ -94,6 +107,10 @@ def attention_fwd(
     r = tl.arange(0, BLOCK_M)
     i = tl.minimum(i0 + r, len_q - 1)
     begin, end = key_range(rules, b, i, len_q, len_k)
+    if parts is not None:  # as many whole tiles each, of the keys that the entry has
+        length = tl.cdiv(tl.cdiv(len_k, parts.num_parts), BLOCK_N) * BLOCK_N
+        begin = tl.maximum(begin, tl.program_id(1) * length)
+        end = tl.minimum(end, (tl.program_id(1) + 1) * length)
     rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -101,6 +118,8 @@ def attention_fwd(
     l = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # one more logit, which carries no value
         m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
+        if parts is not None:  # in one part of them
+            m = tl.where(tl.program_id(1) == 0, m, float("-inf"))
         l = tl.where(m == float("-inf"), 0.0, 1.0)
 
     start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
@@ -110,18 +129,18 @@ def attention_fwd(
         whole, whole_end = whole_tiles(begin, end, start, count, BLOCK_N)
         for j0 in range(whole, whole_end, BLOCK_N):
             acc, m, l = _attend(
-                acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, -1, begin, end, offset,
-                len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
-                CHECK=False,
+                acc, m, l, rows, k, v, k_tiles, v_tiles, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, -1,
+                begin, end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                NATURAL, PRECISION, CHECK=False,
             )  # fmt: skip
         before = (whole - start) // BLOCK_N
         skipped = (whole_end - whole) // BLOCK_N
     for t in range(count - skipped):
         j0, bits = key_tile(rules, start, tl.where(t < before, t, t + skipped), BLOCK_N)
         acc, m, l = _attend(
-            acc, m, l, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
-            len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
-            CHECK=True,
+            acc, m, l, rows, k, v, None, None, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin,
+            end, offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL,
+            PRECISION, CHECK=True,
         )  # fmt: skip
 
     if not_finite(acc):
@@ -133,12 +152,20 @@ def attention_fwd(
                 len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
             )  # fmt: skip
 
-    factor = 1.0
-    if rules.dropout is not None:
-        factor = rules.dropout.scale
-    result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
-    store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
-    if lse is not None:
-        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
-        at = row_base(lse, b, h, q_begin + i0) + r * lse.row
-        tl.store(at, log_sum, mask=r < len_q - i0)
+    inside = r < len_q - i0
+    if parts is not None:
+        part = tl.program_id(1).to(tl.int64)
+        base = row_base(parts.out, b, h, q_begin + i0) + part * parts.out_stride
+        store_rows(base, parts.out.row, r, acc, BLOCK_DV, HEAD_DIM_V, len_q - i0)
+        at = part * parts.row_stride + r * parts.m.row
+        tl.store(row_base(parts.m, b, h, q_begin + i0) + at, m, mask=inside)
+        tl.store(row_base(parts.l, b, h, q_begin + i0) + at, l, mask=inside)
+    else:
+        factor = 1.0
+        if rules.dropout is not None:
+            factor = rules.dropout.scale
+        result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
+        store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
+        if lse is not None:
+            log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
+            tl.store(row_base(lse, b, h, q_begin + i0) + r * lse.row, log_sum, mask=inside)

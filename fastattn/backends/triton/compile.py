@@ -23,9 +23,10 @@ from torch import Tensor
 
 from fastattn import masks
 from fastattn.backends import triton as backend
-from fastattn.backends.triton import host, summary
+from fastattn.backends.triton import descriptors, host, summary
 from fastattn.backends.triton.configs import SHARED_MEMORY, TileConfig
 from fastattn.backends.triton.cubin import Usage, usage
+from fastattn.backends.triton.launch import Programs, grid_of
 from fastattn.biases import ALiBi
 from fastattn.call import Call
 from fastattn.lowering import Operands, Params, lower
@@ -39,6 +40,7 @@ SEQLEN = 256
 # The instruction that multiplies matrices of 16-bit numbers.
 TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async"}
 TENSOR_CORES[120] = TENSOR_CORES[80]
+BULK_COPY = "cp.async.bulk.tensor"  # what a load by a descriptor becomes
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Compiled:
         shared: bytes of shared memory.
         usage: registers, stack and loops; None where no tool was found that tells.
         tensor_cores: whether it multiplies on them.
+        bulk_copies: whether it loads tiles by descriptors.
     """
 
     kernel: str
@@ -64,6 +67,7 @@ class Compiled:
     shared: int
     usage: Usage | None
     tensor_cores: bool
+    bulk_copies: bool = False
 
     @property
     def loop_spills(self) -> tuple[int, ...]:
@@ -84,7 +88,7 @@ class Compiled:
             text += f"{self.usage.registers:>4} registers, {self.usage.stack:>5} B spilled"
             if any(self.loop_spills):
                 text += f", in loops: {' '.join(map(str, self.loop_spills))}"
-        return text + ("  tensor cores" if self.tensor_cores else "")
+        return text + "  tensor cores" * self.tensor_cores + "  bulk copies" * self.bulk_copies
 
     def row(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -101,10 +105,11 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
     Args:
         name: one of VARIANTS.
     """
-    seqlen = {"few": 16, "some": 64}.get(name, SEQLEN)
-    q, k, v = (_tensor(1, 2, n, head_dim, dtype=dtype) for n in (seqlen, SEQLEN, SEQLEN))
+    seqlen = {"few": 16, "some": 64, "split": 1}.get(name, SEQLEN)
+    keys = 16 * SEQLEN if name == "split" else SEQLEN
+    q, k, v = (_tensor(1, 2, n, head_dim, dtype=dtype) for n in (seqlen, keys, keys))
     call = Call("attention", q, k, v, return_lse=True)
-    if name == "causal":
+    if name in ("causal", "descriptors"):
         call.mask = masks.causal()
     elif name == "mask":
         call.mask = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool)
@@ -146,7 +151,10 @@ def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
 VARIANTS = (
     "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
     "dropout", "varlen", "paged", "additive", "triangular", "summary", "summary, blocks",
+    "descriptors", "split",
 )  # fmt: skip
+
+FORWARD_ONLY = ("descriptors", "split")  # whose backward pass is another variant's
 
 
 class _Target:
@@ -172,7 +180,9 @@ def compiling(arch: int, found: list[tuple[str, TileConfig, Any]]) -> Iterator[N
     """Launches compile for an architecture instead, and leave what they made in `found`."""
     from triton.runtime import driver
 
-    def compile_only(kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
+    def compile_only(
+        kernel: Any, programs: Programs, config: TileConfig, *args: Any, **constants: Any
+    ) -> None:
         made = kernel.warmup(
             *args,
             **constants,
@@ -180,7 +190,7 @@ def compiling(arch: int, found: list[tuple[str, TileConfig, Any]]) -> Iterator[N
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            grid=(programs,),
+            grid=grid_of(programs),
         )
         found.append((kernel.__name__, config, made))
 
@@ -205,12 +215,13 @@ def compile_variant(
     call = variant_call(name, dtype, head_dim)
     operands, params = lower(call)
     found: list[tuple[str, TileConfig, Any]] = []
-    with torch.no_grad(), compiling(arch, found):
+    asked = patch.object(descriptors, "ASKED", name == "descriptors" or descriptors.ASKED)
+    with torch.no_grad(), compiling(arch, found), asked:
         if name.startswith("summary"):
             _summarize(call, operands, params, "mean" if call.sinks is not None else "max")
             return _described(found, arch, name, dtype, head_dim)
         out, lse = backend.forward(call.q, call.k, call.v, operands, params)
-        if gradients and lse is not None and call.block_table is None:
+        if gradients and name not in FORWARD_ONLY and lse is not None and call.block_table is None:
             needs = (True,) * 7
             backend.backward(call.q, call.k, call.v, out, lse, out, lse, operands, params, needs)
     return _described(found, arch, name, dtype, head_dim)
@@ -237,6 +248,7 @@ def _described(
             made.metadata.shared,
             usage(made.asm["cubin"]),
             on_tensor_cores(made.asm["ptx"], arch, config),
+            BULK_COPY in made.asm["ptx"],
         )
         for kernel, config, made in found
     ]
@@ -258,9 +270,13 @@ def problems(made: Compiled) -> list[str]:
     found = []
     if not fits(made):
         found.append(f"asks for {made.shared} B of shared memory of {SHARED_MEMORY[made.arch]}")
-    # Scores that are no product, those of the pair_ kernels, have little for tensor cores to do.
-    if made.dtype != "float32" and not made.tensor_cores and not made.kernel.startswith("pair_"):
+    # Scores that are no product, those of the pair_ kernels, have little for tensor cores, sums nothing.
+    multiplies = not made.kernel.startswith(("pair_", "attention_combine"))
+    if made.dtype != "float32" and not made.tensor_cores and multiplies:
         found.append(f"multiplies without {TENSOR_CORES[made.arch]}")
+    wants_copies = made.variant == "descriptors" and made.arch in descriptors.ARCHITECTURES
+    if wants_copies and made.kernel == "attention_fwd" and made.dtype != "float32" and not made.bulk_copies:
+        found.append(f"loads without {BULK_COPY}")
     return found
 
 

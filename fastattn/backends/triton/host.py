@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.common import device_of
-from fastattn.backends.triton import arguments
+from fastattn.backends.triton import arguments, descriptors
 from fastattn.backends.triton.arguments import pairs, per_row, rows
 from fastattn.backends.triton.attention_bwd_bias import attention_bwd_bias, attention_bwd_diagonals
 from fastattn.backends.triton.attention_bwd_dkdv import attention_bwd_dkdv
 from fastattn.backends.triton.attention_bwd_dq import attention_bwd_dq
 from fastattn.backends.triton.attention_bwd_rows import attention_bwd_rows
+from fastattn.backends.triton.attention_combine import attention_combine
 from fastattn.backends.triton.attention_fwd import attention_fwd
 from fastattn.backends.triton.configs import (
     TileConfig,
@@ -23,18 +24,28 @@ from fastattn.backends.triton.configs import (
     bias_config,
     block_dim,
     forward_config,
+    parts_of,
 )
-from fastattn.backends.triton.launch import architecture, launch
+from fastattn.backends.triton.launch import (
+    Programs,
+    architecture,
+    constants_of,
+    launch,
+    multiprocessors,
+    parameters_of,
+)
+from fastattn.backends.triton.plans import Launched
 from fastattn.lowering import Operands, Params
 from fastattn.strides import dense_last, resolved
 
 # Row tiles are dealt out to this many sums along diagonals, which are then added up: enough to fill a device
 # with a few heads, and few enough for O(N) memory.
 DIAGONAL_PARTS = 16
+FEW_ROWS = 64  # up to which keys may be divided: more rows are more programs
 
 
 class Launch:
-    """What the launches of one call share."""
+    """What the launches of one call share, and what was launched."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params) -> None:
         natural = arguments.is_natural(q, operands)
@@ -51,6 +62,7 @@ class Launch:
         )
         # Whether a pair within the lengths, the band and the key ranges may be hidden.
         self.hides = operands.mask is not None or operands.bias is not None
+        self.launched: list[Launched] = []
 
     def tiles(self, config: TileConfig, heads: int) -> int:
         """Programs, where each has one tile of rows."""
@@ -59,8 +71,48 @@ class Launch:
     def key_tiles(self, config: TileConfig) -> int:
         return -(-self.lengths.seqlen_k // config.block_n) * self.lengths.batch * self.lengths.num_heads_kv
 
-    def run(self, kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
-        launch(kernel, programs, config, *args, **self.constants, **constants)
+    def key_tiles_of(self, k: Tensor, v: Tensor, config: TileConfig) -> tuple[Any, Any]:
+        """Descriptors of k and v for the forward pass, each None where there is none."""
+        fits = self.arch in descriptors.ARCHITECTURES and self.itemsize in descriptors.ITEM_SIZES
+        if not descriptors.ASKED or not fits or self.lengths.block_table is not None:
+            return None, None
+        widths = self.constants["BLOCK_D"], self.constants["BLOCK_DV"]
+        k_tiles, v_tiles = (
+            descriptors.tiles_of(t, config.block_n, n) for t, n in zip((k, v), widths, strict=True)
+        )
+        return k_tiles, v_tiles
+
+    def workspace(self, programs: int, q: Tensor, out: Tensor) -> list[Tensor]:
+        """Room for (out, m, l) of parts of the keys; empty where they are not divided."""
+        if self.blocks or self.lengths.seqlen_q > FEW_ROWS:
+            return []
+        # Otherwise the bits of an entry would depend on how many there are beside it.
+        programs = 1 if torch.are_deterministic_algorithms_enabled() else programs
+        count = parts_of(programs, self.lengths.seqlen_k, multiprocessors(q.device))
+        if count == 1:
+            return []
+        by_row = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+        return [q.new_empty((count, *shape), dtype=torch.float32) for shape in (out.shape, by_row, by_row)]
+
+    def combine(self, parts: arguments.Parts, out: Tensor, lse: Tensor | None) -> None:
+        """Fill out and lse from what the parts of the keys gave."""
+        lengths = self.lengths
+        config = TileConfig(1, 1 << (parts.num_parts - 1).bit_length(), 4, 1)
+        args = rows(out), None if lse is None else per_row(lse), parts, lengths, self.rules
+        programs = lengths.batch * lengths.num_heads * lengths.seqlen_q
+        self._launch(
+            attention_combine, programs, config, args, constants_of(attention_combine, self.constants)
+        )
+
+    def run(self, kernel: Any, programs: Programs, config: TileConfig, *args: Any, **constants: Any) -> None:
+        self._launch(kernel, programs, config, args, {**self.constants, **constants})
+
+    def _launch(
+        self, kernel: Any, programs: Programs, config: TileConfig, args: Any, constants: dict[str, Any]
+    ) -> None:
+        compiled = launch(kernel, programs, config, *args, **constants)
+        if compiled is not None:
+            self.launched.append(Launched(programs, compiled, parameters_of(kernel, config, args, constants)))
 
 
 @cache
@@ -77,16 +129,23 @@ def _constants(dim: int, dim_v: int, natural: bool, tf32: bool) -> dict[str, Any
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
-) -> None:
-    """Fill out and lse, of q and keys that are not empty."""
+) -> tuple[list[Launched], list[Tensor]]:
+    """Fill out and lse, of q and keys that are not empty.
+
+    Returns:
+        What was launched, where kernels are compiled; tensors that only the kernels use.
+    """
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with device_of(q):
         call = Launch(q, k, v, operands, params)
         few = _few(call.lengths.seqlen_q)
         config = forward_config(call.arch, call.widest, call.itemsize, call.blocks, few, call.pair_bytes)
+        programs = call.tiles(config, q.shape[1])
+        workspace = call.workspace(programs, q, out)
+        parts = arguments.parts(*workspace) if workspace else None
         call.run(
             attention_fwd,
-            call.tiles(config, q.shape[1]),
+            programs if parts is None else (programs, parts.num_parts),
             config,
             rows(q),
             rows(k),
@@ -96,7 +155,12 @@ def forward(
             operands.sinks,
             call.lengths,
             call.rules,
+            *call.key_tiles_of(k, v, config),
+            parts,
         )
+        if parts is not None:
+            call.combine(parts, out, lse)
+        return call.launched, workspace
 
 
 def _few(seqlen_q: int) -> int:
@@ -115,18 +179,20 @@ def backward(
     operands: Operands,
     params: Params,
     needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Fill grads, dq, dk and dv, and return (dbias, ddiag, dsinks, None), where needed, in the accumulate
-    dtype."""
+    made: Sequence[Tensor],
+) -> tuple[list[Tensor | None], list[Launched]]:
+    """Fill `made`: dq, dk, dv and, like lse, delta and residual.
+
+    Returns:
+        (dbias, ddiag, dsinks, None), where needed, in the accumulate dtype; what was launched.
+    """
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
-    dq, dk, dv = grads
+    dq, dk, dv, delta, residual = made
     with device_of(q):
         call = Launch(q, k, v, operands, params)
         config = backward_config(call.arch, call.widest, call.itemsize, call.blocks, call.pair_bytes)
-        delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         tile = [per_row(lse), rows(dout), per_row(delta), per_row(residual)]
         call.run(
             attention_bwd_rows,
@@ -187,7 +253,7 @@ def backward(
             ddiag = _diagonal_gradient(call, operands.diag, q, k, v, tile)
         if operands.sinks is not None and needs[2]:
             dsinks = _sink_gradient(operands.sinks, lse, residual, delta)
-    return [dbias, ddiag, dsinks, None]
+    return [dbias, ddiag, dsinks, None], call.launched
 
 
 def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,9 @@ from fastattn.backends.triton.configs import TileConfig
 
 # Under Triton's interpreter, which knows no architecture: the tiles of this one.
 INTERPRETED = 80
+INTERPRETED_PROCESSORS = 108  # that one's
+
+Programs = int | tuple[int, int]  # along one axis, or along two
 
 
 @cache
@@ -22,9 +26,17 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constants: Any) -> None:
-    """Run `programs` programs of a kernel."""
-    kernel[(programs,)](
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def launch(kernel: Any, programs: Programs, config: TileConfig, *args: Any, **constants: Any) -> Any:
+    """Run `programs` programs of a kernel; what it was compiled to, None where it was interpreted."""
+    return kernel[grid_of(programs)](
         *args,
         **constants,
         BLOCK_M=config.block_m,
@@ -32,6 +44,19 @@ def launch(kernel: Any, programs: int, config: TileConfig, *args: Any, **constan
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def grid_of(programs: Programs) -> tuple[int, ...]:
+    """A grid as Triton takes it."""
+    return programs if isinstance(programs, tuple) else (programs,)
+
+
+def parameters_of(
+    kernel: Any, config: TileConfig, args: Sequence[Any], constants: dict[str, Any]
+) -> list[Any]:
+    """What each parameter of a kernel is in a launch, in their order."""
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return [*args, *(sizes.get(name, constants.get(name)) for name in kernel.arg_names[len(args) :])]
 
 
 def constants_of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fastattn.backends.triton.pair_bwd_dkdv import pair_bwd_dkdv
 from fastattn.backends.triton.pair_bwd_dq import pair_bwd_dq
 from fastattn.backends.triton.pair_bwd_rows import pair_bwd_rows
 from fastattn.backends.triton.pair_fwd import pair_fwd
+from fastattn.backends.triton.plans import Launched
 from fastattn.lowering import Operands, Params
 from fastattn.strides import dense_last, resolved
 
@@ -51,8 +52,8 @@ class PairLaunch(host.Launch):
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, operands: Operands, params: Params, out: Tensor, lse: Tensor | None
-) -> None:
-    """Fill out and lse, of q and keys that are not empty."""
+) -> tuple[list[Launched], list[Tensor]]:
+    """Fill out and lse, of q and keys that are not empty; nothing that could be launched again as it was."""
     q, k, v = dense_last(q), dense_last(k), dense_last(v)
     with device_of(q):
         call = PairLaunch(q, k, v, operands, params)
@@ -65,6 +66,7 @@ def forward(
             operands.sinks,
             BLOCK_H=FORWARD_FEATURES,
         )
+    return [], []
 
 
 def backward(
@@ -78,16 +80,14 @@ def backward(
     operands: Operands,
     params: Params,
     needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Fill grads, dq, dk and dv, and return (None, None, dsinks, dscore_weights), where needed, in the
-    accumulate dtype."""
+    made: Sequence[Tensor],
+) -> tuple[list[Tensor | None], list[Launched]]:
+    """See `host.backward`; the gradients returned are (None, None, dsinks, dscore_weights)."""
     q, k, v, out, dout = (dense_last(t) for t in (q, k, v, out, dout))
     lse = resolved(lse)
-    dq, dk, dv = grads
+    dq, dk, dv, delta, residual = made
     with device_of(q):
         call = PairLaunch(q, k, v, operands, params)
-        delta, residual = torch.empty_like(lse), torch.empty_like(lse)
         call.run_pairs(
             pair_bwd_rows,
             call.tiles(FORWARD, q.shape[1]),
@@ -112,4 +112,5 @@ def backward(
         dsinks = None
         if operands.sinks is not None and needs[2]:
             dsinks = host._sink_gradient(operands.sinks, lse, residual, delta).to(lse.dtype)
-    return [None, None, dsinks, None if partial is None else partial.double().sum(0).to(lse.dtype)]
+    dweights = None if partial is None else partial.double().sum(0).to(lse.dtype)
+    return [None, None, dsinks, dweights], []

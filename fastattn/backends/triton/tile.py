@@ -95,6 +95,14 @@ def load_keys(
 
 
 @triton.jit
+def load_tile(tiles, lengths, b, h, row, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows row to row + BLOCK_N - 1 by a descriptor of [batch, heads, rows, columns]; 0 beyond its ends."""
+    if lengths.cu_seqlens_k is not None:
+        b = b * 0  # packed tensors are one entry
+    return tl.reshape(tiles.load([b, h, row, 0]), [BLOCK_N, BLOCK])
+
+
+@triton.jit
 def band(bounds, offset):
     """(lo, hi) with i + lo <= j <= i + hi."""
     lo = offset * 0 - FAR
