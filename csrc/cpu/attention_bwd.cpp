@@ -234,7 +234,10 @@ class Backward {
   // P and dS of one tile, and dQ += dS K.
   void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq) {
     const Block<T>& keys = tile.key_block();
-    for_each_group(tile, tile_bits, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
+    for_each_group(tile, tile_bits, i0, i1, [](int64_t, int64_t, const KeyRange&) {});
+    const auto columns_of = [&](int64_t i, int64_t rows) { return tile.columns(i, rows); };
+    for_each_run_of_groups(i0, i1, columns_of, [&](int64_t i, int64_t rows, const KeyRange& columns) {
+      const int64_t r = i - i0;
       gemm<T, false>(rows, width_q_, columns.end - columns.begin,
                      tile.gradients() + r * kKeyTile + columns.begin, kKeyTile,
                      keys.data + columns.begin * keys.stride, keys.stride, dq + r * width_q_, width_q_, true);
@@ -282,18 +285,34 @@ class Backward {
                          T* dv) {
     const Block<T>& queries = tile.query_block();
     const Block<T>& douts = tile.dout_block();
-    for (int64_t j = j0; j < j1; j += kGradGroup) {
-      const int64_t keys = std::min(kGradGroup, j1 - j), c = j - j0;
-      KeyRange rows = tile.rules().keys_rows(j, j + keys);
-      rows = {std::max(rows.begin, i0) - i0, std::min(rows.end, i1) - i0};
-      if (rows.empty()) continue;
-      const int64_t depth = rows.end - rows.begin, first = rows.begin * kKeyTile + c;
+    const auto rows_of = [&](int64_t j, int64_t keys) {
+      const KeyRange rows = tile.rules().keys_rows(j, j + keys);
+      return KeyRange{std::max(rows.begin, i0) - i0, std::min(rows.end, i1) - i0};
+    };
+    for_each_run_of_groups(j0, j1, rows_of, [&](int64_t j, int64_t keys, const KeyRange& rows) {
+      const int64_t c = j - j0, depth = rows.end - rows.begin, first = rows.begin * kKeyTile + c;
       gemm<T, true>(keys, width_v_, depth, tile.probabilities() + first, kKeyTile,
                     douts.data + rows.begin * douts.stride, douts.stride, dv + c * width_v_, width_v_, true);
-      if (p_.score != Score::kDot) continue;
+      if (p_.score != Score::kDot) return;
       gemm<T, true>(keys, width_q_, depth, tile.gradients() + first, kKeyTile,
                     queries.data + rows.begin * queries.stride, queries.stride, dk + c * width_q_, width_q_,
                     true);
+    });
+  }
+
+  // Calls visit(first, count, range) for the groups of [begin, end) by runs of the same range that is not
+  // empty: a product over all of a run reads each strip of its second operand once, and then from L1.
+  template <class RangeOf, class Visit>
+  static void for_each_run_of_groups(int64_t begin, int64_t end, const RangeOf& range_of,
+                                     const Visit& visit) {
+    const auto range_at = [&](int64_t n) { return range_of(n, std::min(kGradGroup, end - n)); };
+    for (int64_t first = begin, last; first < end; first = last) {
+      const KeyRange range = range_at(first);
+      for (last = first + kGradGroup; last < end; last += kGradGroup) {
+        const KeyRange next = range_at(last);
+        if (next.begin != range.begin || next.end != range.end) break;
+      }
+      if (!range.empty()) visit(first, std::min(last, end) - first, range);
     }
   }
 
