@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils as theirs  # noqa: E402
 
+import fastattn  # noqa: E402
 from fastattn.integrations.transformers import register  # noqa: E402
 from fastattn.integrations.transformers.attention import fastattn_attention  # noqa: E402
 from fastattn.integrations.transformers.mask_function import fastattn_mask  # noqa: E402
@@ -224,6 +225,42 @@ def test_a_layer_that_adds_its_mask_is_refused():
     git.set_attn_implementation("fastattn")
     with pytest.raises(NotImplementedError, match="interface"):
         git(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_a_layer_that_extends_its_mask_is_refused():
+    """DeepSeek-V4 appends 0 and -inf to its mask, which as bools mean the opposite of what they meant."""
+    mask = fastattn_mask(BATCH, LENGTH, LENGTH)
+    for extend in (lambda: torch.cat([mask, mask], -1), lambda: torch.nn.functional.pad(mask, (0, 2))):
+        with pytest.raises(NotImplementedError, match="attn_implementation must be 'eager'"):
+            extend()
+    model = transformers.DeepseekV4ForCausalLM(
+        transformers.DeepseekV4Config(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            layer_types=["sliding_attention", "compressed_sparse_attention"],
+            num_attention_heads=2,
+            head_dim=16,
+            q_lora_rank=8,
+            o_lora_rank=8,
+            o_groups=1,
+            moe_intermediate_size=16,
+            n_routed_experts=2,
+            num_experts_per_tok=1,
+        )
+    )
+    report = fastattn.patch(model)
+    assert not report.replaced and len(report.left) == 2
+    model.set_attn_implementation("fastattn")
+    with pytest.raises(NotImplementedError, match="DeepseekV4Attention: it extends its mask"):
+        model(torch.ones(1, 9, dtype=torch.int64))
+
+
+def test_masks_of_tensors_without_data():
+    """A model on the meta device, where nothing can be read back."""
+    padded = torch.ones(BATCH, LENGTH, dtype=torch.bool, device="meta")
+    mask = fastattn_mask(BATCH, LENGTH, LENGTH, attention_mask=padded, device="meta")
+    assert mask.shape == (BATCH, 1, LENGTH, LENGTH) and mask.is_meta
 
 
 def test_block_lists_are_built_once_for_all_layers(monkeypatch):

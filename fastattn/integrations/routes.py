@@ -131,7 +131,14 @@ def _set_interface(work: Work) -> None:
             continue
         done.append(root)
         inside = [name for name in work.modules if _is_inside(name, root)]
-        names = [name for name in inside if routing.is_on_interface(work.modules[name])]
+        names = []
+        for name in inside:
+            if routing.is_on_interface(work.modules[name]):
+                reason = _known_reason(work.modules[name])
+                if reason is None:
+                    names.append(name)
+                else:
+                    work.left[name] = reason
         if names:
             _leave_shared_masks(work, inside, names)
             _set_one_interface(work, model, names)

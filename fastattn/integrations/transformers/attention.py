@@ -12,6 +12,7 @@ from fastattn.call import Call
 from fastattn.functional import attention, varlen_attention
 from fastattn.integrations.transformers import arguments
 from fastattn.integrations.transformers.attentions import returned_weights, wants_weights
+from fastattn.integrations.transformers.off_interface import LEFT
 from fastattn.masks import Mask
 
 # Arguments that change the result: the name, what it is for, who can do it.
@@ -61,7 +62,8 @@ def fastattn_attention(
     Returns:
         [B, Lq, Hq, Dv], and the weights after dropout [B, Hq, Lq, Lk] where the caller wants attentions.
     Raises:
-        NotImplementedError: block_indices or a paged cache, which would change the result.
+        NotImplementedError: block_indices or a paged cache, which would change the result, or a layer that
+            only eager attention computes rightly.
         ValueError: attentions of more pairs than `register` allows.
     """
     for name, what, instead in _UNSUPPORTED:
@@ -69,6 +71,10 @@ def fastattn_attention(
             raise NotImplementedError(
                 f'{name} must be None: {what} is not supported, use attn_implementation="{instead}"'
             )
+    if (reason := LEFT.get(type(module).__name__)) is not None:
+        raise NotImplementedError(
+            f'attn_implementation must be "eager" for {type(module).__name__}: {reason}'
+        )
     query, key, value = arguments.same_batch(query, key, value)
     mask: Mask | Tensor | None
     bias: Bias | Tensor | None

@@ -64,7 +64,7 @@ class Frame:
         return dense(visible[:, None, None])
 
     def _may_look(self, values: Tensor) -> bool:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or values.is_meta:
             return False
         # With an offset in a tensor nothing was read back from the device so far, and nothing shall be.
         return values.is_cpu or not isinstance(self.q_offset, Tensor)

@@ -15,6 +15,7 @@ from fastattn.masks.space import MaskShape, Pairs
 _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _aten = torch.ops.aten
 _ADDITIONS = (_aten.add.Tensor, _aten.add_.Tensor)
+_EXTENSIONS = (_aten.cat.default, _aten.constant_pad_nd.default)
 _FILLS = (
     *(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor),
     *(_aten.masked_fill_.Scalar, _aten.masked_fill_.Tensor),
@@ -51,6 +52,13 @@ class MaskTensor(Tensor):
             raise NotImplementedError(
                 "a layer puts attention_mask into its scores itself, not through the attention function: its "
                 "model is not on transformers' attention interface; attn_implementation must be 'eager'"
+            )
+        if func in _EXTENSIONS:
+            # What a layer adds there were numbers, 0 = visible: as bools they mean the opposite.
+            raise NotImplementedError(
+                "a layer extends attention_mask for keys of its own, and whether 0 or True is visible there "
+                "cannot be told: attn_implementation must be 'eager'; code of your own may extend "
+                "mask.to_dense()"
             )
         if _writes_into_a_mask(func, args, kwargs):
             raise _read_only(func)

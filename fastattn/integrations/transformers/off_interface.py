@@ -13,6 +13,7 @@ _CHUNKS = (
 _APPROXIMATE = "it approximates attention: no product of all queries and keys"
 _SPLIT = "it adds its biases to scores whose last two dimensions it splits into rows and columns of the image"
 _BLOCKS = "its blocks are computed one by one; fastattn.masks.blocks with fastattn.attention does the same"
+_EXTENDS = "it extends its mask for keys of its own, in numbers that only eager attention reads"
 
 LEFT: Mapping[str, str] = {
     "LongformerSelfAttention": _CHUNKS,
@@ -36,6 +37,7 @@ LEFT: Mapping[str, str] = {
     "UnlimitedOcrSamVisionAttention": _SPLIT,
     "SLANeXtVisionAttention": _SPLIT,
     "PPFormulaNetVisionAttention": _SPLIT,
+    "DeepseekV4Attention": _EXTENDS,
     "PegasusXGlobalLocalAttention": _BLOCKS,
     "GroupViTAssignAttention": "its weights are a hard choice of one group for each token",
     "CpmAntAttention": "it sets weights to zero after the softmax",
