@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.programs import row_program
-from fastattn.backends.triton.tile import LN2, exp_of, row_base
+from fastattn.backends.triton.tile import exp_of, row_base, store_result
 
 
 @triton.jit
@@ -31,13 +31,9 @@ def attention_combine(
 
     m = tl.max(m_part, 0)
     weight = exp_of(m_part - tl.where(m == float("-inf"), 0.0, m), NATURAL)
-    l = tl.sum(weight * l_part, 0)
-    factor = 1.0
-    if rules.dropout is not None:
-        factor = rules.dropout.scale
-    result = tl.sum(weight[:, None] * acc, 0) * (factor / tl.where(l == 0, 1.0, l))
-    to = row_base(out, b, h, q_begin + i) + d
-    tl.store(to, result.to(to.dtype.element_ty), mask=d < HEAD_DIM_V)
-    if lse is not None:
-        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
-        tl.store(row_base(lse, b, h, q_begin + i), log_sum)
+    r = tl.arange(0, BLOCK_M)
+    total = tl.sum(weight[:, None] * acc, 0)[None, :]
+    store_result(
+        out, lse, rules, b, h, q_begin + i, r, total, m + tl.zeros([BLOCK_M], tl.float32),
+        tl.sum(weight * l_part, 0) + tl.zeros([BLOCK_M], tl.float32), 1, BLOCK_DV, HEAD_DIM_V, NATURAL,
+    )  # fmt: skip

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from fastattn.backends.triton.programs import row_program, whole_tiles
 from fastattn.backends.triton.tile import (
-    LN2,
     apply,
     exp_of,
     is_finite,
@@ -23,6 +22,7 @@ from fastattn.backends.triton.tile import (
     not_finite,
     product,
     row_base,
+    store_result,
     store_rows,
 )
 
@@ -152,8 +152,8 @@ def attention_fwd(
                 len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
             )  # fmt: skip
 
-    inside = r < len_q - i0
     if parts is not None:
+        inside = r < len_q - i0
         part = tl.program_id(1).to(tl.int64)
         base = row_base(parts.out, b, h, q_begin + i0) + part * parts.out_stride
         store_rows(base, parts.out.row, r, acc, BLOCK_DV, HEAD_DIM_V, len_q - i0)
@@ -161,11 +161,6 @@ def attention_fwd(
         tl.store(row_base(parts.m, b, h, q_begin + i0) + at, m, mask=inside)
         tl.store(row_base(parts.l, b, h, q_begin + i0) + at, l, mask=inside)
     else:
-        factor = 1.0
-        if rules.dropout is not None:
-            factor = rules.dropout.scale
-        result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
-        store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
-        if lse is not None:
-            log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
-            tl.store(row_base(lse, b, h, q_begin + i0) + r * lse.row, log_sum, mask=inside)
+        store_result(
+            out, lse, rules, b, h, q_begin + i0, r, acc, m, l, len_q - i0, BLOCK_DV, HEAD_DIM_V, NATURAL
+        )

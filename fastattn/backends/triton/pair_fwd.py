@@ -9,7 +9,6 @@ import triton.language as tl
 from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
 from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import (
-    LN2,
     apply,
     exp_of,
     kept,
@@ -18,7 +17,7 @@ from fastattn.backends.triton.tile import (
     not_finite,
     product,
     row_base,
-    store_rows,
+    store_result,
 )
 
 
@@ -72,11 +71,4 @@ def pair_fwd(
             seen = (s != float("-inf")).to(tl.float16)
             acc = tl.where(tl.dot(seen, (finite == 0).to(tl.float16)) > 0, float("nan"), acc)
 
-    factor = 1.0
-    if rules.dropout is not None:
-        factor = rules.dropout.scale
-    result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
-    store_rows(row_base(out, b, h, q_begin + i0), out.row, r, result, BLOCK_DV, HEAD_DIM_V, len_q - i0)
-    if lse is not None:
-        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
-        tl.store(row_base(lse, b, h, q_begin + i0) + r * lse.row, log_sum, mask=r < len_q - i0)
+    store_result(out, lse, rules, b, h, q_begin + i0, r, acc, m, l, len_q - i0, BLOCK_DV, HEAD_DIM_V, NATURAL)

@@ -76,6 +76,22 @@ def store_rows(base, row_stride, r, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 
 
 @triton.jit
+def store_result(
+    out, lse, rules, b, h, row, r, acc, m, l, limit,
+    BLOCK_DV: tl.constexpr, HEAD_DIM_V: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """acc / l, and m + log l unless lse is None, in rows `row` + r of out and lse, of which `limit` exist."""
+    factor = 1.0
+    if rules.dropout is not None:
+        factor = rules.dropout.scale
+    result = acc * (factor / tl.where(l == 0, 1.0, l))[:, None]
+    store_rows(row_base(out, b, h, row), out.row, r, result, BLOCK_DV, HEAD_DIM_V, limit)
+    if lse is not None:
+        log_sum = tl.where(l == 0, float("-inf"), (m if NATURAL else m * LN2) + tl.log(l))
+        tl.store(row_base(lse, b, h, row) + r * lse.row, log_sum, mask=r < limit)
+
+
+@triton.jit
 def load_keys(
     t, lengths, b, h, k_begin, j0, len_k,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
