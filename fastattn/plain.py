@@ -39,10 +39,9 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     test may refuse more than it must. Ordered so that a tracer leaves at the first test.
     """
     return (
-        not _is_compiling()
+        is_eager()
         and cpu.are_plain(q, k, v)
         and not (q.is_neg() or k.is_neg() or v.is_neg())
-        and is_eager()
         and forced_by_environment() is None
     )
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, without_double_backward
+from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, wants_gradient, without_double_backward
 from fastattn.backends import cpu_summary
 from fastattn.backends.cpu_summary import results_like
 from fastattn.backends.triton import summary as triton_summary
-from fastattn.lowering import NO_OPERANDS, Operands, Params
+from fastattn.lowering import Operands, Params
 from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _no_gradient, _params
 from fastattn.strides import output_like
 from fastattn.weight_statistics import LOSSES, Results, Wanted
@@ -66,7 +66,7 @@ def eager(
 ) -> Results:
     """`run` where nothing but plain autograd watches."""
     lse = constant(lse)
-    if not torch.is_grad_enabled() or not _wants_gradient(q, k, operands):
+    if not wants_gradient(q, k, k, operands):
         return kernels.forward(q, k, lse, operands, params, wanted)
     fixed = operands[LOGITS:]
     return Results(*_Summary.apply(q, k, *operands[:LOGITS], lse, fixed, kernels, params, wanted))
@@ -75,14 +75,6 @@ def eager(
 def constant(lse: Tensor | None) -> Tensor | None:
     """lse without gradient, where no transform hides whether it has one."""
     return lse.detach() if lse is not None and lse.requires_grad else lse
-
-
-def _wants_gradient(q: Tensor, k: Tensor, operands: Operands) -> bool:
-    if q.requires_grad or k.requires_grad:
-        return True
-    if operands is NO_OPERANDS:
-        return False
-    return any(t is not None and t.requires_grad for t in operands[:LOGITS])
 
 
 class Kernels:

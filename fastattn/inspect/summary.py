@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dispatch, reference
 from fastattn.autocast import without_autocast
+from fastattn.autograd import wants_gradient
 from fastattn.backends import cpu, cpu_summary
 from fastattn.backends.triton import summary as triton_summary
 from fastattn.biases import Bias
@@ -21,7 +21,7 @@ from fastattn.checks import check_int
 from fastattn.execution import autocast
 from fastattn.inspect import fused
 from fastattn.inspect.definition import statistics
-from fastattn.lowering import lower
+from fastattn.lowering import NO_OPERANDS, lower
 from fastattn.masks import Mask
 from fastattn.plain import is_plain, mask_options
 from fastattn.spec import accumulate_dtype, dtype_name, spec_of
@@ -196,7 +196,7 @@ def _plain(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
     """The statistics of a call of which `is_plain` and `validate_options` have found nothing amiss."""
     q, k, mask = call.q, call.k, call.mask
     is_simple = call.bias is None and call.softcap is None and call.sinks is None
-    if is_simple and not ((q.requires_grad or k.requires_grad) and torch.is_grad_enabled()):
+    if is_simple and not wants_gradient(q, k, k, NO_OPERANDS):
         options = None if mask is None else mask_options(mask, q, k)
         if mask is None or options is not None:
             return cpu_summary.small(q, k, fused.constant(lse), call.scale_value(), options, wanted)
