@@ -20,18 +20,18 @@ std::optional<DType> dense_dtype(const DLTensor& t) {
   return t.type_bits == 64 ? std::optional(DType::kFloat64) : std::nullopt;
 }
 
+// Reads a tensor of no subtype; false of any other object.
+bool read_plain(py::handle object, DLTensor& out) {
+  if (!tensor_reader.is_exactly(object.ptr())) return false;
+  if (tensor_reader.read(object.ptr(), out)) return true;
+  PyErr_Clear();
+  return false;
+}
+
 // Whether q, k and v are tensors of no subtype, of one dtype, on which a dense call can run as they are.
 bool are_plain(py::handle q, py::handle k, py::handle v) {
-  DLTensor t[3];
-  const py::handle objects[] = {q, k, v};
-  for (int n = 0; n < 3; ++n) {
-    if (!tensor_reader.is_exactly(objects[n].ptr())) return false;
-    if (!tensor_reader.read(objects[n].ptr(), t[n])) {
-      PyErr_Clear();
-      return false;
-    }
-  }
-  const auto& [tq, tk, tv] = t;
+  DLTensor tq, tk, tv;
+  if (!read_plain(q, tq) || !read_plain(k, tk) || !read_plain(v, tv)) return false;
   const std::optional<DType> dtype = dense_dtype(tq);
   return dtype && dense_dtype(tk) == dtype && dense_dtype(tv) == dtype && tq.shape[0] == tk.shape[0] &&
          tq.shape[0] == tv.shape[0] && tk.shape[1] == tv.shape[1] && tk.shape[2] == tv.shape[2] &&
@@ -109,40 +109,45 @@ void hard_fwd(int dtype, py::handle q, py::handle k, py::handle index, py::handl
   cpu_kernels().hard_fwd(p);
 }
 
-// outputs: views by the names of SummaryParams' tensors, "topk" (weights, indices) and "pooled" (mode, view);
-// "lse_given" stands in for "lse" where it is an input.
-void read_summary_outputs(const py::dict& outputs, SummaryParams& p) {
-  const std::pair<const char*, Tensor*> rows[] = {{"entropy", &p.entropy},       {"distance", &p.distance},
-                                                  {"max_weight", &p.max_weight}, {"max_index", &p.max_index},
-                                                  {"received", &p.received},     {"lse", &p.lse},
-                                                  {"lse_given", &p.lse}};
-  for (const auto& [name, tensor] : rows)
-    if (outputs.contains(name)) *tensor = view_of(outputs[name]).rows();
-  p.lse_given = outputs.contains("lse_given");
-  if (outputs.contains("topk")) {
-    const py::tuple topk = tuple_of(outputs["topk"], 2);
-    const View weights = view_of(topk[0]);
+// Whether lse is a tensor of no subtype, such as a dense call of q returns.
+bool is_lse_of(py::handle lse, py::handle q) {
+  DLTensor rows, queries;
+  if (!read_plain(lse, rows) || !read_plain(q, queries)) return false;
+  const int bits = queries.type_code == kDLFloat && queries.type_bits == 64 ? 64 : 32;
+  return rows.device_kind == kDLCpu && rows.type_code == kDLFloat && rows.type_bits == bits &&
+         rows.rank == 3 && queries.rank == 4 && std::equal(rows.shape, rows.shape + 3, queries.shape);
+}
+
+// rows: entropy, distance, max_weight, max_index, received and lse; topk: weights and indices; pooled: the
+// mode and the grid; given: an lse to use.
+void read_summary_outputs(const py::tuple& rows, const std::optional<py::tuple>& topk,
+                          const std::optional<py::tuple>& pooled, py::handle given, SummaryParams& p) {
+  Tensor* const tensors[] = {&p.entropy, &p.distance, &p.max_weight, &p.max_index, &p.received, &p.lse};
+  for (size_t n = 0; n < std::size(tensors); ++n) *tensors[n] = view_of(rows[n]).rows();
+  if (!given.is_none()) p.given = view_of(given).rows();
+  if (topk) {
+    const View weights = view_of((*topk)[0]);
     p.top_k = weights.dim(3);
     p.topk_weights = weights.tensor();
-    p.topk_indices = view_of(topk[1]).tensor();
+    p.topk_indices = view_of((*topk)[1]).tensor();
   }
-  if (outputs.contains("pooled")) {
-    const py::tuple pooled = tuple_of(outputs["pooled"], 2);
-    const View cells = view_of(pooled[1]);
-    p.pool_mode = static_cast<PoolMode>(pooled[0].cast<int>());
+  if (pooled) {
+    const View cells = view_of((*pooled)[1]);
+    p.pool_mode = static_cast<PoolMode>((*pooled)[0].cast<int>());
     p.pool_rows = cells.dim(2);
     p.pool_cols = cells.dim(3);
     p.pooled = cells.tensor();
   }
 }
 
-void summary_fwd(int dtype, py::handle q, py::handle k, double scale, int num_threads,
-                 const py::dict& outputs, const std::optional<py::dict>& options) {
+void summary_fwd(int dtype, py::handle q, py::handle k, py::handle given, double scale, int num_threads,
+                 const py::tuple& rows, const std::optional<py::tuple>& topk,
+                 const std::optional<py::tuple>& pooled, const std::optional<py::dict>& options) {
   SummaryParams p;
   const View queries = view_of(q), keys = view_of(k);
   read_call(p, dtype, queries, keys, keys, queries, View{}, scale, num_threads);
   p.v = p.out = Tensor{};
-  read_summary_outputs(outputs, p);
+  read_summary_outputs(rows, topk, pooled, given, p);
   read_options(options, p);
   const py::gil_scoped_release release;
   cpu_kernels().summary_fwd(p);
@@ -169,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_tensors_of",
         [](py::handle type, py::handle capsule) { return tensor_reader.bind(type.ptr(), capsule.ptr()); });
   m.def("are_plain", are_plain);
+  m.def("is_lse_of", is_lse_of);
   m.def("info", info);
   m.def("set_isa", set_cpu_isa);
   m.def("philox", [](int64_t seed, uint32_t bh, uint32_t i, uint32_t j) {

@@ -155,7 +155,7 @@ enum class PoolMode : int { kMean = 0, kSum = 1, kMax = 2 };
 // Statistics of the weights, for the call of the base class without v, out, weights, dropout, packing or
 // pages. Outputs are of the accumulator's type but for indices, int64, and are overwritten.
 struct SummaryParams : AttentionParams {
-  bool lse_given = false;  // whether lse is an input too; rows whose lse is not used get their own
+  Tensor given;  // lse of the same call [B, Hq, Lq]; may be nullptr. Rows where it is not used get their own
 
   Tensor entropy;     // [B, Hq, Lq]
   Tensor distance;    // [B, Hq, Lq]

@@ -54,8 +54,9 @@ class Distances {
  public:
   // For `rows` rows, whose first stands at `position` among the keys, and the keys from s0 on.
   void start(int64_t position, int64_t rows, int64_t s0) {
-    const int64_t ahead = position - s0 + kBlock - 1;
-    for (int64_t n = kBlock - rows; n < kSize; ++n) table_[n] = static_cast<T>(std::abs(ahead - n));
+    const auto ahead = static_cast<Int<T>>(position - s0 + kBlock - 1);  // of T's size: converted by vectors
+    for (auto n = static_cast<Int<T>>(kBlock - rows); n < kSize; ++n)
+      table_[n] = static_cast<T>(std::abs(ahead - n));
   }
 
   // Those of the block's row r: element c belongs to key s0 + c. Those of the next row begin one before.

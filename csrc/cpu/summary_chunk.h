@@ -99,8 +99,8 @@ class ChunkRunner {
           add_group(g, is_found && !some_known(g.i, g.rows));
         });
     for (int64_t i = i0; i < i1; i += kLanes<T>)
-      results_.store_rows(i, std::min<int64_t>(kLanes<T>, i1 - i), rows_ + i - i0, states_ + i - i0,
-                          [&](int64_t r) { return links(i + r); });
+      results_.store_rows(i, std::min<int64_t>(kLanes<T>, i1 - i), rows_ + i - i0, is_known_ + i - i0,
+                          states_ + i - i0, [&](int64_t r) { return links(i + r); });
   }
 
   // Rows that have seen nothing, with the normalisers that are known.

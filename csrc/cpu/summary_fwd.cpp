@@ -5,6 +5,7 @@
 // A task is a chunk of one head's rows (summary_chunk.h), with partial sums over its rows; here chunks are
 // planned, and their sums added up. docs/kernels/summary.md derives the steps and the sizes.
 #include <algorithm>
+#include <atomic>
 
 #include "../parallel.h"
 #include "buffer.h"
@@ -16,7 +17,7 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kMaxChunks = 16;
-constexpr int64_t kMinChunkRows = 256;
+constexpr int64_t kMinChunkRows = 256;  // but for two chunks, which need half of it: more tasks than heads
 constexpr int64_t kPartialBytes = 32 << 20;  // of partial sums at a time, where there are several heads
 
 // How a head's rows are cut: by their number alone.
@@ -24,7 +25,8 @@ struct Cut {
   int64_t rows, count;
 
   explicit Cut(int64_t seqlen_q) {
-    const int64_t chunks = std::clamp<int64_t>(seqlen_q / kMinChunkRows, 1, kMaxChunks);
+    const int64_t least = seqlen_q < kMinChunkRows ? 1 : 2;
+    const int64_t chunks = std::clamp<int64_t>(seqlen_q / kMinChunkRows, least, kMaxChunks);
     const int64_t tiles = (seqlen_q + kMaskTile - 1) / kMaskTile;
     rows = (tiles + chunks - 1) / chunks * kMaskTile;
     count = (seqlen_q + rows - 1) / rows;
@@ -49,13 +51,17 @@ class Summary {
  private:
   void run_wave(int64_t first, int64_t last) {
     const Vector<Chunk> chunks = plan(first, last);
+    const int64_t heads = last - first;
+    Vector<std::atomic<int64_t>> done(static_cast<size_t>(heads));  // chunks of each head
     // Last rows first: under a causal mask they have the most keys, and the shortest tasks should end the
-    // run.
-    const int64_t count = static_cast<int64_t>(chunks.size());
-    parallel_tasks(p_.num_threads, count, [&](int, int64_t n) { run_chunk(chunks[count - 1 - n]); });
-    if (cut_.count == 1) return;
-    parallel_tasks(p_.num_threads, last - first,
-                   [&](int, int64_t n) { add_partials(&chunks[n * cut_.count]); });
+    // run. Whoever ends a head's last task adds up its sums: waking the threads again would take longer.
+    parallel_tasks(p_.num_threads, heads * cut_.count, [&](int, int64_t n) {
+      const int64_t head = n % heads;
+      const Chunk* of_head = &chunks[head * cut_.count];
+      run_chunk(of_head[cut_.count - 1 - n / heads]);
+      if (done[static_cast<size_t>(head)].fetch_add(1, std::memory_order_acq_rel) == cut_.count - 1)
+        add_partials(of_head);
+    });
   }
 
   // Chunks lie in ascending order of heads, then rows.
@@ -90,7 +96,6 @@ class Summary {
     std::fill(partial.received, partial.received + width_, T{0});
     std::fill(partial.pooled, partial.pooled + c.pool_rows * p_.pool_cols, 0.0);
     ChunkRunner<T>(p_, c, partial, scratch).run();
-    if (cut_.count == 1) add_partials(&c);  // at once: waking the threads again takes longer
   }
 
   // Adds up one head's partial sums, in ascending order of its chunks.

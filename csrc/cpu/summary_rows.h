@@ -20,33 +20,53 @@ constexpr T kLargeLse{16};
 template <class T>
 constexpr T kTolerance = static_cast<T>(0.05);
 
+// One head's rows of a tensor with a number for each; of no tensor, nullptr.
+template <class E>
+struct Column {
+  E* data;
+  int64_t stride;
+
+  Column(const Tensor& t, int64_t batch, int64_t head)
+      : data(t.data == nullptr ? nullptr : static_cast<E*>(t.data) + t.offset(batch, head, 0)),
+        stride(t.row) {}
+  E& operator[](int64_t i) const { return data[i * stride]; }
+};
+
 template <class T>
 class RowResults {
  public:
-  RowResults(const SummaryParams& p, int64_t batch, int64_t head) : p_(p), batch_(batch), head_(head) {}
+  RowResults(const SummaryParams& p, int64_t batch, int64_t head)
+      : p_(p),
+        batch_(batch),
+        head_(head),
+        given_(p.given, batch, head),
+        lse_(p.lse, batch, head),
+        entropy_(p.entropy, batch, head),
+        distance_(p.distance, batch, head),
+        max_weight_(p.max_weight, batch, head),
+        max_index_(p.max_index, batch, head) {}
 
   T sink() const { return static_cast<const T*>(p_.sinks)[head_]; }
 
   // Whether the row's weights are made of a given lse: of one that makes them as precise as softmax would,
   // within 4 units in the last place. Of an infinite or NaN score it cannot tell which.
   bool uses_lse(int64_t i) const {
-    if (!p_.lse_given) return false;
-    const T lse = at<T>(p_.lse, i);
-    return std::abs(lse) < kLargeLse<T> || lse == -kInfinity<T>;
+    if (given_.data == nullptr) return false;
+    return std::abs(given_[i]) < kLargeLse<T> || given_[i] == -kInfinity<T>;
   }
 
-  Normaliser<T> given(int64_t i) const { return Normaliser<T>::of_lse(at<T>(p_.lse, i)); }
+  Normaliser<T> given(int64_t i) const { return Normaliser<T>::of_lse(given_[i]); }
 
-  // Rows [i, i + rows), up to kLanes, of which states are known where no lse is used. links_of(r) are the
-  // largest links of row i + r; not called where none are wanted.
+  // Rows [i, i + rows), up to kLanes: what is known of each, whether its lse was used, and its state where it
+  // was not. links_of(r) are the largest links of row i + r; not called where none are wanted.
   template <class Of>
-  void store_rows(int64_t i, int64_t rows, RowStatistics<T>* row, const RowState<T>* states,
-                  const Of& links_of) const {
+  void store_rows(int64_t i, int64_t rows, const RowStatistics<T>* row, const bool* is_known,
+                  const RowState<T>* states, const Of& links_of) const {
     T total[kLanes<T>], log_total[kLanes<T>], sum[kLanes<T>], entropy[kLanes<T>], distance[kLanes<T>];
     T log_weight[kLanes<T>], factor[kLanes<T>], weight[kLanes<T>];
     for (int64_t r = 0; r < kLanes<T>; ++r) {
       const int64_t n = std::min(r, rows - 1);
-      total[r] = total_of(i + n, row[n], states[n]);
+      total[r] = is_known[n] ? known_total(i + n, row[n]) : row[n].is_empty() ? T{1} : states[n].sum;
       sum[r] = row[n].sum;
       entropy[r] = row[n].entropy;
       distance[r] = row[n].distance;
@@ -61,19 +81,18 @@ class RowResults {
     weights_of(log_weight, factor, weight);
     for (int64_t r = 0; r < rows; ++r) {
       const bool lost = row[r].lost();
-      at<T>(p_.entropy, i + r) = entropy[r];
-      at<T>(p_.distance, i + r) = distance[r];
-      store_link(lost, weight[r], p_.top_k > 0 ? links_of(r).key(0) : row[r].max_index,
-                 &at<T>(p_.max_weight, i + r), &at<int64_t>(p_.max_index, i + r));
-      if (!uses_lse(i + r)) store_lse(i + r, states[r].max + log_total[r]);
+      entropy_[i + r] = entropy[r];
+      distance_[i + r] = distance[r];
+      store_link(lost, weight[r], p_.top_k > 0 ? links_of(r).key(0) : row[r].max_index, &max_weight_[i + r],
+                 &max_index_[i + r]);
+      lse_[i + r] = is_known[r] ? given_[i + r] : found_lse(i + r, states[r].max + log_total[r]);
       if (p_.top_k > 0) store_links(i + r, lost, row[r].normaliser.shift, factor[r], links_of(r));
     }
   }
 
  private:
-  // What the row's e add up to, with the sink: 1 but for the rounding of lse where that was used.
-  T total_of(int64_t i, const RowStatistics<T>& row, const RowState<T>& state) const {
-    if (!uses_lse(i)) return row.is_empty() ? T{1} : state.sum;
+  // What the e that a given lse makes add up to, with the sink: 1 but for rounding.
+  T known_total(int64_t i, const RowStatistics<T>& row) const {
     if (row.is_empty() && row.max == -kInfinity<T>) return T{1};
     T sum = row.sum;
     if (p_.sinks != nullptr && sink() != -kInfinity<T>) sum += std::exp(sink() - row.normaliser.shift);
@@ -92,20 +111,20 @@ class RowResults {
   }
 
   // A row's lse, found from its keys, where none was given or that was not used.
-  void store_lse(int64_t i, T found) const {
-    T& lse = at<T>(p_.lse, i);
-    if (p_.lse_given) {
+  T found_lse(int64_t i, T found) const {
+    if (given_.data != nullptr) {
+      const T lse = given_[i];
       const T tolerance = kTolerance<T> * std::max(T{1}, std::abs(lse) / kLargeLse<T>);
       const bool is_near = std::isfinite(lse) && std::abs(lse - found) <= tolerance;
       const bool is_right = found == found ? is_near : !std::isfinite(lse);
       if (!is_right) throw_wrong_lse(batch_, head_, i, std::exp(found - lse));
     }
-    lse = found;
+    return found;
   }
 
   void store_links(int64_t i, bool lost, T shift, T factor, const TopLinks<T>& top) const {
-    T* weights = &at<T>(p_.topk_weights, i);
-    int64_t* indices = &at<int64_t>(p_.topk_indices, i);
+    T* weights = &Column<T>(p_.topk_weights, batch_, head_)[i];
+    int64_t* indices = &Column<int64_t>(p_.topk_indices, batch_, head_)[i];
     T log_weight[kLanes<T>], factors[kLanes<T>], weight[kLanes<T>];
     store(factors, splat(factor));
     for (int64_t first = 0; first < p_.top_k; first += kLanes<T>) {
@@ -124,13 +143,11 @@ class RowResults {
     *index = !lost && weight > T{0} ? key : -1;
   }
 
-  template <class E>
-  E& at(const Tensor& t, int64_t i) const {
-    return static_cast<E*>(t.data)[t.offset(batch_, head_, i)];
-  }
-
   const SummaryParams& p_;
   const int64_t batch_, head_;
+  const Column<const T> given_;
+  const Column<T> lse_, entropy_, distance_, max_weight_;
+  const Column<int64_t> max_index_;
 };
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -43,8 +43,8 @@ def lse_like(q: Tensor) -> Tensor:
     """Uninitialised lse: [B, Hq, Lq], or [Hq, total_q] of a packed q."""
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
     if q.dtype is torch.float32 or q.dtype is torch.float64:
-        return q.new_empty(shape)
-    return q.new_empty(shape, dtype=torch.float32)
+        return q.new_empty(*shape)  # numbers of their own: a torch.Size takes twice as long
+    return q.new_empty(*shape, dtype=torch.float32)
 
 
 def no_keys(k: Tensor, v: Tensor, operands: Operands) -> bool:

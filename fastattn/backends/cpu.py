@@ -38,6 +38,14 @@ def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return reads_tensors and available() and _C.are_plain(q, k, v)
 
 
+def is_lse_of(lse: Any, q: Tensor) -> bool:
+    """Whether nothing needs a check about lse, that of a call of which `are_plain` takes q.
+
+    False where it is no lse of such a call, or where that takes a closer look.
+    """
+    return reads_tensors and _C.is_lse_of(lse, q)
+
+
 def available() -> bool:
     """Whether the native core is built."""
     return _C is not None

@@ -17,23 +17,36 @@ from fastattn.weight_statistics import POOL_MODES, Results, Wanted, pairs_per_ce
 
 name = cpu.name
 
+_ABSENT = torch.empty(0)
 
-def results_like(q: Tensor, k: Tensor, wanted: Wanted, lse: Tensor | None = None) -> Results:
-    """Uninitialised results, but for a copy of lse where it is given."""
+
+def results_like(q: Tensor, k: Tensor, wanted: Wanted, absent: Tensor | None = None) -> Results:
+    """Uninitialised results.
+
+    `absent` stands for what is not wanted; without it that has tensors of its own, as a library op's must be.
+    """
     batch, heads, rows = q.shape[:3]
     # empty_like where it will do: it takes half as long as new_empty, and of small calls that shows.
-    lse = lse_like(q) if lse is None else resolved(lse).clone(memory_format=torch.contiguous_format)
-    links = lse.new_empty(batch, heads, rows, wanted.top_k)
+    lse = lse_like(q)
+    if absent is None or wanted.top_k:
+        weights = lse.new_empty(batch, heads, rows, wanted.top_k)
+        indices = torch.empty_like(weights, dtype=torch.int64)
+    else:
+        weights = indices = absent
+    if absent is None or 0 not in wanted.pool:
+        pooled = lse.new_empty(batch, heads, *wanted.pool)
+    else:
+        pooled = absent
     return Results(
         entropy=torch.empty_like(lse),
         received=lse.new_empty(batch, heads, k.shape[2]),
         distance=torch.empty_like(lse),
         lse=lse,
-        pooled=lse.new_empty(batch, heads, *wanted.pool),
+        pooled=pooled,
         max_weight=torch.empty_like(lse),
         max_index=torch.empty_like(lse, dtype=torch.int64),
-        topk_weights=links,
-        topk_indices=torch.empty_like(links, dtype=torch.int64),
+        topk_weights=weights,
+        topk_indices=indices,
     )
 
 
@@ -44,20 +57,20 @@ def forward(
 
     Args:
         q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D].
-        lse: [B, Hq, Lq] in the accumulate dtype, or None to compute it. The result has a copy, but for rows
+        lse: [B, Hq, Lq] in the accumulate dtype, or None to compute it. The result repeats it, but for rows
             of which it would not do, that get their own.
         operands, params: see fastattn.lowering.
     Raises:
         ValueError: the lse of another call.
     """
-    results = results_like(q, k, wanted, lse)
+    results = results_like(q, k, wanted)
     if 0 in q.shape[:-1] or k.numel() == 0:
         return _without_pairs(results, operands)
     operands = prepare(q, k, operands, params)
     q, k = dense_last(q), dense_last(k)
     layout = Layout(q, k, operands, params)
     options = layout.options(operands, params)
-    _run(q.dtype, layout.query(q), layout.key(k), params.scale, options, results, lse is not None, wanted)
+    _run(q.dtype, layout.query(q), layout.key(k), lse, params.scale, options, results, wanted)
     return results
 
 
@@ -65,9 +78,9 @@ def small(
     q: Tensor, k: Tensor, lse: Tensor | None, scale: float, options: dict[str, Any] | None, wanted: Wanted
 ) -> Results:
     """`forward` of a call that `cpu.are_plain` takes and of which `options`, those of fastattn._C, say all
-    but the scale."""
-    results = results_like(q, k, wanted, lse)
-    _run(q.dtype, q, k, scale, options, results, lse is not None, wanted)
+    but the scale. What is not wanted has no elements, and no shape."""
+    results = results_like(q, k, wanted, _ABSENT)
+    _run(q.dtype, q, k, lse, scale, options, results, wanted)
     return results
 
 
@@ -75,31 +88,34 @@ def _run(
     dtype: torch.dtype,
     q: Tensor | View,
     k: Tensor | View,
+    lse: Tensor | None,
     scale: float,
     options: dict[str, Any] | None,
     results: Results,
-    lse_given: bool,
     wanted: Wanted,
 ) -> None:
     """Fills the results."""
-    outputs: dict[str, Any] = {
-        "entropy": _written(results.entropy),
-        "received": _written(results.received),
-        "distance": _written(results.distance),
-        "max_weight": _written(results.max_weight),
-        "max_index": _written(results.max_index),
-        "lse_given" if lse_given else "lse": _written(results.lse),
-    }
+    rows = (
+        _passed(results.entropy),
+        _passed(results.distance),
+        _passed(results.max_weight),
+        _passed(results.max_index),
+        _passed(results.received),
+        _passed(results.lse),
+    )
+    topk = pooled = None
     if wanted.top_k:
-        outputs["topk"] = _written(results.topk_weights), _written(results.topk_indices)
+        topk = _passed(results.topk_weights), _passed(results.topk_indices)
     if 0 not in wanted.pool:
-        outputs["pooled"] = POOL_MODES.index(wanted.pool_mode), _written(results.pooled)
-    cpu._C.summary_fwd(DTYPE_CODES[dtype], q, k, scale, torch.get_num_threads(), outputs, options)
+        pooled = POOL_MODES.index(wanted.pool_mode), _passed(results.pooled)
+    given = None if lse is None else _passed(resolved(lse))
+    threads = torch.get_num_threads()
+    cpu._C.summary_fwd(DTYPE_CODES[dtype], q, k, given, scale, threads, rows, topk, pooled, options)
 
 
-def _written(result: Tensor) -> Tensor | View:
-    """A result as fastattn._C reads it: as it is, where it can."""
-    return result if cpu.reads_tensors else view(result)
+def _passed(tensor: Tensor) -> Tensor | View:
+    """A tensor as fastattn._C reads it: as it is, where it can."""
+    return tensor if cpu.reads_tensors else view(tensor)
 
 
 def _without_pairs(results: Results, operands: Operands) -> Results:

@@ -177,19 +177,27 @@ def summarize(
         autocast(call)
         validate(call)
     wanted = _wanted(top_k, pool, pool_mode, call)
-    _check_lse(lse, call)
+    if lse is not None and not (checked and cpu.is_lse_of(lse, q)):
+        _check_lse(lse, call)
     options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sinks": sinks}
     if checked:
         found = _plain(call, wanted, lse)
     else:
         with without_autocast(q.device):
             found = _run(call, wanted, lse)
-    named = found._asdict()
-    if top_k == 0:
-        named["topk_weights"] = named["topk_indices"] = None
-    if pool is None:
-        named["pooled"] = None
-    return AttentionSummary(**named, pool_mode=pool_mode, _inputs=(q, k, options))
+    return AttentionSummary(
+        entropy=found.entropy,
+        max_weight=found.max_weight,
+        max_index=found.max_index,
+        received=found.received,
+        distance=found.distance,
+        lse=found.lse,
+        topk_weights=found.topk_weights if top_k else None,
+        topk_indices=found.topk_indices if top_k else None,
+        pooled=None if pool is None else found.pooled,
+        pool_mode=pool_mode,
+        _inputs=(q, k, options),
+    )
 
 
 def _plain(call: Call, wanted: Wanted, lse: Tensor | None) -> Results:
@@ -282,8 +290,6 @@ def _wanted(top_k: int, pool: Any, pool_mode: str, call: Call) -> Wanted:
 
 
 def _check_lse(lse: Any, call: Call) -> None:
-    if lse is None:
-        return
     check_tensor("lse", lse, call.q.device)
     want = accumulate_dtype(call.q.dtype)
     if lse.dtype != want:
