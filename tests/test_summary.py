@@ -212,6 +212,29 @@ def test_a_given_lse_of_any_size(size):
         summarize(q, k, lse=lse + lse.abs().max() / 10 + 1)
 
 
+LAYOUTS = {
+    "dense": lambda lse: lse,
+    "strided": lambda lse: torch.stack([lse, lse], -1)[..., 0],
+    "transposed": lambda lse: lse.transpose(0, 2).contiguous().transpose(0, 2),
+    "negated": lambda lse: torch._neg_view(-lse),
+    "parameter": torch.nn.Parameter,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_given_lse_of_any_layout(layout):
+    """It is read as it is, and stays as it is, also where the summary's own is another."""
+    q, k = qk(2, 2, 2, 5, 7, dtype=torch.float32)
+    q[0, 0, 0] *= 1e3
+    want = summarize(q, k)
+    given = layout(want.lse)
+    before = given.clone()
+    got = summarize(q, k, lse=given)
+    torch.testing.assert_close(got.entropy, want.entropy)
+    torch.testing.assert_close(got.lse, want.lse)
+    assert torch.equal(given, before) and got.lse.data_ptr() != given.data_ptr()
+
+
 @pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_lse_of_rows_that_are_not_finite(value):
