@@ -86,14 +86,13 @@ template <typename T>
 Summary<typename Problem<T>::A> run_summary(Problem<T>& x, PoolMode mode, bool lse_given) {
   using A = typename Problem<T>::A;
   Summary<A> s(x.c, std::numeric_limits<A>::quiet_NaN());
-  if (lse_given) s.lse = x.lse;
   fastattn::SummaryParams p;
   static_cast<fastattn::AttentionParams&>(p) = x.params();
   p.v = p.out = Tensor{};
   p.dropout_p = 0;
   p.dropout_seed = nullptr;
   p.lse = s.lse.view();
-  p.lse_given = lse_given;
+  if (lse_given) p.given = x.lse.view();
   p.entropy = s.entropy.view();
   p.distance = s.distance.view();
   p.max_weight = s.max_weight.view();
