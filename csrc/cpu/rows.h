@@ -63,6 +63,13 @@ bool close_rows(const Rows& rows, int64_t dim) {
   return adjacent(rows, dim) && dim * static_cast<int64_t>(sizeof(T)) <= 256;
 }
 
+// Whether strips of columns of a tile's 64 rows can be read where they lie. Rows further apart, those of many
+// heads side by side, take a page each, and so all that the TLB of an L1 holds.
+template <class T>
+bool near_rows(const Rows& rows) {
+  return rows.strided() && rows.stride() * static_cast<int64_t>(sizeof(T)) <= 2048;
+}
+
 // A block of rows in the accumulator's type, padded to whole vectors, where they lie or copied.
 template <class T>
 struct Block {

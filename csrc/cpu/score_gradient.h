@@ -76,20 +76,21 @@ class GradTile {
                    static_cast<T>(p_.scale), key_panels_);
     pack_panels<T>([&](int64_t c) { return values_(j0_ + c); }, p_.dtype, j1_ - j0_, p_.head_dim_v, T{1},
                    value_panels_);
-    if (!keys_in_place()) block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
+    if (!in_place(keys_, p_.head_dim))
+      block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
   }
 
   // The tile's rows of K, to multiply dS with.
   Block<T> key_block() const {
-    if (keys_in_place()) return block_in_place<T>(keys_, j0_);
+    if (in_place(keys_, p_.head_dim)) return block_in_place<T>(keys_, j0_);
     return {key_copy_, copy_stride<T>(p_.head_dim)};
   }
 
   void load_queries(int64_t i0, int64_t i1) {
-    query_block_ = readable_in_place<T>(queries_, p_.dtype, p_.head_dim)
+    query_block_ = in_place(queries_, p_.head_dim)
                        ? block_in_place<T>(queries_, i0)
                        : block_copied<T>(queries_, p_.dtype, i0, i1 - i0, p_.head_dim, query_copy_);
-    dout_block_ = readable_in_place<T>(douts_, p_.dtype, p_.head_dim_v)
+    dout_block_ = in_place(douts_, p_.head_dim_v)
                       ? block_in_place<T>(douts_, i0)
                       : block_copied<T>(douts_, p_.dtype, i0, i1 - i0, p_.head_dim_v, dout_copy_);
     i0_ = i0;
@@ -158,7 +159,9 @@ class GradTile {
   }
 
  private:
-  bool keys_in_place() const { return readable_in_place<T>(keys_, p_.dtype, p_.head_dim); }
+  bool in_place(const Rows& rows, int64_t dim) const {
+    return readable_in_place<T>(rows, p_.dtype, dim) && near_rows<T>(rows);
+  }
 
   static void clear_outside(T* row, const KeyRange& range) {
     std::fill(row, row + range.begin, T{0});
