@@ -188,7 +188,7 @@ class Backward {
     Vector<GradTile<T>> heads;
     heads.reserve(u.heads());
     for (int64_t h = u.head_begin; h < u.head_end; ++h)
-      heads.emplace_back(p_, rows_, u.batch, h, scratch.tile);
+      heads.emplace_back(p_, rows_, u.batch, h, scratch.tile, h - u.head_begin, u.heads());
     for (int64_t j0 = c.key_begin; j0 < c.key_end; j0 += kKeyTile)
       run_key_tile(heads, c, j0, std::min(c.key_end, j0 + kKeyTile), dq, scratch);
     if (!u.local) return;

@@ -17,6 +17,9 @@ namespace fastattn::FASTATTN_ISA {
 constexpr int64_t kKeyTile = kMaskTile;
 constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
 
+// Of copied rows of Q and dO that a task keeps: about what stays in L2 and L3 beside the tile of keys.
+constexpr int64_t kKeptBytes = 2 << 20;
+
 // Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
 template <class T>
 struct GradScratch {
@@ -26,8 +29,10 @@ struct GradScratch {
 template <class T>
 class GradTile {
  public:
+  // Copies of query rows are kept for the next tile of keys if they are few: those of all `heads` that share
+  // the scratch, of which this is the one of that index. 0 heads: they are not, and tiles may begin anywhere.
   GradTile(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
-           GradScratch<T>& scratch)
+           GradScratch<T>& scratch, int64_t index = 0, int64_t heads = 0)
       : p_(p),
         seq_(sequence_of(p, b)),
         rules_(p, b, h, seq_),
@@ -46,8 +51,16 @@ class GradTile {
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
     key_copy_ = scratch.keys.ensure(kKeyTile * width);
-    query_copy_ = scratch.queries.ensure(kMaskTile * width);
-    dout_copy_ = scratch.douts.ensure(kMaskTile * width);
+    const int64_t tiles = (seq_.len_q + kMaskTile - 1) / kMaskTile, tile = kMaskTile * width;
+    const bool in_place = this->in_place(queries_, p.head_dim) && this->in_place(douts_, p.head_dim_v);
+    const int64_t bytes = 2 * heads * tiles * tile * static_cast<int64_t>(sizeof(T));
+    if (!in_place && heads > 0 && bytes <= kKeptBytes) kept_.resize(tiles, false);
+    query_copy_ = scratch.queries.ensure(kept_.empty() ? tile : heads * tiles * tile);
+    dout_copy_ = scratch.douts.ensure(kept_.empty() ? tile : heads * tiles * tile);
+    if (!kept_.empty()) {
+      query_copy_ += index * tiles * tile;
+      dout_copy_ += index * tiles * tile;
+    }
     probabilities_ = scratch.probabilities.ensure(kMaskTile * kKeyTile);
     gradients_ = scratch.gradients.ensure(kMaskTile * kKeyTile);
   }
@@ -87,12 +100,10 @@ class GradTile {
   }
 
   void load_queries(int64_t i0, int64_t i1) {
-    query_block_ = in_place(queries_, p_.head_dim)
-                       ? block_in_place<T>(queries_, i0)
-                       : block_copied<T>(queries_, p_.dtype, i0, i1 - i0, p_.head_dim, query_copy_);
-    dout_block_ = in_place(douts_, p_.head_dim_v)
-                      ? block_in_place<T>(douts_, i0)
-                      : block_copied<T>(douts_, p_.dtype, i0, i1 - i0, p_.head_dim_v, dout_copy_);
+    const bool is_kept = !kept_.empty() && kept_[i0 / kMaskTile];
+    query_block_ = rows_of(queries_, p_.head_dim, i0, i1, query_copy_, is_kept);
+    dout_block_ = rows_of(douts_, p_.head_dim_v, i0, i1, dout_copy_, is_kept);
+    if (!kept_.empty()) kept_[i0 / kMaskTile] = true;
     i0_ = i0;
   }
 
@@ -163,6 +174,14 @@ class GradTile {
     return readable_in_place<T>(rows, p_.dtype, dim) && near_rows<T>(rows);
   }
 
+  Block<T> rows_of(const Rows& rows, int64_t dim, int64_t i0, int64_t i1, T* copies, bool is_kept) const {
+    if (in_place(rows, dim)) return block_in_place<T>(rows, i0);
+    const int64_t stride = copy_stride<T>(dim);
+    T* copy = copies + (kept_.empty() ? 0 : i0 * stride);
+    if (is_kept) return {copy, stride};
+    return block_copied<T>(rows, p_.dtype, i0, i1 - i0, dim, copy);
+  }
+
   static void clear_outside(T* row, const KeyRange& range) {
     std::fill(row, row + range.begin, T{0});
     std::fill(row + range.end, row + kKeyTile, T{0});
@@ -178,6 +197,7 @@ class GradTile {
   const T *lse_, *residual_, *delta_, *products_;
   T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
   Block<T> query_block_{}, dout_block_{};
+  Vector<char> kept_;  // whether the copies of a tile of rows are there; empty where none are kept
   int64_t i0_ = 0, j0_ = 0, j1_ = 0;
 };
 
