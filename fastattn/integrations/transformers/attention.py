@@ -87,7 +87,7 @@ def fastattn_attention(
         mask = arguments.both(mask, arguments.chosen_keys(indices, key.shape[2]))
     logits = sinks if s_aux is None else s_aux
     if position_bias is not None and not (logits is None and arguments.is_constant(position_bias)):
-        bias = arguments.add_bias(bias, position_bias, query.dtype)
+        mask, bias = arguments.add_position_bias(mask, bias, position_bias, query.dtype)
     of_heads = None
     if logits is not None and logits.numel() == query.shape[1]:
         of_heads, logits = logits.reshape(-1), None
