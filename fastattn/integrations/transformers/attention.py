@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.functional import attention, varlen_attention
+from fastattn.integrations.off_interface import LEFT
 from fastattn.integrations.transformers import arguments
 from fastattn.integrations.transformers.attentions import returned_weights, wants_weights
-from fastattn.integrations.transformers.off_interface import LEFT
 from fastattn.masks import Mask
 
 # Arguments that change the result: the name, what it is for, who can do it.
