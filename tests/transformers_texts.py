@@ -72,6 +72,12 @@ DECODERS = [
     _decoder("OLMo 2", "Olmo2", GROUPED),
     _decoder("Granite", "Granite", {**GROUPED, "attention_multiplier": 0.9}),
     _decoder("SmolLM3", "SmolLM3", GROUPED),
+    _decoder(
+        "EXAONE 4",
+        "Exaone4",
+        {**GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        without={"window": {"sliding_window": 64}},
+    ),
 ]
 
 MOE = [
