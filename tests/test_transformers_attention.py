@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
 from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 
+import fastattn  # noqa: E402
 from fastattn import attention  # noqa: E402
 from fastattn.integrations.transformers import arguments, register  # noqa: E402
 from fastattn.integrations.transformers import position_bias as tables  # noqa: E402
@@ -180,7 +181,9 @@ def limited():
 
 def test_long_attentions_are_refused(limited):
     register()  # as patch and torch.load do; the limit stays
-    with pytest.raises(ValueError, match=r"at most 8 x 8 pairs, got 9 x 9.*fastattn\.inspect.*max_att"):
+    with pytest.raises(
+        ValueError, match=r"at most 8 x 8 pairs, got 9 x 9.*fastattn\.inspect\.record.*max_att"
+    ):
         fastattn_attention(LAYER, *qkv(), None, output_attentions=True)
     _, weights = fastattn_attention(LAYER, *qkv(1, 64), None, output_attentions=True)
     assert weights.shape == (2, 4, 1, 64)  # one row is as long as the text
@@ -193,6 +196,9 @@ def test_long_attentions_are_refused(limited):
     assert model(ids).last_hidden_state.shape == (1, 9, 8)
     with pytest.raises(ValueError, match="at most 8 x 8"):
         model(ids, output_attentions=True)
+    with fastattn.inspect.record(model) as rec:  # what the error says
+        model(ids)
+    assert [call.path for call in rec.calls] == ["encoder.layer.0.attention.self"]
     assert model(ids[:, :8], output_attentions=True).attentions[0].shape == (1, 2, 8, 8)
 
 
