@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from off_interface_zoo import IMAGE, STAGES, SWIN, TEXT
+from off_interface_zoo import GPT, STAGES, SWIN, TEXT
 from patch_support import rand
+from tiny import IMAGE
 from torch import Tensor
 
 B, L = 2, 8
@@ -63,7 +64,6 @@ WAVES = {
     "num_conv_pos_embedding_groups": 2,
     "apply_spec_augment": False,
 }
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
 BARK = {
     "block_size": 64,
     "input_vocab_size": 64,

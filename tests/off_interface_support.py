@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.integrations.handwritten.swap import stock_of
+from fastattn.integrations.off_interface import LEFT
 from fastattn.integrations.routes import CALL, INTERFACE
-from fastattn.integrations.transformers.off_interface import LEFT
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:

@@ -4,37 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+import tiny
+
+TEXT = {"vocab_size": 64, **tiny.TEXT}
 GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-BART = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-}
+BART = {"vocab_size": 64, **tiny.ENCODER_DECODER}
 XLM = {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
-IMAGE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
 STAGES = {
     "num_encoder_blocks": 2,
     "depths": [1, 1],
@@ -127,7 +102,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "FSMT": {
-        **{key: value for key, value in BART.items() if key != "vocab_size"},
+        **tiny.ENCODER_DECODER,
         "src_vocab_size": 64,
         "tgt_vocab_size": 64,
         "max_position_embeddings": 64,
@@ -170,14 +145,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "GLPN": {**STAGES, "decoder_hidden_size": 16},
     "VitDet": {
-        **{key: value for key, value in IMAGE.items() if key != "intermediate_size"},
+        **{key: value for key, value in tiny.IMAGE.items() if key != "intermediate_size"},
         "window_size": 2,
         "window_block_indices": [0],
         "use_relative_position_embeddings": True,
         "pretrain_image_size": 32,
     },
-    "Data2VecVision": {**IMAGE, "use_relative_position_bias": True},
-    "Timesformer": {**IMAGE, "num_frames": 2},
+    "Data2VecVision": {**tiny.IMAGE, "use_relative_position_bias": True},
+    "Timesformer": {**tiny.IMAGE, "num_frames": 2},
     "Hiera": {
         "embed_dim": 16,
         "image_size": [32, 32],

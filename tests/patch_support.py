@@ -28,6 +28,18 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [gradient for gradient in found if gradient is not None]
 
 
+def compile_and_watch(function: Any, **options: Any) -> tuple[Any, list[str]]:
+    """A module or function compiled by a backend that changes nothing, and the code of each graph so far."""
+    found: list[str] = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        found.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, **options), found
+
+
 def trainable(module: nn.Module) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 

@@ -17,10 +17,10 @@ from fastattn.integrations.routes import OF_A_MODEL, SHARED_MASK
 
 transformers = pytest.importorskip("transformers")
 from off_interface_support import assert_same, tabulate  # noqa: E402
-from off_interface_zoo import DECODERS, OTHERS  # noqa: E402
+from off_interface_zoo import BART, DECODERS, OTHERS, TEXT  # noqa: E402
 from patch_support import gradients, rand, trainable  # noqa: E402
 
-from fastattn.integrations.transformers.off_interface import LEFT  # noqa: E402
+from fastattn.integrations.off_interface import LEFT  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("native", "one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -159,14 +159,7 @@ def test_training_step_with_dropout():
 
 
 def llama() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
     return prepared(transformers.LlamaForCausalLM(config))
 
 
@@ -291,14 +284,7 @@ def test_saved_whole_and_loaded_by_another_program(tmp_path):
 def test_masks_that_the_interface_shares_with_others():
     """A model that hands one mask to modules on and off the interface keeps it as both can read it."""
     config = transformers.BigBirdPegasusConfig(
-        vocab_size=64,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
+        **{**BART, "encoder_layers": 1, "decoder_layers": 1},
         max_position_embeddings=64,
         attention_type="original_full",
     )

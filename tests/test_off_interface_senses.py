@@ -24,7 +24,7 @@ from off_interface_senses import SENSES  # noqa: E402
 from off_interface_support import assert_same, tabulate  # noqa: E402
 from patch_support import gradients, trainable  # noqa: E402
 
-from fastattn.integrations.transformers.off_interface import LEFT  # noqa: E402
+from fastattn.integrations.off_interface import LEFT  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("native", "one_thread"), pytest.mark.filterwarnings("ignore")]
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_support import compile_and_watch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
@@ -372,23 +373,11 @@ def test_wrong_arguments_raise_our_errors():
 # Under torch.compile
 
 
-def graphs(model: nn.Module, **options) -> tuple[nn.Module, list[str]]:
-    """The model compiled by a backend that keeps each graph's code and changes nothing."""
-    found: list[str] = []
-
-    def backend(graph, example_inputs):
-        found.append(graph.code)
-        return graph
-
-    torch._dynamo.reset()
-    return torch.compile(model, backend=backend, **options), found
-
-
 def test_compiled_model_inside_and_outside():
     """One graph for each side; entering and leaving picks between them."""
     net, x = Net(), inputs()
     want = net(x)
-    compiled, found = graphs(net, fullgraph=True)
+    compiled, found = compile_and_watch(net, fullgraph=True)
     for _ in range(2):
         torch.testing.assert_close(compiled(x), want)
         with override_sdpa():
@@ -403,7 +392,7 @@ def test_compiled_model_inside_and_outside():
 def test_compiled_encoder_layer():
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     want = layer(inputs())
-    compiled, found = graphs(layer, fullgraph=True)
+    compiled, found = compile_and_watch(layer, fullgraph=True)
     with override_sdpa():
         torch.testing.assert_close(compiled(inputs()), want)
     assert "fastattn.attention_forward" in found[0]
@@ -418,7 +407,7 @@ def test_entered_in_compiled_code():
             with override_sdpa():
                 return net(x)
 
-    compiled, found = graphs(Inside())
+    compiled, found = compile_and_watch(Inside())
     torch.testing.assert_close(compiled(inputs()), net(inputs()))
     assert not is_active()
     assert not any("_nn.scaled_dot_product_attention" in code for code in found)

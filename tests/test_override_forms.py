@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_support import compile_and_watch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -214,21 +215,10 @@ def attend(q: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, q, q)
 
 
-def compiled(function):
-    torch._dynamo.reset()
-    found: list[str] = []
-
-    def backend(graph, example_inputs):
-        found.append(graph.code)
-        return graph
-
-    return torch.compile(function, backend=backend, fullgraph=True), found
-
-
 def test_plain_call_before_compiled_code():
     q = torch.randn(1, 2, 3, 4)
     want = attend(q)
-    function, found = compiled(attend)
+    function, found = compile_and_watch(attend, fullgraph=True)
     override = override_sdpa()
     torch.testing.assert_close(function(q), want)
     override.undo()
@@ -254,7 +244,7 @@ def test_block_and_pair_of_calls_inside_compiled_code():
     q = torch.randn(1, 2, 3, 4)
     want = attend(q)
     for function in (block, pair, decorated):
-        run, found = compiled(function)
+        run, found = compile_and_watch(function, fullgraph=True)
         torch.testing.assert_close(run(q), want)
         assert len(found) == 1
         assert "fastattn" in found[0]

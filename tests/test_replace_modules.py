@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_support import rand
+from patch_support import compile_and_watch, rand
 from replace_modules_support import SIZES, B, E, L, S, new_model, padding
 from torch import Tensor, nn
 
@@ -167,20 +167,13 @@ def test_dropout_and_autocast(kernels):
 
 def test_compiled_before_and_after():
     """Compiled code notices the change, both ways."""
-    found = []
-
-    def backend(graph, example_inputs):
-        found.append("fastattn" in graph.code)
-        return graph
-
-    torch._dynamo.reset()
-    model = nn.TransformerEncoderLayer(**SIZES, batch_first=True)
-    compiled, x = torch.compile(model, backend=backend, fullgraph=True), rand(B, L, E)
+    model, x = nn.TransformerEncoderLayer(**SIZES, batch_first=True), rand(B, L, E)
+    compiled, graphs = compile_and_watch(model, fullgraph=True)
     want = compiled(x)
     with replace_modules(model):
         torch.testing.assert_close(compiled(x), want)
     torch.testing.assert_close(compiled(x), want)
-    assert found[:2] == [False, True]
+    assert ["fastattn" in graph for graph in graphs[:2]] == [False, True]
     torch._dynamo.reset()
 
 

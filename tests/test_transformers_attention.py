@@ -13,9 +13,10 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
 from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 
+import fastattn  # noqa: E402
 from fastattn import attention  # noqa: E402
+from fastattn.integrations.transformers import arguments, register  # noqa: E402
 from fastattn.integrations.transformers import position_bias as tables  # noqa: E402
-from fastattn.integrations.transformers import register  # noqa: E402
 from fastattn.integrations.transformers.attention import fastattn_attention  # noqa: E402
 from fastattn.integrations.transformers.mask_function import fastattn_mask  # noqa: E402
 from fastattn.masks import causal, window  # noqa: E402
@@ -81,14 +82,14 @@ def test_sinks_of_rows(output_attentions):
 def test_what_no_mask_means():
     """With a mask, is_causal and sliding_window say nothing; without one, as transformers' sdpa has it."""
     q, k, v = qkv(5, 9)
-    for arguments, mask in (
+    for given, mask in (
         ({"module": DECODER}, causal(align="top_left")),
         ({"module": DECODER, "is_causal": False}, None),
         ({"module": LAYER, "is_causal": True}, causal(align="top_left")),
         ({"module": DECODER, "sliding_window": 2}, window(1, 0, align="top_left")),
         ({"module": LAYER, "sliding_window": 2}, window(1, 1, align="top_left")),
     ):
-        got, _ = fastattn_attention(query=q, key=k, value=v, attention_mask=None, **arguments)
+        got, _ = fastattn_attention(query=q, key=k, value=v, attention_mask=None, **given)
         torch.testing.assert_close(got, heads_last(attention(q, k, v, mask=mask)), **EXACT)
     everything = fastattn_mask(2, 5, 9, mask_function=lambda b, h, q, k: q >= 0)
     got, _ = fastattn_attention(DECODER, q, k, v, everything, sliding_window=2)
@@ -180,7 +181,9 @@ def limited():
 
 def test_long_attentions_are_refused(limited):
     register()  # as patch and torch.load do; the limit stays
-    with pytest.raises(ValueError, match=r"at most 8 x 8 pairs, got 9 x 9.*fastattn\.inspect.*max_att"):
+    with pytest.raises(
+        ValueError, match=r"at most 8 x 8 pairs, got 9 x 9.*fastattn\.inspect\.record.*max_att"
+    ):
         fastattn_attention(LAYER, *qkv(), None, output_attentions=True)
     _, weights = fastattn_attention(LAYER, *qkv(1, 64), None, output_attentions=True)
     assert weights.shape == (2, 4, 1, 64)  # one row is as long as the text
@@ -193,6 +196,9 @@ def test_long_attentions_are_refused(limited):
     assert model(ids).last_hidden_state.shape == (1, 9, 8)
     with pytest.raises(ValueError, match="at most 8 x 8"):
         model(ids, output_attentions=True)
+    with fastattn.inspect.record(model) as rec:  # what the error says
+        model(ids)
+    assert [call.path for call in rec.calls] == ["encoder.layer.0.attention.self"]
     assert model(ids[:, :8], output_attentions=True).attentions[0].shape == (1, 2, 8, 8)
 
 
@@ -284,3 +290,18 @@ def test_tables_stay_tables(path, is_decoder):
         assert type(layer.compute_bias(*sizes[:2], past_seen_tokens=sizes[2])) is torch.Tensor
     config._attn_implementation = "eager"
     assert type(layer.compute_bias(150, 150)) is torch.Tensor
+
+
+@pytest.mark.parametrize("least", [torch.finfo(torch.float64).min, -math.inf, -3.0])
+def test_a_table_and_a_row_of_numbers_for_keys(least):
+    """As Switch Transformers hides padding: by a mask where the numbers say no more than one would."""
+    layer = t5_layer("t5.T5Attention", False, True).double()
+    q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64) for _ in range(3))
+    row = torch.zeros(2, 1, 1, 40, dtype=torch.float64)
+    row[0, ..., 30:], row[1, ..., ::4] = least, least
+    table = layer.compute_bias(40, 40)
+    got, _ = fastattn_attention(LAYER, q, k, v, row, position_bias=table)
+    want = attention(q, k, v, bias=table.to_dense() + row)
+    torch.testing.assert_close(got, heads_last(want), **EXACT)
+    mask, bias = arguments.add_position_bias(None, row, table, q.dtype)
+    assert (bias is table.bias) == (mask is not None) == (least != -3.0)

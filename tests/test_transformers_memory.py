@@ -26,7 +26,7 @@ MOST = LENGTH**2 // 4
 ZOO = {each.name: each for each in [*TEXTS, *SENSES]}
 DECODERS = ("Llama", "Mistral", "Gemma 2", "gpt-oss", "Llama 4")
 ENCODERS = ("BERT", "ModernBERT")
-ENCODER_DECODERS = ("T5", "UMT5", "BART")
+ENCODER_DECODERS = ("T5", "UMT5", "Switch Transformers", "BART")
 
 
 class Largest(TorchDispatchMode):

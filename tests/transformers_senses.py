@@ -6,7 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import tiny
 import torch
+from tiny import IMAGE as VISION
 from transformers_texts import GROUPED, TEXT
 from transformers_zoo import (
     VOCABULARY,
@@ -20,20 +22,9 @@ from transformers_zoo import (
 
 PICTURE_TOKEN = VOCABULARY
 
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
 SPEECH = {
+    **tiny.LAYERS,
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
     "conv_dim": (16, 16),
     "conv_kernel": (5, 3),
     "conv_stride": (4, 2),
@@ -147,13 +138,7 @@ _RESNET = {
         "depths": [1, 1],
         "out_features": ["stage2"],
     },
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
+    **tiny.ENCODER_DECODER,
     "num_queries": 5,
 }
 
@@ -187,18 +172,10 @@ def _hear(name: str, model: str, options: dict[str, Any], inputs: Any, **more: A
 
 
 _SPEECH_TO_TEXT = {
+    **tiny.ENCODER_DECODER,
+    **tiny.MARKS,
     "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
     "decoder_start_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 AUDIOS = [

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny
 from transformers_zoo import VOCABULARY, Architecture, left_padded, right_padded, seq2seq, sources
 
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT = {"vocab_size": VOCABULARY, **tiny.TEXT}
 GROUPED = {**TEXT, "num_key_value_heads": 2}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -81,6 +72,12 @@ DECODERS = [
     _decoder("OLMo 2", "Olmo2", GROUPED),
     _decoder("Granite", "Granite", {**GROUPED, "attention_multiplier": 0.9}),
     _decoder("SmolLM3", "SmolLM3", GROUPED),
+    _decoder(
+        "EXAONE 4",
+        "Exaone4",
+        {**GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        without={"window": {"sliding_window": 64}},
+    ),
 ]
 
 MOE = [
@@ -173,19 +170,11 @@ _T5 = {
     "dropout_rate": 0.0,
 }
 _BART = {
+    **tiny.ENCODER_DECODER,
+    **tiny.MARKS,
     "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
     "max_position_embeddings": 64,
     "decoder_start_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "forced_eos_token_id": None,
 }
 

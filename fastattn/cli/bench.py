@@ -151,12 +151,14 @@ def measure_transformers(args: argparse.Namespace) -> None:
     """Time models of transformers; print each row as it comes, then the goals; write transformers.json.
 
     Raises:
-        ValueError: transformers is not installed.
+        ValueError: transformers is not installed, or too old.
     """
     try:
-        import transformers as library
-    except ModuleNotFoundError as error:
-        raise ValueError("transformers is not installed; run: pip install 'fastattn[hf]'") from error
+        import fastattn.integrations.transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    import transformers as library
+
     from fastattn.bench import transformers
     from fastattn.bench.runner import thread_count
 

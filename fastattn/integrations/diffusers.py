@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_processor as stock
 from torch import Tensor
 
 from fastattn.functional import attention
+from fastattn.integrations.needed import need
+
+need("diffusers", (0, 32), "diffusers")  # the oldest whose modules have all that our processors read
+
+from diffusers.models import attention_processor as stock  # noqa: E402
 
 __all__ = ["FastAddedKVAttnProcessor", "FastAttnProcessor", "Processor", "processor_for"]
 

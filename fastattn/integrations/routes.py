@@ -16,6 +16,8 @@ from torch import nn
 
 from fastattn.integrations.handwritten.scan import attends_in_script, style
 from fastattn.integrations.handwritten.swap import is_ours, is_swapped, stock_of, swap, swap_back
+from fastattn.integrations.off_interface import LEFT as LEFT_IN_TRANSFORMERS
+from fastattn.integrations.off_interface import WRITTEN_OUT as NAMED
 from fastattn.integrations.timm import LEFT as LEFT_IN_TIMM
 from fastattn.integrations.torch import replace_modules
 from fastattn.nn import MultiheadAttention
@@ -121,9 +123,17 @@ def _is_multihead(module: nn.Module) -> bool:
 
 def _set_interface(work: Work) -> None:
     """The outermost models of transformers that are in the model."""
-    if "transformers" not in sys.modules:
+    # Asked without our part for transformers, which an older version than it knows does not let in.
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if kind is None or not any(isinstance(module, kind) for module in work.modules.values()):
         return
-    from fastattn.integrations.transformers import routing
+    try:
+        from fastattn.integrations.transformers import routing
+    except ImportError as error:
+        for name, module in work.open():
+            if style(module) == "interface" and not isinstance(module, kind):
+                work.left[name] = str(error)
+        return
 
     done: list[str] = []
     for root, model in work.modules.items():
@@ -191,10 +201,15 @@ def _is_inside(name: str, root: str) -> bool:
 
 def _set_processors(work: Work) -> None:
     """Attention modules of diffusers whose processor has one of ours beside it."""
-    if "diffusers" not in sys.modules:
+    if "diffusers.models.attention_processor" not in sys.modules:
         return
-    from fastattn.integrations import diffusers
-
+    try:
+        from fastattn.integrations import diffusers
+    except ImportError as error:  # an older version
+        for name, module in work.open():
+            if type(getattr(module, "processor", None)).__module__.startswith("diffusers."):
+                work.left[name] = str(error)
+        return
     for name, module in work.open():
         before: Any = getattr(module, "processor", None)
         ours = diffusers.processor_for(module)
@@ -235,7 +250,7 @@ def _swap(work: Work) -> None:
 
 def _how(module: nn.Module) -> str | None:
     """What swapping a module would do, whether or not it can be swapped; None where it does not attend."""
-    if "transformers" in sys.modules and _is_named_in_transformers(module):
+    if _is_of_transformers(module) and stock_of(module).__name__ in NAMED:
         return WRITTEN_OUT
     found = style(module)
     if found in ("written out", "opaque", "scripted"):
@@ -244,12 +259,8 @@ def _how(module: nn.Module) -> str | None:
     return CALL if found == "call" or callable(getattr(module, "processor", None)) else None
 
 
-def _is_named_in_transformers(module: nn.Module) -> bool:
-    if not stock_of(module).__module__.startswith("transformers."):
-        return False
-    from fastattn.integrations.transformers.off_interface import WRITTEN_OUT as NAMED
-
-    return stock_of(module).__name__ in NAMED
+def _is_of_transformers(module: nn.Module) -> bool:
+    return stock_of(module).__module__.startswith("transformers.")
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -269,10 +280,8 @@ def _why_not(module: nn.Module) -> str | None:
 def _known_reason(module: nn.Module) -> str | None:
     """Why a module that a table of ours names stays as it is."""
     kind = stock_of(module)
-    if kind.__module__.startswith("transformers."):
-        from fastattn.integrations.transformers.off_interface import LEFT
-
-        return LEFT.get(kind.__name__)
+    if _is_of_transformers(module):
+        return LEFT_IN_TRANSFORMERS.get(kind.__name__)
     return LEFT_IN_TIMM.get(f"{kind.__module__}.{kind.__qualname__}")
 
 

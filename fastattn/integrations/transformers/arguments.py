@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from fastattn.biases import Bias
+from fastattn.integrations.transformers.frame import Frame
 from fastattn.integrations.transformers.mask_tensor import MaskTensor
 from fastattn.integrations.transformers.position_bias import BiasTensor
 from fastattn.masks import Mask, as_mask, causal, dense, documents, window
 from fastattn.masks.band import Band
 from fastattn.masks.dense import Dense
+from fastattn.masks.space import MaskShape
 
 
 def same_batch(*tensors: Tensor) -> list[Tensor]:
@@ -49,14 +51,33 @@ def is_constant(position_bias: Tensor) -> bool:
     return position_bias.numel() == 1 and not position_bias.requires_grad
 
 
-def add_bias(bias: Tensor | None, position_bias: Tensor, dtype: torch.dtype) -> Bias | Tensor:
-    """The sum of both; a table of relative positions stays one where it is alone."""
+def add_position_bias(
+    mask: Mask | Tensor | None, bias: Tensor | None, position_bias: Tensor, dtype: torch.dtype
+) -> tuple[Mask | Tensor | None, Bias | Tensor]:
+    """(mask, bias) with position_bias added to bias; a table of relative positions stays one if it can."""
     if isinstance(position_bias, BiasTensor):
+        visible = None if bias is None else _visible_keys(bias, position_bias.shape[2])
+        if visible is not None:
+            mask, bias = both(mask, visible), None
         if bias is None:
-            return position_bias.bias
+            return mask, position_bias.bias
         position_bias = position_bias.to_dense()
     position_bias = _as_bias(position_bias, dtype)
-    return position_bias if bias is None else bias + position_bias
+    return mask, position_bias if bias is None else bias + position_bias
+
+
+def _visible_keys(bias: Tensor, seqlen_q: int) -> Mask | None:
+    """The mask that bias [B, 1, 1, Lk] is, if it is 0 and the least number alone; else None.
+
+    Added to a table such a row would make an N x N tensor.
+    """
+    if bias.dim() != 4 or bias.shape[1:3] != (1, 1) or bias.requires_grad or bias.is_meta:
+        return None
+    visible = bias[:, 0, 0] == 0
+    if not (visible | (bias[:, 0, 0] <= torch.finfo(bias.dtype).min)).all():
+        return None
+    shape = MaskShape(len(visible), 1, seqlen_q, visible.shape[1])
+    return Frame(shape, 0, 0, bias.device).keys(visible)
 
 
 def both(mask: Mask | Tensor | None, other: Mask) -> Mask:

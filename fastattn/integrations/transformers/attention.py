@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastattn.biases import Bias
 from fastattn.call import Call
 from fastattn.functional import attention, varlen_attention
+from fastattn.integrations.off_interface import LEFT
 from fastattn.integrations.transformers import arguments
 from fastattn.integrations.transformers.attentions import returned_weights, wants_weights
-from fastattn.integrations.transformers.off_interface import LEFT
 from fastattn.masks import Mask
 
 # Arguments that change the result: the name, what it is for, who can do it.
@@ -87,7 +87,7 @@ def fastattn_attention(
         mask = arguments.both(mask, arguments.chosen_keys(indices, key.shape[2]))
     logits = sinks if s_aux is None else s_aux
     if position_bias is not None and not (logits is None and arguments.is_constant(position_bias)):
-        bias = arguments.add_bias(bias, position_bias, query.dtype)
+        mask, bias = arguments.add_position_bias(mask, bias, position_bias, query.dtype)
     of_heads = None
     if logits is not None and logits.numel() == query.shape[1]:
         of_heads, logits = logits.reshape(-1), None

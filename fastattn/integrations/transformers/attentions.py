@@ -48,8 +48,9 @@ def returned_weights(call: Call) -> Tensor:
     if seqlen_q * seqlen_k > LIMIT.tokens**2:
         raise ValueError(
             f"output_attentions=True returns weights of at most {LIMIT.tokens} x {LIMIT.tokens} pairs, "
-            f"got {seqlen_q} x {seqlen_k}: look at longer texts with fastattn.inspect, whose summaries stay "
-            f"small, or raise the limit with register(max_attentions=...)"
+            f"got {seqlen_q} x {seqlen_k}: for longer texts call the model without it in a block "
+            f"`with fastattn.inspect.record(model) as rec:`, whose summaries stay small, or raise the limit "
+            f"with register(max_attentions=...)"
         )
     dispatch.seed(call)
     return dropped_weights(call, call.q, call.k, average=False)
