@@ -42,8 +42,8 @@ def _against_the_machine(device: str) -> str:
     reasons = [module] if isinstance(module, str) else []
     if device != runs_on:
         reasons.append(f"it runs on {runs_on} tensors, not {device}")
-    elif not reasons:
-        reasons += _unsupported(module, torch.cuda.current_device() if device == "cuda" else 0)
+    elif not reasons and (problem := state()):
+        reasons.append(problem)
     return "; ".join(reasons)
 
 
@@ -52,17 +52,34 @@ def _against_the_machine(device: str) -> str:
 _against_the_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def state() -> str:
+    """What speaks against running the kernels on the current device, or an empty text.
+
+    Asked only where a tensor is on one: it starts the driver, after which a process cannot be forked.
+    """
+    module = library()
+    if isinstance(module, str):
+        return module
+    return _problem(module) or _against_the_device(
+        module, torch.cuda.current_device() if module.device_type() == "cuda" else 0
+    )
+
+
 @cache
-def _unsupported(module: Any, device: int) -> tuple[str, ...]:
-    """What speaks against a device. Asked only where a tensor is on one: it starts the driver, after which a
-    process cannot be forked."""
+def _problem(module: Any) -> str:
     if problem := module.problem():
-        return (problem,)
+        return str(problem)
+    usable = module.device_type() == "cpu" or torch.cuda.is_available()
+    return "" if usable else "this PyTorch finds no CUDA device"
+
+
+@cache
+def _against_the_device(module: Any, device: int) -> str:
     got = module.capability(device)
     return (
-        ()
+        ""
         if got == CAPABILITY
-        else (f"its kernels are for compute capability {CAPABILITY / 10}, not {got / 10}",)
+        else f"its kernels are for compute capability {CAPABILITY / 10}, not {got / 10}"
     )
 
 
