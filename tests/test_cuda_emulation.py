@@ -195,19 +195,24 @@ def test_other_faults_show(kind: str, fault: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("example", range(40))
 def test_every_tile_is_computed_once(example: int):
     rng = Random(example)
-    row_tiles, heads, batch = (rng.choice([1, 2, 3, 7, 40]) for _ in range(3))
-    section, blocks = rng.randint(1, heads * batch), rng.choice([1, 2, 5, 132])
-    dealt = emulated().schedule(row_tiles, heads, batch, section, blocks)
+    sizes = tuple(rng.choice([1, 2, 3, 7, 40]) for _ in range(3))
+    _, heads, batch = sizes
+    section, blocks, parts = (
+        rng.randint(1, heads * batch),
+        rng.choice([1, 2, 5, 132]),
+        rng.choice([1, 1, 2, 5]),
+    )
+    dealt = emulated().schedule(*sizes, section, parts, blocks)
     seen = Counter(tuple(item) for block in dealt for item in block)
-    assert len(seen) == row_tiles * heads * batch
+    assert len(seen) == math.prod(sizes) * parts
     assert set(seen.values()) == {1}
-    assert all(0 <= t < row_tiles and 0 <= h < heads and 0 <= b < batch for t, h, b in seen)
+    assert all(0 <= at < size for item in seen for at, size in zip(item, (*sizes, parts), strict=True))
     lengths = [len(block) for block in dealt]
     assert max(lengths) - min(lengths) <= 1
 
 
 def test_a_causal_call_is_dealt_evenly():
     """Row tile t of a causal call costs t + 1; no block gets more than a tile above its share."""
-    dealt = emulated().schedule(128, 16, 1, 16, 132)
-    work = [sum(tile + 1 for tile, _, _ in block) for block in dealt]
+    dealt = emulated().schedule(128, 16, 1, 16, 1, 132)
+    work = [sum(tile + 1 for tile, _, _, _ in block) for block in dealt]
     assert max(work) - sum(work) / len(work) < 64

@@ -24,8 +24,7 @@ class Consumer {
       float o[kSums] = {};
       attend(tile, softmax, o);
       const RowTile again(a_, a_.schedule.item(forgotten(deal.index())));
-      store<Traits>(a_, again, ThreadRows(a_, again, index_), softmax, o,
-                    Traits::kGeneral ? kLog2E : a_.scale_log2, Traits::kGeneral ? 1.f : a_.scale);
+      finish<Traits>(a_, again, ThreadRows(a_, again, index_), softmax, o);
     }
   }
 

@@ -92,6 +92,22 @@ void plan_maps(const ForwardCall& call, const TileConfig& config, ForwardPlan& p
 
 }  // namespace
 
+int64_t partial_size(const ForwardPlan& plan) {
+  return plan.arguments.partial.rows * (plan.arguments.call.head_dim_v + 2);
+}
+
+void divide_keys(ForwardPlan& plan, int parts, float* room) {
+  ForwardArguments& a = plan.arguments;
+  if (int64_t{a.schedule.size} * parts >= kFar)
+    throw std::invalid_argument("a call has too many tiles: " + std::to_string(a.schedule.size) + " of " +
+                                std::to_string(parts) + " parts");
+  a.schedule.parts = parts;
+  a.schedule.size *= parts;
+  a.partial.sums = room;
+  a.partial.max = room + parts * a.partial.rows * a.call.head_dim_v;
+  a.partial.sum = a.partial.max + parts * a.partial.rows;
+}
+
 ForwardPlan plan_forward(const ForwardCall& call) {
   const AttentionParams& p = call.params;
   ForwardPlan plan{};
@@ -120,6 +136,9 @@ ForwardPlan plan_forward(const ForwardCall& call) {
     a.drop_below = static_cast<uint32_t>(std::floor(p.dropout_p * 4294967296.0));
     a.keep_scale = static_cast<float>(1.0 / (1.0 - p.dropout_p));
   }
+  a.partial.rows = p.num_heads * (p.cu_seqlens_q != nullptr ? call.total_q : p.batch * p.seqlen_q);
+  a.partial.unit = plan.variant == Variant::kRange ? a.scale_log2 : kLog2E;
+  a.partial.scale = plan.variant == Variant::kRange ? a.scale : 1;
   plan_maps(call, config, plan);
   return plan;
 }

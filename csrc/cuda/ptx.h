@@ -163,6 +163,10 @@ FASTATTN_DEVICE float to_float(Float16 x) {
   return y;
 }
 
+// Two numbers to an address that is a multiple of 8.
+FASTATTN_DEVICE void store_8_bytes(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
 // 16 bytes to an address that is a multiple of 16.
 FASTATTN_DEVICE void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);

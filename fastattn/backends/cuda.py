@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import device_of, filled
+from fastattn.backends.common import device_of, filled, parts_of
 from fastattn.backends.cpu_views import DTYPE_CODES, Layout
 from fastattn.lowering import Operands, Params
 from fastattn.spec import AttentionSpec
@@ -132,6 +132,15 @@ def _launch(
     k, v = (_aligned(t, rows[-1:] if t.dim() == 4 else rows[:1]) for t in (k, v))
     seq = Layout(q, k, operands, params)
     totals = (q.shape[0], k.shape[0]) if seq.packed else (0, 0)
+    rooms: list[Tensor] = []  # until the kernels are in the stream, behind which their memory is used again
+
+    def room(tiles: int, multiprocessors: int, size: int) -> tuple[int, int]:
+        parts = parts_of(tiles, seq.seqlen_q, seq.seqlen_k, multiprocessors)
+        if parts == 1:
+            return 1, 0
+        rooms.append(q.new_empty(parts * size, dtype=torch.float32))
+        return parts, rooms[0].data_ptr()
+
     with device_of(q):
         try:
             library().attention_fwd(
@@ -145,6 +154,7 @@ def _launch(
                 totals,
                 q.device.index or 0,
                 torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
+                room,
                 seq.options(operands, params),
             )
         except RuntimeError as error:

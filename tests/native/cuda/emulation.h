@@ -145,6 +145,10 @@ inline float to_float(BFloat16 x) {
   return y;
 }
 inline float to_float(Float16 x) { return emulated::from_float16(x.bits); }
+inline void store_8_bytes(float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
 inline void store_16_bytes(void* to, const uint32_t (&words)[4]) { std::memcpy(to, words, 16); }
 
 }  // namespace fastattn::cuda
