@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from cuda_support import ROOT, emulated
 
+CUDA_LOOP = runpy.run_path(str(ROOT / "scripts" / "cuda_loop.py"))
 HEAD_DIMS = (64, 96, 128, 192, 256)
 ELEMENTS = ("BFloat16", "Float16")
 VARIANTS = ("range", "general")
@@ -39,14 +41,6 @@ def nvcc() -> str:
     pytest.skip(reason)
 
 
-def cuobjdump() -> str:
-    """The disassembler of CUDA, or the one that comes with triton."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = pytest.importorskip("triton")
-    return str(triton.knobs.nvidia.cuobjdump.path)
-
-
 @dataclass(frozen=True)
 class Kernel:
     """What the compiler says of one kernel.
@@ -68,22 +62,14 @@ class Kernel:
 def compiled(element: str, head_dim: int, folder: Path) -> dict[str, Kernel]:
     """The kernels of one translation unit, by variant."""
     output = folder / f"{element}_{head_dim}.cubin"
-    command = [
-        nvcc(),
-        "-cubin",
-        "-std=c++17",
-        "-O3",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-Xptxas",
-        "-v",
-    ]
-    command += [f"-I{ROOT / 'csrc'}", f"-DFASTATTN_ELEMENT={element}", f"-DFASTATTN_HEAD_DIM={head_dim}"]
-    command += ["-o", str(output), str(ROOT / "csrc" / "cuda" / "sm90_attention_fwd.cu")]
+    if shutil.which("cuobjdump") is None:
+        pytest.importorskip("triton")
+    command = [*CUDA_LOOP["compile_command"](nvcc(), element, head_dim, output), "-Xptxas", "-v"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout + done.stderr
-    code = subprocess.run([cuobjdump(), "-sass", output], capture_output=True, text=True, check=True).stdout
-    listings = {_variant(part): part for part in code.split("Function : ")[1:]}
+    parts = CUDA_LOOP["disassembled"](output).split("Function : ")[1:]
+    listings = {_variant(part): part for part in parts}
     kernels = {}
     for entry in told.split("Compiling entry function ")[1:]:
         variant = _variant(entry)
@@ -143,6 +129,21 @@ def test_the_softmax_runs_beside_the_product(element: str, head_dim: int, folder
     assert words[start + 1 : end].count("MUFU.EX2") >= config["keys"] // 2
     products = head_dim // 16 + config["keys"] // 16
     assert words[start - products : start] == ["HGMMA"] * products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_what_the_loop_holds(element: str, head_dim: int, folder: Path):
+    """Products and softmax take what their formula does, the rest no more than stated."""
+    loop = CUDA_LOOP["loop_of"](compiled(element, head_dim, folder)["range"].listing)
+    (config,) = (c for c in emulated().configs() if c["head_dim"] == head_dim and c["variant"] == "range")
+    needed = CUDA_LOOP["needed"](head_dim, config["keys"])
+    assert {kind: loop.always[kind] for kind in needed} == needed
+    assert loop.always.total() - sum(needed.values()) <= 130
+    assert loop.always["R2UR"] <= 12 and loop.always["moves"] <= 12 and not loop.always["local memory"]
+    assert loop.masked.total() <= 4 * config["keys"]  # a quarter of a row's columns, in two rows
+    assert loop.shrinking.total() == head_dim // 2
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ class Consumer {
                                       Softmax& softmax, float (&o)[kSums]) {
     while (keys.more()) {
       const KeyTile key = keys.next();
+      use_.count = uniform(use_.count);
       const int stage = use_.stage();
       barrier_wait(shared_.k_full(stage), use_.parity());
       if (key.bits != kHidden) {
@@ -103,17 +104,16 @@ class Consumer {
 
     while (keys.more()) {
       key = keys.next();
+      use_.count = uniform(use_.count);
       const Use<Traits> next = use_.after();
       barrier_wait(shared_.k_full(next.stage()), next.parity());
       wait_turn();
       products_begin();
       scores(s, next.stage());
       products_commit();
-      if constexpr (kShrinkLate) {
-        shrink(o, factor);
-        products_begin();
-      }
+      if constexpr (kShrinkLate) shrink(o, factor);
       barrier_wait(shared_.v_full(use_.stage()), use_.parity());
+      products_begin();
       sums(o, p, use_.stage());
       products_commit();
       pass_turn();
@@ -154,8 +154,8 @@ class Consumer {
     for (int d = 0; d < Traits::kDim; d += 16) {
       const int chunk = d / Traits::kChunk, within = 2 * (d % Traits::kChunk);
       product_shared<typename Traits::Element, Traits::kKeys>(
-          s, q + ((chunk * Traits::kRows * Traits::kRowBytes + within) >> 4),
-          k + ((chunk * Traits::kKeys * Traits::kRowBytes + within) >> 4), d > 0);
+          s, moved(q, chunk * Traits::kRows * Traits::kRowBytes + within),
+          moved(k, chunk * Traits::kKeys * Traits::kRowBytes + within), d > 0);
     }
   }
 
@@ -165,8 +165,8 @@ class Consumer {
                                          8 * Traits::kRowBytes, Traits::kSwizzle);
 #pragma unroll
     for (int j = 0; j < Traits::kKeys; j += 16)
-      product_registers<typename Traits::Element, Traits::kDim>(o, p + j / 4,
-                                                                v + ((j * Traits::kRowBytes) >> 4), true);
+      product_registers<typename Traits::Element, Traits::kDim>(o, p + j / 4, moved(v, j * Traits::kRowBytes),
+                                                                true);
   }
 
   // Accumulators of scores, in pairs, are fragments of the left operand of the next product as they lie.
@@ -176,6 +176,7 @@ class Consumer {
   }
 
   FASTATTN_DEVICE void shrink(float (&o)[kSums], const float (&factor)[2]) const {
+    if (!any(factor[0] != 1 || factor[1] != 1)) return;
 #pragma unroll
     for (int n = 0; n < kSums; ++n) o[n] *= factor[row_of(n)];
   }

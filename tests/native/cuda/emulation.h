@@ -86,6 +86,7 @@ T shuffle(T x, int lane) {
   return exchanged(x, lane, false);
 }
 inline uint32_t ballot(bool x) { return emulated::ballot(x); }
+inline bool any(bool x) { return emulated::ballot(x) != 0; }
 inline void sync_warp() { emulated::sync_warp(); }
 
 inline void sync_block() { emulated::named_barrier(0, 0, true); }
