@@ -20,6 +20,10 @@ class Consumer {
     for (Deal deal(a_.schedule.size, block_index(), block_count()); deal.more(); deal.next()) {
       const RowTile tile(a_, a_.schedule.item(deal.index()));
       if (!tile.exists()) continue;
+      if (64 * index_ >= (tile.last - tile.i0 + 1) * a_.group) {
+        stand_by(tile);
+        continue;
+      }
       Softmax softmax;
       float o[kSums] = {};
       attend(tile, softmax, o);
@@ -29,6 +33,28 @@ class Consumer {
   }
 
  private:
+  // A warpgroup that has no row of the tile, as in decoding, waits and arrives as the others do, and leaves
+  // the tensor cores to them.
+  FASTATTN_DEVICE void stand_by(const RowTile& tile) {
+    KeyTiles<Traits> keys(a_, tile, index_);
+    if (!keys.more()) return;
+    barrier_wait(shared_.q_full(), q_parity_);
+    q_parity_ ^= 1;
+    for (bool is_first = true; keys.more(); is_first = false) {
+      keys.next();
+      barrier_wait(shared_.k_full(use_.stage()), use_.parity());
+      if (!is_first) {
+        wait_turn();
+        pass_turn();
+      }
+      release(shared_.k_empty(use_.stage()));
+      barrier_wait(shared_.v_full(use_.stage()), use_.parity());
+      release(shared_.v_empty(use_.stage()));
+      use_ = use_.after();
+    }
+    release(shared_.q_empty());
+  }
+
   FASTATTN_DEVICE void attend(const RowTile& tile, Softmax& softmax, float (&o)[kSums]) {
     KeyTiles<Traits> keys(a_, tile, index_);
     if (!keys.more()) return;
