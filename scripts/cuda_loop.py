@@ -25,9 +25,9 @@ KINDS = {
     "FMNMX": r"FMNMX",
     "FFMA, FADD, FMUL": r"FFMA|FADD|FMUL",
     "F2FP": r"F2FP",
-    "SHFL": r"SHFL",
+    "SHFL.BFLY": r"SHFL\.BFLY",
     "barriers, waits": r"SYNCS|BAR|WARPGROUP|WARPSYNC|DEPBAR",
-    "R2UR": r"R2UR",
+    "R2UR, SHFL.IDX": r"R2UR|SHFL\.IDX",
     "uniform registers": r"U[A-Z]|S2UR|CS2UR",
     "moves": r"MOV|IMAD\.MOV|IMAD\.U32|SEL",
     "local memory": r"LDL|STL",
@@ -110,7 +110,7 @@ def needed(head_dim: int, keys: int) -> dict[str, int]:
         "FMNMX": scores + 4,
         "FFMA, FADD, FMUL": 2 * scores + 10,
         "F2FP": scores // 2,
-        "SHFL": 4,
+        "SHFL.BFLY": 4,
     }
 
 

@@ -82,6 +82,25 @@ def test_many_tiles_of_each_kernel(head_dim: int, option: dict, monkeypatch: pyt
     check_emulated(case, monkeypatch, seed=head_dim, blocks=2)
 
 
+@pytest.mark.parametrize(
+    ("seqlen_k", "options", "keys"),
+    [
+        (510, {}, 176),
+        (510, {"sinks": True}, 176),
+        (640, {}, 128),  # four wide tiles would reach 64 keys too far
+        (510, {"mask": lambda c, g: masks.causal()}, 128),
+        (510, {"mask": lambda c, g: masks.padding(torch.tensor([300]))}, 128),
+        (510, {"softcap": 20.0}, 64),
+    ],
+)
+def test_wide_tiles_where_every_row_sees_all(
+    seqlen_k: int, options: dict, keys: int, monkeypatch: pytest.MonkeyPatch
+):
+    case = Case("tiles", 1, 2, 1, 150, seqlen_k, 128, **options, dtype=torch.bfloat16, grads=False)
+    check_emulated(case, monkeypatch, seed=keys, blocks=2)
+    assert emulated().launched_keys() == keys
+
+
 @pytest.mark.parametrize("heads", [2, 3, 5, 8, 64, 100])
 @pytest.mark.parametrize("seqlen_q", [1, 7])
 def test_heads_of_a_group_share_a_tile(heads: int, seqlen_q: int, monkeypatch: pytest.MonkeyPatch):

@@ -90,12 +90,14 @@ std::vector<std::vector<std::array<int, 4>>> schedule(int row_tiles, int heads, 
   return dealt;
 }
 
+constexpr const char* kVariantNames[] = {"range", "general", "full"};
+
 py::list configs() {
   py::list list;
   for (const TileConfig& c : kConfigs) {
     py::dict d;
     d["head_dim"] = c.head_dim;
-    d["variant"] = c.variant == Variant::kRange ? "range" : "general";
+    d["variant"] = kVariantNames[static_cast<int>(c.variant)];
     d["rows"] = c.rows();
     d["keys"] = c.keys;
     d["stages"] = c.stages;

@@ -13,12 +13,23 @@ namespace {
 // K and V of a section of heads; an H200 has 50 MB or more of L2 cache, which q and out share.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
-Variant variant_of(const AttentionParams& p) {
+// Keys that tiles of so many cover.
+int64_t covered(int64_t seqlen_k, int keys) { return (seqlen_k + keys - 1) / keys * keys; }
+
+Variant variant_of(const AttentionParams& p, int head_dim) {
   const bool in_range = p.softcap == 0 && p.mask.data == nullptr && p.block_mask.row_ptr == nullptr &&
                         p.bias.data == nullptr && p.diag.data == nullptr && p.dropout_seed == nullptr;
   // Larger products are larger scores, and a scale that is not denormal: then the softmax may work on
   // products.
-  return in_range && p.scale * kLog2E >= FLT_MIN ? Variant::kRange : Variant::kGeneral;
+  if (!in_range || p.scale * kLog2E < FLT_MIN) return Variant::kGeneral;
+  const bool sees_all = p.band.lo_top <= -kFar && p.band.hi_top >= kFar && p.band.lo_bottom <= -kFar &&
+                        p.band.hi_bottom >= kFar && p.key_starts.data == nullptr &&
+                        p.key_ends.data == nullptr;
+  if (!sees_all || !is_listed(head_dim, Variant::kFull)) return Variant::kRange;
+  // Wider tiles pay unless the last one reaches far beyond the keys.
+  const int64_t wide = covered(p.seqlen_k, config_of(head_dim, Variant::kFull).keys);
+  const int64_t narrow = covered(p.seqlen_k, config_of(head_dim, Variant::kRange).keys);
+  return 32 * wide <= 33 * narrow ? Variant::kFull : Variant::kRange;
 }
 
 // How many query heads share a row tile: all that share a head of k, where that takes a tenth fewer tiles.
@@ -113,7 +124,7 @@ ForwardPlan plan_forward(const ForwardCall& call) {
   ForwardPlan plan{};
   plan.head_dim = padded_head_dim(std::max(p.head_dim, p.head_dim_v));
   if (plan.head_dim == 0) throw std::invalid_argument("no kernel holds so many columns");
-  plan.variant = variant_of(p);
+  plan.variant = variant_of(p, plan.head_dim);
   const TileConfig& config = config_of(plan.head_dim, plan.variant);
 
   ForwardArguments& a = plan.arguments;
@@ -137,8 +148,8 @@ ForwardPlan plan_forward(const ForwardCall& call) {
     a.keep_scale = static_cast<float>(1.0 / (1.0 - p.dropout_p));
   }
   a.partial.rows = p.num_heads * (p.cu_seqlens_q != nullptr ? call.total_q : p.batch * p.seqlen_q);
-  a.partial.unit = plan.variant == Variant::kRange ? a.scale_log2 : kLog2E;
-  a.partial.scale = plan.variant == Variant::kRange ? a.scale : 1;
+  a.partial.unit = plan.variant == Variant::kGeneral ? kLog2E : a.scale_log2;
+  a.partial.scale = plan.variant == Variant::kGeneral ? 1 : a.scale;
   plan_maps(call, config, plan);
   return plan;
 }
