@@ -118,8 +118,9 @@ def test_what_the_compiler_makes(element: str, head_dim: int, folder: Path):
         for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "MUFU.EX2"):
             assert instruction in kernel.listing, (variant, instruction)
         assert kernel.listing.count("HGMMA") >= head_dim // 16 + configs[variant]["keys"] // 16
-        # ptxas says so where it lets products run one by one.
-        assert not any("serialized" in message for message in kernel.messages), kernel.messages
+        # ptxas says so where it lets products run one by one, or puts fences between them by itself.
+        said = [message for message in kernel.messages if re.search("serialized|injected", message)]
+        assert not said, said
         if variant != "general":
             assert kernel.stack == 0
             assert "LDL" not in kernel.listing and "STL" not in kernel.listing

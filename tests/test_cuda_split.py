@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_support import check_emulated, half, on_emulated_device
+from split_support import small_parts
 from test_cuda_emulation import BY_NAME, FORWARD, random_half
 
 import fastattn
 from fastattn import masks
-from fastattn.backends import common, cuda
+from fastattn.backends import cuda
 from fastattn.biases import ALiBi
 from fastattn.testing import Case
 
@@ -30,16 +31,7 @@ SAMPLE = (
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Parts of 16 keys and more; collects into how many the keys of each call are divided."""
-    found: list[int] = []
-
-    def parts_of(*sizes: int) -> int:
-        found.append(common.parts_of(*sizes))
-        return found[-1]
-
-    monkeypatch.setattr(common, "SHORTEST_PART", 16)
-    monkeypatch.setattr(cuda, "parts_of", parts_of)
-    return found
+    return small_parts(monkeypatch, cuda)
 
 
 @pytest.mark.parametrize("name", SAMPLE)

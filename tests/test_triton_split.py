@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from split_support import small_parts
 from test_cases import BY_NAME, prepared
 from triton_support import needs_triton
 
@@ -24,18 +25,9 @@ SAMPLE = ("decode-causal", "decode-bfloat16", "paged-odd", "paged-causal-float16
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Parts of 16 keys and more; collects into how many the keys of each call are divided."""
     from fastattn.backends.triton import host
 
-    found: list[int] = []
-
-    def parts_of(*sizes: int) -> int:
-        found.append(common.parts_of(*sizes))
-        return found[-1]
-
-    monkeypatch.setattr(common, "SHORTEST_PART", 16)
-    monkeypatch.setattr(host, "parts_of", parts_of)
-    return found
+    return small_parts(monkeypatch, host)
 
 
 def check(case: Case) -> None:
