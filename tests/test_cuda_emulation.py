@@ -164,6 +164,24 @@ def test_the_same_bits_in_any_order_of_events(monkeypatch: pytest.MonkeyPatch):
         assert torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("option", [{}, {"softcap": 500.0}], ids=["range", "general"])
+@pytest.mark.parametrize("growth", [1.0, 6.0, 30.0])
+def test_a_maximum_that_is_kept_for_a_while(growth: float, option: dict, monkeypatch: pytest.MonkeyPatch):
+    """Scores grow in the order in which tiles come, by `growth` powers of two for each 100 keys: fewer than
+    the softmax lets pass at a time, or more."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=generator) for n in (70, 700, 700))
+    q /= 16
+    q[..., 0], k[..., 0] = 1, torch.linspace(7, 0, 700) * growth * math.log(2)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    call = {"scale": 1.0, "return_lse": True, **option}
+    with on_emulated_device(monkeypatch):
+        out, lse = fastattn.attention(q, k, v, backend="cuda", **call)
+    want, want_lse = fastattn.attention(q, k, v, backend="reference", **call)
+    torch.testing.assert_close(out, want, rtol=0, atol=0.02)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-3)
+
+
 KINDS = ("range", "general")
 
 
