@@ -73,10 +73,10 @@ class Explanation:
         for name, reason in self.reasons.items():
             if name == self.backend:
                 state = "runs" + (" (forced)" if self.forced else "")
+            elif reason is not None:
+                state = f"cannot{' (forced: the call raises)' if name == self.forced else ''}: {reason}"
             else:
-                state = "could run" if reason is None else f"cannot: {reason}"
-                if reason is None and name in UNPROVEN:
-                    state += f" ({UNPROVEN[name]})"
+                state = "could run" + (f" ({UNPROVEN[name]})" if name in UNPROVEN else "")
             lines.append(f"  {name:<10} {state}")
         return "\n".join(lines)
 

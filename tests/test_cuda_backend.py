@@ -13,6 +13,7 @@ from triton_support import needs_triton
 import fastattn
 from fastattn import dispatch, masks
 from fastattn.backends import cuda
+from fastattn.cli import main
 from fastattn.joined import CUDA
 from fastattn.spec import AttentionSpec
 
@@ -40,6 +41,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
     monkeypatch.setattr(cuda, "library", lambda: library)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return library
 
 
@@ -102,6 +104,26 @@ def test_the_machine_is_asked_last(monkeypatch: pytest.MonkeyPatch):
 def test_another_machine(library: Library, reason: str, hopper: Library, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda, "library", lambda: library)
     assert reason in str(cuda.supports(SPEC))
+
+
+def test_a_pytorch_that_finds_no_device(hopper: Library, monkeypatch: pytest.MonkeyPatch):
+    """Such as one for CPUs beside a driver: asked for the device, it would raise an AssertionError."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.supports(SPEC) == cuda.state() == "this PyTorch finds no CUDA device"
+
+
+def test_info_says_what_speaks_against_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cuda, "library", lambda: Library("there is no CUDA driver"))
+    assert main(["info"]) == 0
+    assert "cuda kernels there is no CUDA driver" in capsys.readouterr().out
+
+
+def test_a_forced_call_that_cannot_run_is_explained():
+    q, k, v = qkv()
+    text = str(fastattn.explain(q, k, v, backend="cuda"))
+    assert "cuda       cannot (forced: the call raises): " in text and "cpu        could run" in text
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch):

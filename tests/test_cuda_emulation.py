@@ -82,6 +82,25 @@ def test_many_tiles_of_each_kernel(head_dim: int, option: dict, monkeypatch: pyt
     check_emulated(case, monkeypatch, seed=head_dim, blocks=2)
 
 
+@pytest.mark.parametrize(
+    ("seqlen_k", "options", "keys"),
+    [
+        (510, {}, 176),
+        (510, {"sinks": True}, 176),
+        (640, {}, 128),  # four wide tiles would reach 64 keys too far
+        (510, {"mask": lambda c, g: masks.causal()}, 128),
+        (510, {"mask": lambda c, g: masks.padding(torch.tensor([300]))}, 128),
+        (510, {"softcap": 20.0}, 64),
+    ],
+)
+def test_wide_tiles_where_every_row_sees_all(
+    seqlen_k: int, options: dict, keys: int, monkeypatch: pytest.MonkeyPatch
+):
+    case = Case("tiles", 1, 2, 1, 150, seqlen_k, 128, **options, dtype=torch.bfloat16, grads=False)
+    check_emulated(case, monkeypatch, seed=keys, blocks=2)
+    assert emulated().launched_keys() == keys
+
+
 @pytest.mark.parametrize("heads", [2, 3, 5, 8, 64, 100])
 @pytest.mark.parametrize("seqlen_q", [1, 7])
 def test_heads_of_a_group_share_a_tile(heads: int, seqlen_q: int, monkeypatch: pytest.MonkeyPatch):
@@ -145,6 +164,24 @@ def test_the_same_bits_in_any_order_of_events(monkeypatch: pytest.MonkeyPatch):
         assert torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("option", [{}, {"softcap": 500.0}], ids=["range", "general"])
+@pytest.mark.parametrize("growth", [1.0, 6.0, 30.0])
+def test_a_maximum_that_is_kept_for_a_while(growth: float, option: dict, monkeypatch: pytest.MonkeyPatch):
+    """Scores grow in the order in which tiles come, by `growth` powers of two for each 100 keys: fewer than
+    the softmax lets pass at a time, or more."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=generator) for n in (70, 700, 700))
+    q /= 16
+    q[..., 0], k[..., 0] = 1, torch.linspace(7, 0, 700) * growth * math.log(2)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    call = {"scale": 1.0, "return_lse": True, **option}
+    with on_emulated_device(monkeypatch):
+        out, lse = fastattn.attention(q, k, v, backend="cuda", **call)
+    want, want_lse = fastattn.attention(q, k, v, backend="reference", **call)
+    torch.testing.assert_close(out, want, rtol=0, atol=0.02)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-3)
+
+
 KINDS = ("range", "general")
 
 
@@ -195,19 +232,24 @@ def test_other_faults_show(kind: str, fault: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("example", range(40))
 def test_every_tile_is_computed_once(example: int):
     rng = Random(example)
-    row_tiles, heads, batch = (rng.choice([1, 2, 3, 7, 40]) for _ in range(3))
-    section, blocks = rng.randint(1, heads * batch), rng.choice([1, 2, 5, 132])
-    dealt = emulated().schedule(row_tiles, heads, batch, section, blocks)
+    sizes = tuple(rng.choice([1, 2, 3, 7, 40]) for _ in range(3))
+    _, heads, batch = sizes
+    section, blocks, parts = (
+        rng.randint(1, heads * batch),
+        rng.choice([1, 2, 5, 132]),
+        rng.choice([1, 1, 2, 5]),
+    )
+    dealt = emulated().schedule(*sizes, section, parts, blocks)
     seen = Counter(tuple(item) for block in dealt for item in block)
-    assert len(seen) == row_tiles * heads * batch
+    assert len(seen) == math.prod(sizes) * parts
     assert set(seen.values()) == {1}
-    assert all(0 <= t < row_tiles and 0 <= h < heads and 0 <= b < batch for t, h, b in seen)
+    assert all(0 <= at < size for item in seen for at, size in zip(item, (*sizes, parts), strict=True))
     lengths = [len(block) for block in dealt]
     assert max(lengths) - min(lengths) <= 1
 
 
 def test_a_causal_call_is_dealt_evenly():
     """Row tile t of a causal call costs t + 1; no block gets more than a tile above its share."""
-    dealt = emulated().schedule(128, 16, 1, 16, 132)
-    work = [sum(tile + 1 for tile, _, _ in block) for block in dealt]
+    dealt = emulated().schedule(128, 16, 1, 16, 1, 132)
+    work = [sum(tile + 1 for tile, _, _, _ in block) for block in dealt]
     assert max(work) - sum(work) / len(work) < 64

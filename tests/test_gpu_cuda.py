@@ -100,6 +100,19 @@ def test_nothing_waits_and_a_graph_replays(name: str):
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 5, 100])
+def test_few_rows_whose_keys_are_divided(seqlen_q: int):
+    q, k, v = tensors(8192)
+    q = q[:, :, :seqlen_q]
+    call = {"mask": masks.causal(align="bottom_right"), "return_lse": True}
+    first = fastattn.attention(q, k, v, backend="cuda", **call)
+    for got, want in zip(first, fastattn.attention(q, k, v, backend="triton", **call), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-3)
+    for _ in range(100):
+        again = fastattn.attention(q, k, v, backend="cuda", **call)
+        assert all(torch.equal(*pair) for pair in zip(again, first, strict=True))
+
+
 def test_gradients_through_triton():
     leaves = [x.requires_grad_() for x in tensors()]
     grads = []

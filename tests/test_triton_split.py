@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from split_support import small_parts
 from test_cases import BY_NAME, prepared
 from triton_support import needs_triton
 
 import fastattn
 from fastattn import masks
+from fastattn.backends import common
 from fastattn.backends import triton as backend
-from fastattn.backends.triton import configs
 from fastattn.biases import ALiBi
 from fastattn.testing import CASES, Case, make_inputs
 from fastattn.testing.checking import check_case, refusal
@@ -24,18 +25,9 @@ SAMPLE = ("decode-causal", "decode-bfloat16", "paged-odd", "paged-causal-float16
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Parts of 16 keys and more; collects into how many the keys of each call are divided."""
     from fastattn.backends.triton import host
 
-    found: list[int] = []
-
-    def parts_of(programs: int, seqlen_k: int, processors: int) -> int:
-        found.append(configs.parts_of(programs, seqlen_k, processors))
-        return found[-1]
-
-    monkeypatch.setattr(configs, "SHORTEST_PART", 16)
-    monkeypatch.setattr(host, "parts_of", parts_of)
-    return found
+    return small_parts(monkeypatch, host)
 
 
 def check(case: Case) -> None:
@@ -152,18 +144,18 @@ def test_with_deterministic_algorithms_the_batch_does_not_count(counts: list[int
 
 
 @pytest.mark.parametrize(
-    ("programs", "seqlen_k", "processors", "want"),
+    ("tiles", "seqlen_k", "want"),
     [
-        (8, 32768, 132, 33),  # fills the device twice
-        (264, 32768, 132, 1),  # is full
-        (1, 1000, 132, 3),  # no shorter parts
-        (1, 255, 132, 1),
-        (1, 10**6, 132, 64),  # as many as one program adds up
-        (0, 0, 132, 1),
+        (8, 32768, 33),  # fill the device
+        (264, 32768, 1),  # it is full
+        (133, 32768, 1),  # two parts would not all run at once
+        (1, 1000, 3),  # no shorter parts
+        (1, 255, 1),
+        (0, 0, 1),
     ],
 )
-def test_the_number_of_parts(programs: int, seqlen_k: int, processors: int, want: int):
-    assert configs.parts_of(programs, seqlen_k, processors) == want
+def test_the_number_of_parts(tiles: int, seqlen_k: int, want: int):
+    assert common.parts_of(tiles, 1, seqlen_k, 264) == want
 
 
 def test_what_is_not_divided(counts: list[int]) -> None:

@@ -16,10 +16,21 @@ struct Band32 {
   int32_t lo_top, hi_top, lo_bottom, hi_bottom;
 };
 
+// Where the items that share a tile of rows leave what they found in their parts of the keys.
+struct Partial {
+  int64_t rows = 0;       // of a part: those of out
+  float* sums = nullptr;  // [parts, rows, head_dim_v], of exp(score - max) v
+  float* max = nullptr;   // [parts, rows], in the unit of Softmax
+  float* sum = nullptr;   // [parts, rows]
+  float unit = 1;         // as Softmax::add has it
+  float scale = 1;        // from that unit to natural scores
+};
+
 struct ForwardArguments {
   TensorMap q_map, k_map, v_map;
   AttentionParams call;  // its tensors lie on the device
   Schedule schedule;
+  Partial partial;  // read where the schedule has parts
   Band32 band;
   int32_t seqlen_q, seqlen_k;  // maxima where lengths vary
   int32_t total_q, total_k;    // rows of packed tensors
@@ -56,6 +67,13 @@ FASTATTN_INLINE Entry entry_of(const ForwardArguments& a, int32_t b) {
   }
   if (a.call.seqlens_k != nullptr) e.len_k = clamped(a.call.seqlens_k[b], 0, e.len_k);
   return e;
+}
+
+// The number of row i of an entry among all rows of out.
+FASTATTN_INLINE int64_t row_number(const ForwardArguments& a, const Entry& e, int32_t b, int32_t h,
+                                   int32_t i) {
+  if (a.call.cu_seqlens_q != nullptr) return int64_t{h} * a.total_q + e.q_begin + i;
+  return (b * a.call.num_heads + h) * a.seqlen_q + i;
 }
 
 // The keys [begin, end) that lengths, band and key ranges leave to a row.

@@ -11,6 +11,7 @@ namespace fastattn::cuda {
 enum class Variant : int {
   kRange = 0,    // scale > 0; each row sees one range of keys: lengths, bands, key ranges
   kGeneral = 1,  // all of the rest: block lists, bool masks, biases, softcap, dropout, any scale
+  kFull = 2,     // as kRange, where each row sees every key: at some head dims, wider tiles of keys
 };
 
 struct TileConfig {
@@ -48,6 +49,7 @@ constexpr TileConfig kConfigs[] = {
     {256, Variant::kRange, 64, 2, 2, false, 56, 224},   {64, Variant::kGeneral, 64, 4, 2, false, 56, 224},
     {96, Variant::kGeneral, 64, 4, 2, false, 56, 224},  {128, Variant::kGeneral, 64, 3, 2, false, 56, 224},
     {192, Variant::kGeneral, 64, 2, 2, false, 56, 224}, {256, Variant::kGeneral, 64, 2, 2, false, 56, 224},
+    {128, Variant::kFull, 176, 2, 2, true, 56, 224},
 };
 constexpr int kNumConfigs = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
@@ -64,6 +66,11 @@ constexpr const TileConfig& config_of(int head_dim, Variant variant) {
   for (const TileConfig& config : kConfigs)
     if (config.head_dim == head_dim && config.variant == variant) return config;
   return kConfigs[0];
+}
+
+constexpr bool is_listed(int head_dim, Variant variant) {
+  const TileConfig& found = config_of(head_dim, variant);
+  return found.head_dim == head_dim && found.variant == variant;
 }
 
 // The compiled head dim that holds one of n columns; 0 where there is none.

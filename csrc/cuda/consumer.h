@@ -20,16 +20,41 @@ class Consumer {
     for (Deal deal(a_.schedule.size, block_index(), block_count()); deal.more(); deal.next()) {
       const RowTile tile(a_, a_.schedule.item(deal.index()));
       if (!tile.exists()) continue;
+      if (64 * index_ >= (tile.last - tile.i0 + 1) * a_.group) {
+        stand_by(tile);
+        continue;
+      }
       Softmax softmax;
       float o[kSums] = {};
       attend(tile, softmax, o);
       const RowTile again(a_, a_.schedule.item(forgotten(deal.index())));
-      store<Traits>(a_, again, ThreadRows(a_, again, index_), softmax, o,
-                    Traits::kGeneral ? kLog2E : a_.scale_log2, Traits::kGeneral ? 1.f : a_.scale);
+      finish<Traits>(a_, again, ThreadRows(a_, again, index_), softmax, o);
     }
   }
 
  private:
+  // A warpgroup that has no row of the tile, as in decoding, waits and arrives as the others do, and leaves
+  // the tensor cores to them.
+  FASTATTN_DEVICE void stand_by(const RowTile& tile) {
+    KeyTiles<Traits> keys(a_, tile, index_);
+    if (!keys.more()) return;
+    barrier_wait(shared_.q_full(), q_parity_);
+    q_parity_ ^= 1;
+    for (bool is_first = true; keys.more(); is_first = false) {
+      keys.next();
+      barrier_wait(shared_.k_full(use_.stage()), use_.parity());
+      if (!is_first) {
+        wait_turn();
+        pass_turn();
+      }
+      release(shared_.k_empty(use_.stage()));
+      barrier_wait(shared_.v_full(use_.stage()), use_.parity());
+      release(shared_.v_empty(use_.stage()));
+      use_ = use_.after();
+    }
+    release(shared_.q_empty());
+  }
+
   FASTATTN_DEVICE void attend(const RowTile& tile, Softmax& softmax, float (&o)[kSums]) {
     KeyTiles<Traits> keys(a_, tile, index_);
     if (!keys.more()) return;
@@ -48,6 +73,7 @@ class Consumer {
                                       Softmax& softmax, float (&o)[kSums]) {
     while (keys.more()) {
       const KeyTile key = keys.next();
+      use_.count = uniform(use_.count);
       const int stage = use_.stage();
       barrier_wait(shared_.k_full(stage), use_.parity());
       if (key.bits != kHidden) {
@@ -104,17 +130,16 @@ class Consumer {
 
     while (keys.more()) {
       key = keys.next();
+      use_.count = uniform(use_.count);
       const Use<Traits> next = use_.after();
       barrier_wait(shared_.k_full(next.stage()), next.parity());
       wait_turn();
       products_begin();
       scores(s, next.stage());
       products_commit();
-      if constexpr (kShrinkLate) {
-        shrink(o, factor);
-        products_begin();
-      }
+      if constexpr (kShrinkLate) shrink(o, factor);
       barrier_wait(shared_.v_full(use_.stage()), use_.parity());
+      products_begin();
       sums(o, p, use_.stage());
       products_commit();
       pass_turn();
@@ -155,8 +180,8 @@ class Consumer {
     for (int d = 0; d < Traits::kDim; d += 16) {
       const int chunk = d / Traits::kChunk, within = 2 * (d % Traits::kChunk);
       product_shared<typename Traits::Element, Traits::kKeys>(
-          s, q + ((chunk * Traits::kRows * Traits::kRowBytes + within) >> 4),
-          k + ((chunk * Traits::kKeys * Traits::kRowBytes + within) >> 4), d > 0);
+          s, moved(q, chunk * Traits::kRows * Traits::kRowBytes + within),
+          moved(k, chunk * Traits::kKeys * Traits::kRowBytes + within), d > 0);
     }
   }
 
@@ -166,8 +191,8 @@ class Consumer {
                                          8 * Traits::kRowBytes, Traits::kSwizzle);
 #pragma unroll
     for (int j = 0; j < Traits::kKeys; j += 16)
-      product_registers<typename Traits::Element, Traits::kDim>(o, p + j / 4,
-                                                                v + ((j * Traits::kRowBytes) >> 4), true);
+      product_registers<typename Traits::Element, Traits::kDim>(o, p + j / 4, moved(v, j * Traits::kRowBytes),
+                                                                true);
   }
 
   // Accumulators of scores, in pairs, are fragments of the left operand of the next product as they lie.
@@ -177,6 +202,7 @@ class Consumer {
   }
 
   FASTATTN_DEVICE void shrink(float (&o)[kSums], const float (&factor)[2]) const {
+    if (!any(factor[0] != 1 || factor[1] != 1)) return;
 #pragma unroll
     for (int n = 0; n < kSums; ++n) o[n] *= factor[row_of(n)];
   }

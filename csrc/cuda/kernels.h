@@ -16,4 +16,8 @@ struct ForwardKernels {
   static void launch(Variant variant, const ForwardArguments& a, int blocks, int device, void* stream);
 };
 
+// Ends a call whose keys were divided: starts attention_combine behind the kernel of the parts.
+template <class Element>
+void launch_combine(const ForwardArguments& a, void* stream);
+
 }  // namespace fastattn::cuda

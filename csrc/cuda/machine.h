@@ -24,6 +24,12 @@ FASTATTN_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading, u
          static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
+// The descriptor of a matrix that starts so many bytes behind another's: addresses end within the lower word.
+FASTATTN_DEVICE uint64_t moved(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return descriptor >> 32 << 32 | low;
+}
+
 }  // namespace fastattn::cuda
 
 #if defined(__CUDACC__)

@@ -13,12 +13,23 @@ namespace {
 // K and V of a section of heads; an H200 has 50 MB or more of L2 cache, which q and out share.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
-Variant variant_of(const AttentionParams& p) {
+// Keys that tiles of so many cover.
+int64_t covered(int64_t seqlen_k, int keys) { return (seqlen_k + keys - 1) / keys * keys; }
+
+Variant variant_of(const AttentionParams& p, int head_dim) {
   const bool in_range = p.softcap == 0 && p.mask.data == nullptr && p.block_mask.row_ptr == nullptr &&
                         p.bias.data == nullptr && p.diag.data == nullptr && p.dropout_seed == nullptr;
   // Larger products are larger scores, and a scale that is not denormal: then the softmax may work on
   // products.
-  return in_range && p.scale * kLog2E >= FLT_MIN ? Variant::kRange : Variant::kGeneral;
+  if (!in_range || p.scale * kLog2E < FLT_MIN) return Variant::kGeneral;
+  const bool sees_all = p.band.lo_top <= -kFar && p.band.hi_top >= kFar && p.band.lo_bottom <= -kFar &&
+                        p.band.hi_bottom >= kFar && p.key_starts.data == nullptr &&
+                        p.key_ends.data == nullptr;
+  if (!sees_all || !is_listed(head_dim, Variant::kFull)) return Variant::kRange;
+  // Wider tiles pay unless the last one reaches far beyond the keys.
+  const int64_t wide = covered(p.seqlen_k, config_of(head_dim, Variant::kFull).keys);
+  const int64_t narrow = covered(p.seqlen_k, config_of(head_dim, Variant::kRange).keys);
+  return 32 * wide <= 33 * narrow ? Variant::kFull : Variant::kRange;
 }
 
 // How many query heads share a row tile: all that share a head of k, where that takes a tenth fewer tiles.
@@ -92,12 +103,28 @@ void plan_maps(const ForwardCall& call, const TileConfig& config, ForwardPlan& p
 
 }  // namespace
 
+int64_t partial_size(const ForwardPlan& plan) {
+  return plan.arguments.partial.rows * (plan.arguments.call.head_dim_v + 2);
+}
+
+void divide_keys(ForwardPlan& plan, int parts, float* room) {
+  ForwardArguments& a = plan.arguments;
+  if (int64_t{a.schedule.size} * parts >= kFar)
+    throw std::invalid_argument("a call has too many tiles: " + std::to_string(a.schedule.size) + " of " +
+                                std::to_string(parts) + " parts");
+  a.schedule.parts = parts;
+  a.schedule.size *= parts;
+  a.partial.sums = room;
+  a.partial.max = room + parts * a.partial.rows * a.call.head_dim_v;
+  a.partial.sum = a.partial.max + parts * a.partial.rows;
+}
+
 ForwardPlan plan_forward(const ForwardCall& call) {
   const AttentionParams& p = call.params;
   ForwardPlan plan{};
   plan.head_dim = padded_head_dim(std::max(p.head_dim, p.head_dim_v));
   if (plan.head_dim == 0) throw std::invalid_argument("no kernel holds so many columns");
-  plan.variant = variant_of(p);
+  plan.variant = variant_of(p, plan.head_dim);
   const TileConfig& config = config_of(plan.head_dim, plan.variant);
 
   ForwardArguments& a = plan.arguments;
@@ -120,6 +147,9 @@ ForwardPlan plan_forward(const ForwardCall& call) {
     a.drop_below = static_cast<uint32_t>(std::floor(p.dropout_p * 4294967296.0));
     a.keep_scale = static_cast<float>(1.0 / (1.0 - p.dropout_p));
   }
+  a.partial.rows = p.num_heads * (p.cu_seqlens_q != nullptr ? call.total_q : p.batch * p.seqlen_q);
+  a.partial.unit = plan.variant == Variant::kGeneral ? kLog2E : a.scale_log2;
+  a.partial.scale = plan.variant == Variant::kGeneral ? 1 : a.scale;
   plan_maps(call, config, plan);
   return plan;
 }

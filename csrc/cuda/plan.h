@@ -23,4 +23,11 @@ struct ForwardPlan {
 // aligned, with strides that are multiples of 16 bytes.
 ForwardPlan plan_forward(const ForwardCall& call);
 
+// What each part of a call's keys leaves behind, in float32 numbers.
+int64_t partial_size(const ForwardPlan& plan);
+
+// Divides the keys of each tile of rows among `parts` items. room: partial_size for each of them, aligned to
+// 8 bytes.
+void divide_keys(ForwardPlan& plan, int parts, float* room);
+
 }  // namespace fastattn::cuda

@@ -13,14 +13,14 @@ FASTATTN_DEVICE int thread_index() { return threadIdx.x; }
 FASTATTN_DEVICE int block_index() { return blockIdx.x; }
 FASTATTN_DEVICE int block_count() { return gridDim.x; }
 
+// The same value in all lanes of a warp, so that the compiler keeps it once.
+FASTATTN_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
 // First byte of the block's shared memory, which no swizzle may shift: a multiple of 1024.
 FASTATTN_DEVICE uint32_t shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
-  return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+  return uniform(static_cast<int>(__cvta_generic_to_shared(memory)));
 }
-
-// The same value in all lanes of a warp, so that the compiler keeps it once.
-FASTATTN_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
 // 0, but known only when x is; x is not negative.
 FASTATTN_DEVICE uint32_t zero_behind(float x) {
@@ -50,6 +50,7 @@ FASTATTN_DEVICE T shuffle(T x, int lane) {
   return __shfl_sync(0xFFFFFFFFu, x, lane);
 }
 FASTATTN_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
+FASTATTN_DEVICE bool any(bool x) { return __any_sync(0xFFFFFFFFu, x) != 0; }
 FASTATTN_DEVICE void sync_warp() { __syncwarp(); }
 
 // --- Blocks and named barriers (0 is sync_block's)
@@ -163,6 +164,10 @@ FASTATTN_DEVICE float to_float(Float16 x) {
   return y;
 }
 
+// Two numbers to an address that is a multiple of 8.
+FASTATTN_DEVICE void store_8_bytes(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
 // 16 bytes to an address that is a multiple of 16.
 FASTATTN_DEVICE void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);

@@ -10,23 +10,27 @@ namespace fastattn::cuda {
 
 struct WorkItem {
   int32_t row_tile, head, batch;  // head: of q, or of k where a tile packs all heads of a group
+  int32_t part;                   // of the tile's keys
 };
 
-// Tiles of all heads. Heads come in sections whose keys and values fit into the L2 cache together, and within
-// a section tiles come from the last rows to the first: with a causal mask from the longest to the shortest.
+// Tiles of all heads, each as often as its keys have parts. Heads come in sections whose keys and values fit
+// into the L2 cache together, and within a section tiles come from the last rows to the first: with a causal
+// mask from the longest to the shortest.
 struct Schedule {
   int32_t row_tiles = 0;
   int32_t heads = 0;    // of q, or of k where tiles pack the heads of a group
   int32_t section = 1;  // heads (of any batch entry) in a section; the last one may be smaller
   int32_t all_heads = 0;
-  int32_t size = 0;  // items
+  int32_t parts = 1;  // of the keys of each tile, which lie side by side
+  int32_t size = 0;   // items
 
-  FASTATTN_INLINE WorkItem item(int32_t index) const {
+  FASTATTN_INLINE WorkItem item(int32_t number) const {
+    const int32_t index = number / parts;
     const int32_t per_section = section * row_tiles;
     const int32_t first = index / per_section * section, within = index % per_section;
     const int32_t width = all_heads - first < section ? all_heads - first : section;
     const int32_t head = first + within % width;
-    return {row_tiles - 1 - within / width, head % heads, head / heads};
+    return {row_tiles - 1 - within / width, head % heads, head / heads, number % parts};
   }
 };
 

@@ -47,11 +47,8 @@ void launch_one(const ForwardArguments& a, int blocks, int device, void* stream)
 template <class Element, int kHeadDim>
 void ForwardKernels<Element, kHeadDim>::launch(Variant variant, const ForwardArguments& a, int blocks,
                                                int device, void* stream) {
-  if (variant == Variant::kRange) {
-    launch_one<Traits<Element, kHeadDim, Variant::kRange>>(a, blocks, device, stream);
-  } else {
-    launch_one<Traits<Element, kHeadDim, Variant::kGeneral>>(a, blocks, device, stream);
-  }
+  with_kernel<Element, kHeadDim>(
+      variant, [&](auto traits) { launch_one<decltype(traits)>(a, blocks, device, stream); });
 }
 
 template struct ForwardKernels<FASTATTN_ELEMENT, FASTATTN_HEAD_DIM>;

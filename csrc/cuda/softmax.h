@@ -13,8 +13,12 @@ constexpr float kInfinity = __builtin_huge_valf();
 FASTATTN_DEVICE constexpr int row_of(int element) { return element / 2 % 2; }
 FASTATTN_DEVICE constexpr int column_of(int element) { return element / 4 * 8 + element % 2; }
 
+// A row keeps its maximum until a score exceeds it by so many powers of two. Weights up to 256 are as exact
+// as those up to 1, and what was summed before hardly ever shrinks.
+constexpr float kSlack = 8;
+
 struct Softmax {
-  float max[2] = {-kInfinity, -kInfinity};  // in the unit of the scores
+  float max[2] = {-kInfinity, -kInfinity};  // or less by kSlack at most, in the unit of the scores
   float sum[2] = {0, 0};                    // of the columns that this thread holds
 
   // Turns scores into exp(unit * ln(2) * (s - max)) and returns the factors by which what was summed before
@@ -30,6 +34,7 @@ struct Softmax {
     for (int e = 0; e < 2; ++e) {
       top[e] = fmaxf(top[e], shuffle_xor(top[e], 1));
       top[e] = fmaxf(top[e], shuffle_xor(top[e], 2));
+      if ((top[e] - max[e]) * unit <= kSlack) top[e] = max[e];
       base[e] = top[e] == -kInfinity ? 0 : top[e];  // of a row that has seen nothing yet
       factor[e] = exp2_fast((max[e] - base[e]) * unit);
       max[e] = top[e];

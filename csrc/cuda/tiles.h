@@ -11,10 +11,11 @@ namespace fastattn::cuda {
 struct RowTile {
   int32_t b, h, h_kv;  // h: of the first of the packed heads
   int32_t i0, last;    // query positions, both included
+  int32_t part;        // of its keys
   Entry entry;
 
   FASTATTN_DEVICE RowTile(const ForwardArguments& a, const WorkItem& item)
-      : b(item.batch), i0(item.row_tile * a.positions), entry(entry_of(a, item.batch)) {
+      : b(item.batch), i0(item.row_tile * a.positions), part(item.part), entry(entry_of(a, item.batch)) {
     const int32_t heads_per_kv = static_cast<int32_t>(a.call.num_heads / a.call.num_heads_kv);
     h = a.group > 1 ? item.head * a.group : item.head;
     h_kv = h / heads_per_kv;
@@ -23,6 +24,14 @@ struct RowTile {
 
   FASTATTN_DEVICE bool exists() const { return last >= i0; }
 };
+
+// Where a part of the keys leaves what it found of a row: its place in Partial's max and sum, and its sums.
+FASTATTN_DEVICE int64_t partial_row(const ForwardArguments& a, const RowTile& tile, int32_t h, int32_t i) {
+  return tile.part * a.partial.rows + row_number(a, tile.entry, tile.b, h, i);
+}
+FASTATTN_DEVICE float* partial_sums(const ForwardArguments& a, const RowTile& tile, int32_t h, int32_t i) {
+  return a.partial.sums + partial_row(a, tile, h, i) * a.call.head_dim_v;
+}
 
 // The keys [first, stop) that rows of a tile see, and those that each of them sees.
 struct Span {
@@ -56,6 +65,22 @@ FASTATTN_DEVICE Span span_of(const ForwardArguments& a, const RowTile& tile) {
   return span;
 }
 
+// What falls to a tile's part of [begin, end): nothing, where there are more parts than that.
+FASTATTN_DEVICE KeyRange share_of(const ForwardArguments& a, const RowTile& tile, int32_t begin,
+                                  int32_t end) {
+  const int32_t parts = a.schedule.parts, count = end > begin ? end - begin : 0;
+  const int32_t each = count / parts, longer = count % parts;
+  const int32_t first = begin + tile.part * each + smaller(tile.part, longer);
+  return {first, first + each + (tile.part < longer ? 1 : 0)};
+}
+
+// The tiles of keys that a part of the span has.
+template <class Traits>
+FASTATTN_DEVICE KeyRange tiles_of(const ForwardArguments& a, const RowTile& tile, const Span& span) {
+  if (span.stop <= span.first) return {0, 0};
+  return share_of(a, tile, span.first / Traits::kKeys, (span.stop + Traits::kKeys - 1) / Traits::kKeys);
+}
+
 constexpr int32_t kAllBits = -1;  // a full tile of a block mask, and any tile without one
 constexpr int32_t kHidden = -2;   // a tile that is not in the list of a warpgroup's rows
 
@@ -75,11 +100,9 @@ class KeyTiles {
   // consumer: the warpgroup that asks, whose bits are wanted; any for the producer.
   FASTATTN_DEVICE KeyTiles(const ForwardArguments& a, const RowTile& tile, int consumer)
       : span_(span_of(a, tile)), consumer_(consumer) {
-    first_ = next_ = 0;
-    if (span_.stop > span_.first) {
-      first_ = span_.first / kKeys;
-      next_ = (span_.stop + kKeys - 1) / kKeys;
-    }
+    const KeyRange tiles = tiles_of<Traits>(a, tile, span_);
+    first_ = tiles.begin;
+    next_ = tiles.end;
     if constexpr (Traits::kGeneral) {
       const BlockMask& mask = a.call.block_mask;
       lists_ = mask.row_ptr != nullptr ? &mask : nullptr;
@@ -89,8 +112,10 @@ class KeyTiles {
 #pragma unroll
       for (int w = 0; w < Traits::kConsumers; ++w) {
         const int32_t row_tile = tile.i0 / static_cast<int32_t>(kMaskTile) + w;
-        begin_[w] = row_tile < row_tiles ? list[row_tile] : 0;
-        end_[w] = row_tile < row_tiles ? list[row_tile + 1] : 0;
+        if (row_tile >= row_tiles) continue;
+        const KeyRange entries = share_of(a, tile, list[row_tile], list[row_tile + 1]);
+        begin_[w] = entries.begin;
+        end_[w] = entries.end;
       }
     }
   }

@@ -10,7 +10,7 @@ template <class ElementType, int kHeadDim, Variant kVariant>
 struct Traits {
   using Element = ElementType;
   static constexpr TileConfig kConfig = config_of(kHeadDim, kVariant);
-  static_assert(kConfig.head_dim == kHeadDim && kConfig.variant == kVariant, "no such kernel in configs.h");
+  static_assert(is_listed(kHeadDim, kVariant), "no such kernel in configs.h");
   static constexpr bool kGeneral = kVariant == Variant::kGeneral;
   static constexpr int kDim = kHeadDim;
   static constexpr int kKeys = kConfig.keys;
@@ -29,6 +29,16 @@ struct Traits {
   static constexpr int kKvBytes = kConfig.kv_bytes();
   static constexpr int kBarriersAt = kQBytes + 2 * kStages * kKvBytes;
 };
+
+// Calls run with the traits of a variant's kernel.
+template <class Element, int kHeadDim, class Run>
+void with_kernel(Variant variant, const Run& run) {
+  if constexpr (is_listed(kHeadDim, Variant::kFull)) {
+    if (variant == Variant::kFull) return run(Traits<Element, kHeadDim, Variant::kFull>{});
+  }
+  if (variant == Variant::kRange) return run(Traits<Element, kHeadDim, Variant::kRange>{});
+  run(Traits<Element, kHeadDim, Variant::kGeneral>{});
+}
 
 // q, the stages of k, the stages of v, barriers. A matrix is [chunk][row][64 or 32 columns]: rows of one
 // swizzle's width, as a copy brings them and as products read them.

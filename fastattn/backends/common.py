@@ -113,6 +113,25 @@ def finish_gradients(
     return [dbias, ddiag, dsinks, dscore_weights]
 
 
+FEW_ROWS = 64  # of a head: decoding, and a little more
+SHORTEST_PART = 256  # keys; what the parts find is written and read once more
+
+
+def parts_of(tiles: int, seqlen_q: int, seqlen_k: int, slots: int) -> int:
+    """Into how many parts the keys of each row tile are divided: as many as all run at once; 1 undivided.
+
+    Args:
+        tiles: row tiles of all heads and entries.
+        seqlen_k: keys, or what a cache has room for.
+        slots: tiles that the device works on at a time.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        if seqlen_q > FEW_ROWS:
+            return 1
+        tiles = 1  # otherwise the bits of an entry would depend on how many there are beside it
+    return max(1, min(slots // max(tiles, 1), seqlen_k // SHORTEST_PART))
+
+
 def device_of(q: Tensor) -> Any:
     """A context in which launches go to q's device: they go to the current one."""
     if q.device.type != "cuda" or q.device.index == torch.cuda.current_device():

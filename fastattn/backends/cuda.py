@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import device_of, filled
+from fastattn.backends.common import device_of, filled, parts_of
 from fastattn.backends.cpu_views import DTYPE_CODES, Layout
 from fastattn.lowering import Operands, Params
 from fastattn.spec import AttentionSpec
@@ -42,8 +42,8 @@ def _against_the_machine(device: str) -> str:
     reasons = [module] if isinstance(module, str) else []
     if device != runs_on:
         reasons.append(f"it runs on {runs_on} tensors, not {device}")
-    elif not reasons:
-        reasons += _unsupported(module, torch.cuda.current_device() if device == "cuda" else 0)
+    elif not reasons and (problem := state()):
+        reasons.append(problem)
     return "; ".join(reasons)
 
 
@@ -52,17 +52,34 @@ def _against_the_machine(device: str) -> str:
 _against_the_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def state() -> str:
+    """What speaks against running the kernels on the current device, or an empty text.
+
+    Asked only where a tensor is on one: it starts the driver, after which a process cannot be forked.
+    """
+    module = library()
+    if isinstance(module, str):
+        return module
+    return _problem(module) or _against_the_device(
+        module, torch.cuda.current_device() if module.device_type() == "cuda" else 0
+    )
+
+
 @cache
-def _unsupported(module: Any, device: int) -> tuple[str, ...]:
-    """What speaks against a device. Asked only where a tensor is on one: it starts the driver, after which a
-    process cannot be forked."""
+def _problem(module: Any) -> str:
     if problem := module.problem():
-        return (problem,)
+        return str(problem)
+    usable = module.device_type() == "cpu" or torch.cuda.is_available()
+    return "" if usable else "this PyTorch finds no CUDA device"
+
+
+@cache
+def _against_the_device(module: Any, device: int) -> str:
     got = module.capability(device)
     return (
-        ()
+        ""
         if got == CAPABILITY
-        else (f"its kernels are for compute capability {CAPABILITY / 10}, not {got / 10}",)
+        else f"its kernels are for compute capability {CAPABILITY / 10}, not {got / 10}"
     )
 
 
@@ -115,6 +132,15 @@ def _launch(
     k, v = (_aligned(t, rows[-1:] if t.dim() == 4 else rows[:1]) for t in (k, v))
     seq = Layout(q, k, operands, params)
     totals = (q.shape[0], k.shape[0]) if seq.packed else (0, 0)
+    rooms: list[Tensor] = []  # until the kernels are in the stream, behind which their memory is used again
+
+    def room(tiles: int, multiprocessors: int, size: int) -> tuple[int, int]:
+        parts = parts_of(tiles, seq.seqlen_q, seq.seqlen_k, multiprocessors)
+        if parts == 1:
+            return 1, 0
+        rooms.append(q.new_empty(parts * size, dtype=torch.float32))
+        return parts, rooms[0].data_ptr()
+
     with device_of(q):
         try:
             library().attention_fwd(
@@ -128,6 +154,7 @@ def _launch(
                 totals,
                 q.device.index or 0,
                 torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0,
+                room,
                 seq.options(operands, params),
             )
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.backends import cuda
 from fastattn.dispatch import UNPROVEN
 
 
@@ -56,6 +57,7 @@ def collect(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda_devices": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "cuda_kernels": cuda.state() or None,
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTATTN_")
         },
@@ -83,6 +85,7 @@ def describe(facts: dict[str, Any]) -> str:
         "native core": core,
         "threads": f"{facts['threads']} (torch.get_num_threads()), {facts['cores']} cores available",
         "cuda devices": ", ".join(facts["cuda_devices"]) or "none",
+        "cuda kernels": facts["cuda_kernels"] or "usable",
     }
     if facts["environment"]:
         rows["environment"] = " ".join(f"{name}={value}" for name, value in facts["environment"].items())

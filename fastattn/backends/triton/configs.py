@@ -82,20 +82,7 @@ def forward_config(
 
 # Where a forward pass of few rows would leave multiprocessors idle, several programs share a row tile's keys.
 PROGRAMS_EACH = 2  # programs that a multiprocessor is given: more hide more of a load's latency
-SHORTEST_PART = 256  # keys; the parts' results are written and read once more
 MOST_PARTS = 64  # which one program reads at once
-
-
-def parts_of(programs: int, seqlen_k: int, processors: int) -> int:
-    """Into how many parts the keys of each row tile are divided; 1 where they are not.
-
-    Args:
-        programs: row tiles of all heads and entries.
-        seqlen_k: keys, or what a cache has room for.
-        processors: multiprocessors of the device.
-    """
-    wanted = -(-PROGRAMS_EACH * processors // max(programs, 1))
-    return max(1, min(wanted, seqlen_k // SHORTEST_PART, MOST_PARTS))
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.common import device_of
+from fastattn.backends.common import FEW_ROWS, device_of, parts_of
 from fastattn.backends.triton import arguments, descriptors
 from fastattn.backends.triton.arguments import pairs, per_row, rows
 from fastattn.backends.triton.attention_bwd_bias import attention_bwd_bias, attention_bwd_diagonals
@@ -19,12 +19,13 @@ from fastattn.backends.triton.attention_bwd_rows import attention_bwd_rows
 from fastattn.backends.triton.attention_combine import attention_combine
 from fastattn.backends.triton.attention_fwd import attention_fwd
 from fastattn.backends.triton.configs import (
+    MOST_PARTS,
+    PROGRAMS_EACH,
     TileConfig,
     backward_config,
     bias_config,
     block_dim,
     forward_config,
-    parts_of,
 )
 from fastattn.backends.triton.launch import (
     Programs,
@@ -41,7 +42,6 @@ from fastattn.strides import dense_last, resolved
 # Row tiles are dealt out to this many sums along diagonals, which are then added up: enough to fill a device
 # with a few heads, and few enough for O(N) memory.
 DIAGONAL_PARTS = 16
-FEW_ROWS = 64  # up to which keys may be divided: more rows are more programs
 
 
 class Launch:
@@ -84,11 +84,10 @@ class Launch:
 
     def workspace(self, programs: int, q: Tensor, out: Tensor) -> list[Tensor]:
         """Room for (out, m, l) of parts of the keys; empty where they are not divided."""
-        if self.blocks or self.lengths.seqlen_q > FEW_ROWS:
+        if self.blocks or self.lengths.seqlen_q > FEW_ROWS:  # more rows are more programs
             return []
-        # Otherwise the bits of an entry would depend on how many there are beside it.
-        programs = 1 if torch.are_deterministic_algorithms_enabled() else programs
-        count = parts_of(programs, self.lengths.seqlen_k, multiprocessors(q.device))
+        slots = PROGRAMS_EACH * multiprocessors(q.device)
+        count = min(parts_of(programs, self.lengths.seqlen_q, self.lengths.seqlen_k, slots), MOST_PARTS)
         if count == 1:
             return []
         by_row = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]

@@ -17,6 +17,7 @@ std::string barrier_name(int n, int stages) {
 template <class Traits>
 void run(const ForwardArguments& a, int blocks) {
   const uint32_t first = emulated::kSharedBase + Traits::kBarriersAt;
+  emulated::device_options().keys = Traits::kKeys;
   emulated::Options options = emulated::device_options().block;
   options.fault_barrier = first + 8 * options.fault_barrier;
   emulated::Launch launch{Traits::kThreads, static_cast<uint32_t>(Traits::kConfig.shared_bytes()), 0, blocks,
@@ -33,11 +34,7 @@ void run(const ForwardArguments& a, int blocks) {
 template <class Element, int kHeadDim>
 void ForwardKernels<Element, kHeadDim>::launch(Variant variant, const ForwardArguments& a, int blocks, int,
                                                void*) {
-  if (variant == Variant::kRange) {
-    run<Traits<Element, kHeadDim, Variant::kRange>>(a, blocks);
-  } else {
-    run<Traits<Element, kHeadDim, Variant::kGeneral>>(a, blocks);
-  }
+  with_kernel<Element, kHeadDim>(variant, [&](auto traits) { run<decltype(traits)>(a, blocks); });
 }
 
 template struct ForwardKernels<FASTATTN_ELEMENT, FASTATTN_HEAD_DIM>;

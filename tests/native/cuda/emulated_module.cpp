@@ -14,4 +14,5 @@ PYBIND11_MODULE(_emulated_cuda, m) {
     options.multiprocessors = multiprocessors;
     options.block = {seed, static_cast<emulated::Fault>(fault), barrier};
   });
+  m.def("launched_keys", [] { return emulated::device_options().keys; });
 }

@@ -86,6 +86,7 @@ T shuffle(T x, int lane) {
   return exchanged(x, lane, false);
 }
 inline uint32_t ballot(bool x) { return emulated::ballot(x); }
+inline bool any(bool x) { return emulated::ballot(x) != 0; }
 inline void sync_warp() { emulated::sync_warp(); }
 
 inline void sync_block() { emulated::named_barrier(0, 0, true); }
@@ -145,6 +146,10 @@ inline float to_float(BFloat16 x) {
   return y;
 }
 inline float to_float(Float16 x) { return emulated::from_float16(x.bits); }
+inline void store_8_bytes(float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
 inline void store_16_bytes(void* to, const uint32_t (&words)[4]) { std::memcpy(to, words, 16); }
 
 }  // namespace fastattn::cuda
