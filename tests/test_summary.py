@@ -235,6 +235,16 @@ def test_a_given_lse_of_any_layout(layout):
     assert torch.equal(given, before) and got.lse.data_ptr() != given.data_ptr()
 
 
+def test_a_negated_lse_where_kernels_get_addresses(monkeypatch):
+    """As with torch < 2.10: what was made of it must live until they have read it."""
+    monkeypatch.setattr(cpu, "reads_tensors", False)
+    q, k = qk(2, 2, 2, 5, 7, dtype=torch.float32)
+    want = summarize(q, k)
+    got = summarize(q, k, lse=torch._neg_view(-want.lse))
+    torch.testing.assert_close(got.entropy, want.entropy)
+    assert torch.equal(got.lse, want.lse)
+
+
 @pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_lse_of_rows_that_are_not_finite(value):
@@ -349,6 +359,26 @@ def test_the_same_bits_for_any_number_of_threads(use_threads, name):
         use_threads(threads)
         for a, b in zip(run(), expected, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool_mode", ["mean", "max"])
+@pytest.mark.parametrize("seqlen_q", [255, 256, 257, 320, 511, 700])
+def test_heads_of_two_chunks(use_threads, seqlen_q, pool_mode, dtype):
+    """Rows that are cut in two, cells across the cut too: right, and the same bits whoever adds them up."""
+    q, k = qk(1, 3, 1, seqlen_q, 70, dtype=dtype)
+    options = {"mask": causal(align="top_left"), "top_k": 2, "pool": (7, 9), "pool_mode": pool_mode}
+    use_threads(1)
+    expected = summarize(q, k, **options).tensors()
+    want = summarize(q.double(), k.double(), **options, backend="reference").tensors()
+    for name in ("entropy", "received", "distance", "lse", "pooled", "max_weight", "topk_weights"):
+        close = EXACT if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(expected[name].double(), want[name], **close)
+    for threads in (2, 3, 7):
+        use_threads(threads)
+        for name, tensor in summarize(q, k, **options).tensors().items():
+            assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native core is not built")

@@ -305,3 +305,14 @@ def test_a_table_and_a_row_of_numbers_for_keys(least):
     torch.testing.assert_close(got, heads_last(want), **EXACT)
     mask, bias = arguments.add_position_bias(None, row, table, q.dtype)
     assert (bias is table.bias) == (mask is not None) == (least != -3.0)
+
+
+def test_a_table_and_a_number_for_all_keys():
+    """One text sees every key, the other none, which makes it a row that is empty."""
+    layer = t5_layer("t5.T5Attention", False, True).double()
+    q, k, v = (torch.randn(2, 3, 40, 8, dtype=torch.float64) for _ in range(3))
+    number = torch.tensor([0.0, -math.inf], dtype=torch.float64).view(2, 1, 1, 1)
+    table = layer.compute_bias(40, 40)
+    got, _ = fastattn_attention(LAYER, q, k, v, number, position_bias=table)
+    want = attention(q, k, v, bias=table.to_dense() + number)
+    torch.testing.assert_close(got, heads_last(want), **EXACT)

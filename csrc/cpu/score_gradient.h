@@ -20,7 +20,7 @@ constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made toget
 // Of copied rows of Q and dO that a task keeps: about what stays in L2 and L3 beside the tile of keys.
 constexpr int64_t kKeptBytes = 2 << 20;
 
-// Packed panels of a 64-key tile, and P and dS of one 64 x 64 tile.
+// Packed panels and copied rows of a 64-key tile, copies of query rows, and P and dS of one 64 x 64 tile.
 template <class T>
 struct GradScratch {
   Buffer<T> key_panels, value_panels, keys, queries, douts, probabilities, gradients;
@@ -52,9 +52,9 @@ class GradTile {
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
     key_copy_ = scratch.keys.ensure(kKeyTile * width);
     const int64_t tiles = (seq_.len_q + kMaskTile - 1) / kMaskTile, tile = kMaskTile * width;
-    const bool in_place = this->in_place(queries_, p.head_dim) && this->in_place(douts_, p.head_dim_v);
+    const bool copies = !in_place(queries_, p.head_dim) || !in_place(douts_, p.head_dim_v);
     const int64_t bytes = 2 * heads * tiles * tile * static_cast<int64_t>(sizeof(T));
-    if (!in_place && heads > 0 && bytes <= kKeptBytes) kept_.resize(tiles, false);
+    if (copies && heads > 0 && bytes <= kKeptBytes) kept_.resize(tiles, false);
     query_copy_ = scratch.queries.ensure(kept_.empty() ? tile : heads * tiles * tile);
     dout_copy_ = scratch.douts.ensure(kept_.empty() ? tile : heads * tiles * tile);
     if (!kept_.empty()) {

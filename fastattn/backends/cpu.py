@@ -223,7 +223,7 @@ def hard_index(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tens
         q, k, operands, params: as in `forward`, of a dense call. operands.seed: draw from the softmax with
             it; None: take the largest score.
     """
-    seed = None if operands.seed is None else view(resolved(operands.seed))
+    seed = None if operands.seed is None else resolved(operands.seed)
     operands = prepare(q, k, operands._replace(seed=None), params)
     q, k = dense_last(q), dense_last(k)
     seq = Layout(q, k, operands, params)
@@ -231,6 +231,13 @@ def hard_index(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Tens
     options = seq.options(operands, params)
     threads = torch.get_num_threads()
     _C.hard_fwd(
-        DTYPE_CODES[q.dtype], seq.query(q), seq.key(k), view(index), seed, params.scale, threads, options
+        DTYPE_CODES[q.dtype],
+        seq.query(q),
+        seq.key(k),
+        view(index),
+        None if seed is None else view(seed),
+        params.scale,
+        threads,
+        options,
     )
     return index

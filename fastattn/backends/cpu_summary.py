@@ -108,7 +108,8 @@ def _run(
         topk = _passed(results.topk_weights), _passed(results.topk_indices)
     if 0 not in wanted.pool:
         pooled = POOL_MODES.index(wanted.pool_mode), _passed(results.pooled)
-    given = None if lse is None else _passed(resolved(lse))
+    lse = None if lse is None else resolved(lse)  # kept by its name, as kernels may get its address alone
+    given = None if lse is None else _passed(lse)
     threads = torch.get_num_threads()
     cpu._C.summary_fwd(DTYPE_CODES[dtype], q, k, given, scale, threads, rows, topk, pooled, options)
 
@@ -153,7 +154,7 @@ def backward(
     )
     if 0 in q.shape[:-1] or k.numel() == 0:
         return dq.zero_(), dk.zero_(), *finish_gradients(extra, operands, dlse)[:3]
-    q, k = dense_last(q), dense_last(k)
+    q, k, lse = dense_last(q), dense_last(k), resolved(lse)
     layout = Layout(q, k, operands, params)
     options = layout.options(operands, params) or {}
     options.update(layout.gradient_views(extra))
@@ -168,7 +169,7 @@ def backward(
         layout.key(k),
         keys,
         rows,
-        layout.rows(resolved(lse)),
+        layout.rows(lse),
         rows,
         None if dlse is None else layout.rows(dlse),
         layout.query(dq),

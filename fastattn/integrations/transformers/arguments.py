@@ -56,7 +56,7 @@ def add_position_bias(
 ) -> tuple[Mask | Tensor | None, Bias | Tensor]:
     """(mask, bias) with position_bias added to bias; a table of relative positions stays one if it can."""
     if isinstance(position_bias, BiasTensor):
-        visible = None if bias is None else _visible_keys(bias, position_bias.shape[2])
+        visible = None if bias is None else _visible_keys(bias, *position_bias.shape[2:])
         if visible is not None:
             mask, bias = both(mask, visible), None
         if bias is None:
@@ -66,8 +66,8 @@ def add_position_bias(
     return mask, position_bias if bias is None else bias + position_bias
 
 
-def _visible_keys(bias: Tensor, seqlen_q: int) -> Mask | None:
-    """The mask that bias [B, 1, 1, Lk] is, if it is 0 and the least number alone; else None.
+def _visible_keys(bias: Tensor, seqlen_q: int, seqlen_k: int) -> Mask | None:
+    """The mask that bias [B, 1, 1, 1|Lk] is, if it is 0 and the least number alone; else None.
 
     Added to a table such a row would make an N x N tensor.
     """
@@ -76,7 +76,7 @@ def _visible_keys(bias: Tensor, seqlen_q: int) -> Mask | None:
     visible = bias[:, 0, 0] == 0
     if not (visible | (bias[:, 0, 0] <= torch.finfo(bias.dtype).min)).all():
         return None
-    shape = MaskShape(len(visible), 1, seqlen_q, visible.shape[1])
+    shape = MaskShape(len(visible), 1, seqlen_q, seqlen_k)
     return Frame(shape, 0, 0, bias.device).keys(visible)
 
 
