@@ -33,7 +33,7 @@ def found(monkeypatch):
     return find
 
 
-@pytest.mark.parametrize("version", [None, "0.31.9", "0.9"])
+@pytest.mark.parametrize("version", [None, "0.31.9", "0.9", "0.31rc1"])
 @pytest.mark.parametrize("library", NEEDS)
 def test_what_to_install(found, library, version):
     least, extra = NEEDS[library]
@@ -42,6 +42,19 @@ def test_what_to_install(found, library, version):
     said = rf"^fastattn\.integrations\.{library} needs {library} {least} or newer{got}; run: pip install "
     with pytest.raises(ImportError, match=rf"{said}'fastattn\[{extra}\]'$"):
         importlib.import_module(f"fastattn.integrations.{library}")
+
+
+def test_a_bare_folder_is_no_library(found, tmp_path, monkeypatch):
+    found("transformers", None)
+    monkeypatch.delitem(sys.modules, "transformers")
+    (tmp_path / "transformers").mkdir()
+    monkeypatch.setattr(
+        sys, "path", [str(tmp_path), *(p for p in sys.path if not p.endswith("site-packages"))]
+    )
+    with pytest.raises(
+        ImportError, match=r"needs transformers 5\.16 or newer, got a module without a version"
+    ):
+        importlib.import_module("fastattn.integrations.transformers")
 
 
 class Model(nn.Module):

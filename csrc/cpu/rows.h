@@ -63,11 +63,12 @@ bool close_rows(const Rows& rows, int64_t dim) {
   return adjacent(rows, dim) && dim * static_cast<int64_t>(sizeof(T)) <= 256;
 }
 
-// Whether strips of columns of a tile's 64 rows can be read where they lie. Rows further apart, those of many
-// heads side by side, take a page each, and so all that the TLB of an L1 holds.
+// Whether products can read strips of columns of a tile's 64 rows where they lie. Rows further apart, those
+// of many heads side by side, fall into few sets of the L1 and so many pages that its TLB has room for little
+// else.
 template <class T>
-bool near_rows(const Rows& rows) {
-  return rows.strided() && rows.stride() * static_cast<int64_t>(sizeof(T)) <= 2048;
+bool strips_in_place(const Rows& rows, DType dtype, int64_t dim) {
+  return readable_in_place<T>(rows, dtype, dim) && rows.stride() * static_cast<int64_t>(sizeof(T)) <= 2048;
 }
 
 // A block of rows in the accumulator's type, padded to whole vectors, where they lie or copied.

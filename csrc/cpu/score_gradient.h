@@ -8,6 +8,7 @@
 #include "row_gradients.h"
 #include "rows.h"
 #include "score.h"
+#include "tile_rows.h"
 #include "weight_gradients.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -16,9 +17,6 @@ namespace fastattn::FASTATTN_ISA {
 // whose transposed lists say which query tiles see it.
 constexpr int64_t kKeyTile = kMaskTile;
 constexpr int64_t kGradGroup = 2 * kRows;  // rows whose P and dS are made together
-
-// Of copied rows of Q and dO that a task keeps: about what stays in L2 and L3 beside the tile of keys.
-constexpr int64_t kKeptBytes = 2 << 20;
 
 // Packed panels and copied rows of a 64-key tile, copies of query rows, and P and dS of one 64 x 64 tile.
 template <class T>
@@ -29,15 +27,16 @@ struct GradScratch {
 template <class T>
 class GradTile {
  public:
-  // Copies of query rows are kept for the next tile of keys if they are few: those of all `heads` that share
-  // the scratch, of which this is the one of that index. 0 heads: they are not, and tiles may begin anywhere.
+  // This is the `index`-th of the `heads` that share the scratch; 0 heads where none do (see TileRows).
   GradTile(const AttentionBackwardParams& p, const RowGradients<T>& rows, int64_t b, int64_t h,
            GradScratch<T>& scratch, int64_t index = 0, int64_t heads = 0)
       : p_(p),
         seq_(sequence_of(p, b)),
         rules_(p, b, h, seq_),
-        queries_(p, p.q, b, h, seq_.q_begin),
-        douts_(p, p.dout, b, h, seq_.q_begin),
+        queries_({p, p.q, b, h, seq_.q_begin}, p.dtype, p.head_dim, seq_.len_q, scratch.queries, index,
+                 heads),
+        douts_({p, p.dout, b, h, seq_.q_begin}, p.dtype, p.head_dim_v, seq_.len_q, scratch.douts, index,
+               heads),
         keys_(Rows::of_keys(p, p.k, b, p.head_kv(h), seq_)),
         values_(Rows::of_keys(p, p.v, b, p.head_kv(h), seq_)),
         dropout_(p),
@@ -47,20 +46,9 @@ class GradTile {
         residual_(rows.residual(b, h)),
         delta_(rows.delta(b, h)),
         products_(rows.products(b, h)) {
-    const int64_t width = std::max(copy_stride<T>(p.head_dim), copy_stride<T>(p.head_dim_v));
     key_panels_ = scratch.key_panels.ensure(kKeyTile * p.head_dim);
     value_panels_ = scratch.value_panels.ensure(kKeyTile * p.head_dim_v);
-    key_copy_ = scratch.keys.ensure(kKeyTile * width);
-    const int64_t tiles = (seq_.len_q + kMaskTile - 1) / kMaskTile, tile = kMaskTile * width;
-    const bool copies = !in_place(queries_, p.head_dim) || !in_place(douts_, p.head_dim_v);
-    const int64_t bytes = 2 * heads * tiles * tile * static_cast<int64_t>(sizeof(T));
-    if (copies && heads > 0 && bytes <= kKeptBytes) kept_.resize(tiles, false);
-    query_copy_ = scratch.queries.ensure(kept_.empty() ? tile : heads * tiles * tile);
-    dout_copy_ = scratch.douts.ensure(kept_.empty() ? tile : heads * tiles * tile);
-    if (!kept_.empty()) {
-      query_copy_ += index * tiles * tile;
-      dout_copy_ += index * tiles * tile;
-    }
+    key_copy_ = scratch.keys.ensure(kKeyTile * copy_stride<T>(p.head_dim));
     probabilities_ = scratch.probabilities.ensure(kMaskTile * kKeyTile);
     gradients_ = scratch.gradients.ensure(kMaskTile * kKeyTile);
   }
@@ -89,21 +77,18 @@ class GradTile {
                    static_cast<T>(p_.scale), key_panels_);
     pack_panels<T>([&](int64_t c) { return values_(j0_ + c); }, p_.dtype, j1_ - j0_, p_.head_dim_v, T{1},
                    value_panels_);
-    if (!in_place(keys_, p_.head_dim))
-      block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
+    if (!keys_in_place()) block_copied<T>(keys_, p_.dtype, j0_, j1_ - j0_, p_.head_dim, key_copy_);
   }
 
   // The tile's rows of K, to multiply dS with.
   Block<T> key_block() const {
-    if (in_place(keys_, p_.head_dim)) return block_in_place<T>(keys_, j0_);
+    if (keys_in_place()) return block_in_place<T>(keys_, j0_);
     return {key_copy_, copy_stride<T>(p_.head_dim)};
   }
 
   void load_queries(int64_t i0, int64_t i1) {
-    const bool is_kept = !kept_.empty() && kept_[i0 / kMaskTile];
-    query_block_ = rows_of(queries_, p_.head_dim, i0, i1, query_copy_, is_kept);
-    dout_block_ = rows_of(douts_, p_.head_dim_v, i0, i1, dout_copy_, is_kept);
-    if (!kept_.empty()) kept_[i0 / kMaskTile] = true;
+    query_block_ = queries_.load(i0, i1);
+    dout_block_ = douts_.load(i0, i1);
     i0_ = i0;
   }
 
@@ -170,17 +155,7 @@ class GradTile {
   }
 
  private:
-  bool in_place(const Rows& rows, int64_t dim) const {
-    return readable_in_place<T>(rows, p_.dtype, dim) && near_rows<T>(rows);
-  }
-
-  Block<T> rows_of(const Rows& rows, int64_t dim, int64_t i0, int64_t i1, T* copies, bool is_kept) const {
-    if (in_place(rows, dim)) return block_in_place<T>(rows, i0);
-    const int64_t stride = copy_stride<T>(dim);
-    T* copy = copies + (kept_.empty() ? 0 : i0 * stride);
-    if (is_kept) return {copy, stride};
-    return block_copied<T>(rows, p_.dtype, i0, i1 - i0, dim, copy);
-  }
+  bool keys_in_place() const { return strips_in_place<T>(keys_, p_.dtype, p_.head_dim); }
 
   static void clear_outside(T* row, const KeyRange& range) {
     std::fill(row, row + range.begin, T{0});
@@ -190,14 +165,14 @@ class GradTile {
   const AttentionBackwardParams& p_;
   const Sequence seq_;
   const ScoreRules<T> rules_;
-  const Rows queries_, douts_, keys_, values_;
+  TileRows<T> queries_, douts_;
+  const Rows keys_, values_;
   const Dropout dropout_;
   const WeightGradients<T> weight_gradients_;
   const uint32_t bh_;
   const T *lse_, *residual_, *delta_, *products_;
-  T *key_panels_, *value_panels_, *key_copy_, *query_copy_, *dout_copy_, *probabilities_, *gradients_;
+  T *key_panels_, *value_panels_, *key_copy_, *probabilities_, *gradients_;
   Block<T> query_block_{}, dout_block_{};
-  Vector<char> kept_;  // whether the copies of a tile of rows are there; empty where none are kept
   int64_t i0_ = 0, j0_ = 0, j1_ = 0;
 };
 

@@ -17,7 +17,8 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kMaxChunks = 16;
-constexpr int64_t kMinChunkRows = 256;  // but for two chunks, which need half of it: more tasks than heads
+constexpr int64_t kMinChunkRows =
+    256;  // heads of 256 to 511 rows form two all the same: more tasks than heads
 constexpr int64_t kPartialBytes = 32 << 20;  // of partial sums at a time, where there are several heads
 
 // How a head's rows are cut: by their number alone.

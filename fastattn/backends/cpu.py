@@ -39,10 +39,7 @@ def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def is_lse_of(lse: Any, q: Tensor) -> bool:
-    """Whether nothing needs a check about lse, that of a call of which `are_plain` takes q.
-
-    False where it is no lse of such a call, or where that takes a closer look.
-    """
+    """Whether lse needs no check: a plain CPU tensor of the dtype and shape that a call with q returns."""
     return reads_tensors and _C.is_lse_of(lse, q)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 
 def need(library: str, least: tuple[int, int], extra: str) -> None:
@@ -16,8 +17,8 @@ def need(library: str, least: tuple[int, int], extra: str) -> None:
     """
     cause: ImportError | None = None
     try:
-        version = importlib.import_module(library).__version__
-        if tuple(map(int, version.split(".")[:2])) >= least:
+        version = getattr(importlib.import_module(library), "__version__", "a module without a version")
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) >= least:
             return
         got = f", got {version}"
     except ImportError as error:

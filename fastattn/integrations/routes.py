@@ -17,7 +17,7 @@ from torch import nn
 from fastattn.integrations.handwritten.scan import attends_in_script, style
 from fastattn.integrations.handwritten.swap import is_ours, is_swapped, stock_of, swap, swap_back
 from fastattn.integrations.off_interface import LEFT as LEFT_IN_TRANSFORMERS
-from fastattn.integrations.off_interface import WRITTEN_OUT as NAMED
+from fastattn.integrations.off_interface import WRITTEN_OUT as WRITTEN_OUT_IN_TRANSFORMERS
 from fastattn.integrations.timm import LEFT as LEFT_IN_TIMM
 from fastattn.integrations.torch import replace_modules
 from fastattn.nn import MultiheadAttention
@@ -250,7 +250,7 @@ def _swap(work: Work) -> None:
 
 def _how(module: nn.Module) -> str | None:
     """What swapping a module would do, whether or not it can be swapped; None where it does not attend."""
-    if _is_of_transformers(module) and stock_of(module).__name__ in NAMED:
+    if _is_of_transformers(module) and stock_of(module).__name__ in WRITTEN_OUT_IN_TRANSFORMERS:
         return WRITTEN_OUT
     found = style(module)
     if found in ("written out", "opaque", "scripted"):
