@@ -118,22 +118,23 @@ bool is_lse_of(py::handle lse, py::handle q) {
          rows.rank == 3 && queries.rank == 4 && std::equal(rows.shape, rows.shape + 3, queries.shape);
 }
 
-// rows: entropy, distance, max_weight, max_index, received and lse; topk: weights and indices; pooled: the
-// mode and the grid; given: an lse to use.
-void read_summary_outputs(const py::tuple& rows, const std::optional<py::tuple>& topk,
-                          const std::optional<py::tuple>& pooled, py::handle given, SummaryParams& p) {
+// outputs: entropy, distance, max_weight, max_index, received and lse; topk: weights and indices, or None;
+// pooled: the mode and the grid, or None.
+void read_summary_outputs(py::handle outputs, py::handle topk, py::handle pooled, SummaryParams& p) {
   Tensor* const tensors[] = {&p.entropy, &p.distance, &p.max_weight, &p.max_index, &p.received, &p.lse};
+  const py::tuple rows = tuple_of(outputs, std::size(tensors));
   for (size_t n = 0; n < std::size(tensors); ++n) *tensors[n] = view_of(rows[n]).rows();
-  if (!given.is_none()) p.given = view_of(given).rows();
-  if (topk) {
-    const View weights = view_of((*topk)[0]);
+  if (!topk.is_none()) {
+    const py::tuple links = tuple_of(topk, 2);
+    const View weights = view_of(links[0]);
     p.top_k = weights.dim(3);
     p.topk_weights = weights.tensor();
-    p.topk_indices = view_of((*topk)[1]).tensor();
+    p.topk_indices = view_of(links[1]).tensor();
   }
-  if (pooled) {
-    const View cells = view_of((*pooled)[1]);
-    p.pool_mode = static_cast<PoolMode>((*pooled)[0].cast<int>());
+  if (!pooled.is_none()) {
+    const py::tuple grid = tuple_of(pooled, 2);
+    const View cells = view_of(grid[1]);
+    p.pool_mode = static_cast<PoolMode>(grid[0].cast<int>());
     p.pool_rows = cells.dim(2);
     p.pool_cols = cells.dim(3);
     p.pooled = cells.tensor();
@@ -141,13 +142,14 @@ void read_summary_outputs(const py::tuple& rows, const std::optional<py::tuple>&
 }
 
 void summary_fwd(int dtype, py::handle q, py::handle k, py::handle given, double scale, int num_threads,
-                 const py::tuple& rows, const std::optional<py::tuple>& topk,
-                 const std::optional<py::tuple>& pooled, const std::optional<py::dict>& options) {
+                 py::handle outputs, py::handle topk, py::handle pooled,
+                 const std::optional<py::dict>& options) {
   SummaryParams p;
   const View queries = view_of(q), keys = view_of(k);
   read_call(p, dtype, queries, keys, keys, queries, View{}, scale, num_threads);
   p.v = p.out = Tensor{};
-  read_summary_outputs(rows, topk, pooled, given, p);
+  if (!given.is_none()) p.given = view_of(given).rows();
+  read_summary_outputs(outputs, topk, pooled, p);
   read_options(options, p);
   const py::gil_scoped_release release;
   cpu_kernels().summary_fwd(p);

@@ -95,7 +95,7 @@ def _run(
     wanted: Wanted,
 ) -> None:
     """Fills the results."""
-    rows = (
+    outputs = (
         _passed(results.entropy),
         _passed(results.distance),
         _passed(results.max_weight),
@@ -111,7 +111,7 @@ def _run(
     lse = None if lse is None else resolved(lse)  # kept by its name, as kernels may get its address alone
     given = None if lse is None else _passed(lse)
     threads = torch.get_num_threads()
-    cpu._C.summary_fwd(DTYPE_CODES[dtype], q, k, given, scale, threads, rows, topk, pooled, options)
+    cpu._C.summary_fwd(DTYPE_CODES[dtype], q, k, given, scale, threads, outputs, topk, pooled, options)
 
 
 def _passed(tensor: Tensor) -> Tensor | View:
