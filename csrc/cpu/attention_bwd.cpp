@@ -234,10 +234,8 @@ class Backward {
   // P and dS of one tile, and dQ += dS K.
   void run_query_tile(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1, T* dq) {
     const Block<T>& keys = tile.key_block();
-    for_each_group(tile, tile_bits, i0, i1, [](int64_t, int64_t, const KeyRange&) {});
-    const auto columns_of = [&](int64_t i, int64_t rows) { return tile.columns(i, rows); };
-    for_each_run_of_groups(i0, i1, columns_of, [&](int64_t i, int64_t rows, const KeyRange& columns) {
-      const int64_t r = i - i0;
+    fill(tile, tile_bits, i0, i1);
+    for_each_run_of_rows(tile, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
       gemm<T, false>(rows, width_q_, columns.end - columns.begin,
                      tile.gradients() + r * kKeyTile + columns.begin, kKeyTile,
                      keys.data + columns.begin * keys.stride, keys.stride, dq + r * width_q_, width_q_, true);
@@ -252,8 +250,9 @@ class Backward {
     std::fill_n(tile_dk, kKeyTile * width_q_, T{0});
     const Block<T>& keys = tile.key_block();
     KeyRange reached{kKeyTile, 0};
-    for_each_group(tile, tile_bits, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
-      const Block<T>& queries = tile.query_block();
+    fill(tile, tile_bits, i0, i1);
+    const Block<T>& queries = tile.query_block();
+    for_each_run_of_rows(tile, i0, i1, [&](int64_t r, int64_t rows, const KeyRange& columns) {
       pair_gradients<T>(p_.score,
                         {tile.gradients() + r * kKeyTile, queries.data + r * queries.stride, keys.data,
                          queries.stride, keys.stride, dq + r * width_q_, tile_dk, dw, width_q_, kKeyTile},
@@ -263,21 +262,26 @@ class Backward {
     for (int64_t n = reached.begin * width_q_; n < reached.end * width_q_; ++n) dk[n] += tile_dk[n];
   }
 
-  // Calls visit(first row of the tile, rows, columns) for each group of rows, with its P and dS in the tile.
-  template <class Visit>
-  void for_each_group(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1,
-                      const Visit& visit) {
+  // P and dS of one tile.
+  void fill(GradTile<T>& tile, const int32_t* tile_bits, int64_t i0, int64_t i1) {
     tile.load_queries(i0, i1);
     for (int64_t i = i0; i < i1; i += kGradGroup) {
       const int64_t rows = std::min(kGradGroup, i1 - i);
       const KeyRange columns = tile.columns(i, rows);
-      if (columns.empty()) {
+      if (columns.empty())
         tile.clear(i, rows);
-        continue;
-      }
-      tile.compute(tile_bits, i, rows, columns, false);
-      visit(i - i0, rows, columns);
+      else
+        tile.compute(tile_bits, i, rows, columns, false);
     }
+  }
+
+  // Calls visit(first row, relative to the tile, rows, columns) for the runs of groups that see the same
+  // columns.
+  template <class Visit>
+  void for_each_run_of_rows(const GradTile<T>& tile, int64_t i0, int64_t i1, const Visit& visit) {
+    for_each_run_of_groups(
+        i0, i1, [&](int64_t i, int64_t rows) { return tile.columns(i, rows); },
+        [&](int64_t i, int64_t rows, const KeyRange& columns) { visit(i - i0, rows, columns); });
   }
 
   // dV += P^T dO and dK += dS^T Q, each group of keys over the rows that its band reaches.
