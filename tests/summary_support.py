@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+from call_support import NATIVE, qkv
 from torch import Tensor
 
 import fastattn
@@ -26,7 +28,15 @@ LOSSES = ("entropy", "received", "distance", "lse", "pooled")  # those that grad
 SINGLE = ("max_weight", "topk_weights")
 INDICES = ("max_index", "topk_indices")
 
+BACKENDS = [pytest.param("cpu", marks=pytest.mark.skipif(not NATIVE, reason="no native core")), "reference"]
+
 Named = dict[str, Tensor]
+
+
+def qk(*shape: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """q and k of `call_support.qkv`."""
+    q, k, _ = qkv(*shape, **options)
+    return q, k
 
 
 @dataclass(frozen=True)

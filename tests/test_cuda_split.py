@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_support import check_emulated, half, on_emulated_device
-from split_support import small_parts
+from split_support import few_rows, options, small_parts
 from test_cuda_emulation import BY_NAME, FORWARD, random_half
 
 import fastattn
 from fastattn import masks
 from fastattn.backends import cuda
-from fastattn.biases import ALiBi
 from fastattn.testing import Case
 
 SAMPLE = (
@@ -69,24 +68,10 @@ def test_each_kernel(head_dim: int, option: dict, counts: list[int], monkeypatch
 
 
 def tensors(seqlen_q: int = 2, seqlen_k: int = 400, batch: int = 2) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    sizes = ((batch, 4, seqlen_q), (batch, 2, seqlen_k), (batch, 2, seqlen_k))
-    return [torch.randn(*size, 64, generator=generator).half() for size in sizes]
+    return [t.half() for t in few_rows(seqlen_q, seqlen_k, 64, batch)]
 
 
-BOTTOM = torch.tensor([-math.inf, 0.0, 3.0, 200.0])
-OPTIONS: dict[str, Any] = {
-    "plain": {},
-    "window": {"mask": masks.window(20, 0)},  # most parts see nothing
-    "ranges": {"mask": masks.padding(torch.tensor([150, 0]), torch.tensor([100, 0]))},  # nor does an entry
-    "bool": {"mask": torch.arange(400)[None] % 7 == torch.arange(2)[:, None]},
-    "blocks": {"mask": masks.prefix(torch.tensor([300, 4])) | masks.causal()},
-    "alibi": {"bias": ALiBi(torch.tensor([0.5, 0.1, 1.0, 2.0]))},
-    "sinks": {"sinks": BOTTOM, "softcap": 5.0},
-    "sinks alone": {"sinks": BOTTOM, "mask": masks.padding(torch.tensor([0, 3]))},
-    "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([11])},
-    "large scores": {"scale": 100.0},
-}
+OPTIONS = options(400) | {"blocks": {"mask": masks.prefix(torch.tensor([300, 4])) | masks.causal()}}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

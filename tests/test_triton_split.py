@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from split_support import small_parts
+from split_support import few_rows, options, small_parts
 from test_cases import BY_NAME, prepared
 from triton_support import needs_triton
 
@@ -14,7 +14,6 @@ import fastattn
 from fastattn import masks
 from fastattn.backends import common
 from fastattn.backends import triton as backend
-from fastattn.biases import ALiBi
 from fastattn.testing import CASES, Case, make_inputs
 from fastattn.testing.checking import check_case, refusal
 
@@ -49,26 +48,10 @@ def test_every_case(case: Case, counts: list[int]):
 
 
 def tensors(seqlen_q: int = 2, seqlen_k: int = 300, dim: int = 16) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    sizes = ((2, 4, seqlen_q), (2, 2, seqlen_k), (2, 2, seqlen_k))
-    return [torch.randn(*size, dim, generator=generator, requires_grad=True) for size in sizes]
+    return [t.requires_grad_() for t in few_rows(seqlen_q, seqlen_k, dim)]
 
 
-BOTTOM = torch.tensor([float("-inf"), 0.0, 3.0, 200.0])
-OPTIONS = {
-    "plain": {},
-    "causal": {"mask": masks.causal()},
-    "window": {"mask": masks.window(20, 0)},  # most parts see nothing
-    "ranges": {
-        "mask": masks.padding(torch.tensor([150, 0]), torch.tensor([100, 0]))
-    },  # an entry sees nothing
-    "bool": {"mask": torch.arange(300)[None] % 7 == torch.arange(2)[:, None]},
-    "alibi": {"bias": ALiBi(torch.tensor([0.5, 0.1, 1.0, 2.0]))},
-    "sinks": {"sinks": BOTTOM, "softcap": 5.0},
-    "sinks alone": {"sinks": BOTTOM, "mask": masks.padding(torch.tensor([0, 3]))},
-    "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([11])},
-    "large scores": {"scale": 100.0},
-}
+OPTIONS = options(300) | {"causal": {"mask": masks.causal()}}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
