@@ -6,10 +6,11 @@
 #
 # Steps: report (the machine), install (the package, from this checkout), tests (tests/test_gpu.py and others that take a
 # CUDA device), check (every case against the float64 reference), speed (against PyTorch's paths). check and speed are the
-# parts of `python -m fastattn bench --gpu`. host-time: what a small call costs the processor.
-# tma: check and speed again with loads by descriptors, beside those of speed. cuda builds the CUDA kernels, where there is nvcc, checks them, and runs some
-# small cases under compute-sanitizer; cuda-speed times them. Nothing is fetched: the python3 on PATH must have torch with CUDA and triton
-# (PYTHON=... names another). The native core for CPU is built where a compiler, cmake, ninja and pybind11 are there.
+# parts of `python -m fastattn bench --gpu`. host-time: what a small call costs the processor. tma: check and speed again
+# with loads by descriptors, beside those of speed. cuda builds the CUDA kernels, where there is nvcc, checks them, and
+# runs some small cases under compute-sanitizer; cuda-speed times them. Nothing is fetched: the python3 on PATH must have
+# torch with CUDA and triton (PYTHON=... names another). The native core for CPU is built where a compiler, cmake, ninja
+# and pybind11 are there.
 #
 # The status is 0 where every step that ran succeeded. OUT=... names the folder for logs (default: gpu-proof).
 set -uo pipefail
