@@ -49,4 +49,4 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 def _is_on(device: str) -> bool:
     if torch.compiler.is_compiling():  # torch 2.9 cannot trace is_autocast_available
         return device != "meta" and torch.is_autocast_enabled(device)
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,15 +136,16 @@ def _is_fusable(call: Call, projections: Projections, output: Output) -> bool:
     tensors = [
         t for t in (*projections.inputs, *projections.weights, projections.bias, *output) if t is not None
     ]
-    sizes = (*call.q.shape, *call.k.shape, *call.v.shape)
+    options = () if call.bias is None and call.sinks is None else tree_leaves((call.bias, call.sinks))
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and all(t.is_cpu for t in tensors)
         and not autograd.is_traced(*tensors)
-        and not autograd.has_tangent(*tensors, *tree_leaves((call.bias, call.sinks)))
+        and not autograd.has_tangent(*tensors, *options)
         and call.dropout_p < 1
-        and 0 not in sizes
+        and call.q.numel() > 0
+        and call.k.numel() > 0
         and not watch.is_watched()
         and dispatch.choose(call) is cpu
     )
@@ -162,7 +163,7 @@ def _fused(
         return run.forward(projections, output)[:2]
     fixed = () if operands is NO_OPERANDS else operands[DIFFERENTIABLE:]
     constants = (projections.layout, len(projections.inputs), params, (need_weights, average))
-    y, weights = _MultiHead.apply(constants, fixed, *operands[:DIFFERENTIABLE], *tensors)
+    y, weights = _apply(constants, fixed, *operands[:DIFFERENTIABLE], *tensors)
     if weights is not None:
         scored = projections.without(2)
         options = [getattr(call, name) for name in _WEIGHTS_READ]
@@ -206,11 +207,18 @@ class _Run:
         packed = projections.project()
         q, k, v = self.layout.split(packed)
         weights = cpu.weights_like(q, k, self.average) if self.need_weights else None
-        out, lse = cpu.forward(q, k, v, self.operands, self.params, need_lse, weights)
-        context = self.layout.from_heads(out)
-        # Not views: autograd refuses to change a function's view in place.
-        y = F.linear(context.flatten(0, 1), *output)
-        y = torch.ops.aten._unsafe_view(y, (*context.shape[:2], y.shape[1]))
+        x, (w_out, b_out) = packed[0], output
+        a, b, _ = x.shape  # B and L, in the order of the layout
+        context = x.new_empty(a, b, w_out.shape[1])
+        out = self.layout.to_heads(context)
+        out, lse = cpu.forward(q, k, v, self.operands, self.params, need_lse, weights, out)
+        # No view: autograd refuses to change a view that a function made in place.
+        y = x.new_empty(a, b, w_out.shape[0])
+        flat = context.view(a * b, -1)
+        if b_out is None:
+            torch.mm(flat, w_out.t(), out=y.view(a * b, -1))
+        else:
+            torch.addmm(b_out, flat, w_out.t(), out=y.view(a * b, -1))
         if weights is not None:
             if self.average:
                 batch, _, *matrix = weights.shape
@@ -286,6 +294,10 @@ class _MultiHead(torch.autograd.Function):
                 return run.backward(dy.to(out.dtype), projections, output, packed, out, lse, needs)
 
         return None, None, *without_double_backward(gradients, dy, *ctx.saved_tensors)
+
+
+# As `autograd.plain`: `_is_fusable` has looked for transforms.
+_apply: Callable[..., Output] = super(torch.autograd.Function, _MultiHead).apply
 
 
 def _gathered(constants: Any, fixed: Any, tensors: Any) -> tuple[_Run, Projections, Output]:

@@ -8,9 +8,8 @@ the backward products then read whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,10 @@ from fastattn.validation import check_tensor
 
 _NAMES = ("query", "key", "value")
 _CALL_NAMES = {"q": "query", "k": "key", "v": "value"}
+_TOGETHER = ((0, 1, 2),)  # the groups of packed self-attention: the whole weight is one product's
 
 
-@dataclass(frozen=True)
-class HeadLayout:
+class HeadLayout(NamedTuple):
     """The numbers of a projection.
 
     Args:
@@ -54,24 +53,24 @@ class HeadLayout:
         """q [B, Hq, L, D], k and v [B, Hkv, S, D] as views of the groups' products."""
         views: list[Tensor] = []
         for group, tensor in zip(self.groups, packed, strict=True):
-            counts = [self.heads(which) for which in group]
             heads = self.to_heads(tensor)
-            views.extend(heads.split(counts, 1) if len(counts) > 1 else (heads,))
+            counts = [self.heads(which) for which in group]
+            views.extend(heads.split_with_sizes(counts, 1) if len(counts) > 1 else (heads,))
         return views
 
     def to_heads(self, packed: Tensor) -> Tensor:
         """[B, H, L, D] of [B, L, H D] or [L, B, H D]."""
-        heads = packed.view(*packed.shape[:2], packed.shape[2] // self.head_dim, self.head_dim)
-        return heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(1, 2, 0, 3)
+        a, b, rows = packed.shape
+        heads = packed.view(a, b, rows // self.head_dim, self.head_dim)
+        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def from_heads(self, heads: Tensor) -> Tensor:
         """The inverse of `to_heads`: a view where the heads lie side by side, as kernels leave them."""
-        packed = heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(2, 0, 1, 3)
+        packed = heads.transpose(1, 2) if self.batch_first else heads.permute(2, 0, 1, 3)
         return packed.flatten(2)
 
 
-@dataclass(frozen=True)
-class Projections:
+class Projections(NamedTuple):
     """The inputs and weights of one call.
 
     Args:
@@ -104,12 +103,14 @@ class Projections:
         groups: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,))
         inputs: tuple[Tensor, ...] = (query, key, value)
         if packed and value is key:
-            groups, inputs = (((0, 1, 2),), (query,)) if key is query else (((0,), (1, 2)), (query, key))
+            groups, inputs = (_TOGETHER, (query,)) if key is query else (((0,), (1, 2)), (query, key))
         layout = HeadLayout(num_heads, num_heads_kv, head_dim, batch_first, groups)
         return Projections(layout, inputs, (weights,) if isinstance(weights, Tensor) else weights, bias)
 
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """(input, weight, bias) of each group's product."""
+        if self.layout.groups == _TOGETHER:
+            return [(self.inputs[0], self.weights[0], self.bias)]
         rows = self.layout.rows()
         packed = self._is_packed
         return [
@@ -144,7 +145,7 @@ class Projections:
                 kept.append(n)
         weights = self.weights if self._is_packed else tuple(self.weights[n] for n in kept)
         inputs = tuple(self.inputs[n] for n in kept)
-        return Projections(replace(layout, groups=tuple(groups)), inputs, weights, self.bias)
+        return Projections(layout._replace(groups=tuple(groups)), inputs, weights, self.bias)
 
     def backward(
         self, grads: Sequence[Tensor], needs: Sequence[bool]
@@ -167,28 +168,32 @@ class Projections:
             torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None
             for weight, need in zip(self.weights, need_weights, strict=True)
         ]
-        packed = self._is_packed
-        for n, (begin, end) in enumerate(self.layout.rows()):
-            into = dweights[0] if packed else dweights[n]
+        targets = dweights
+        if self._is_packed and count > 1 and dweights[0] is not None:
+            targets = [dweights[0][begin:end] for begin, end in self.layout.rows()]
+        elif self._is_packed:
+            targets = dweights * count
+        for grad, x, into in zip(flat, self.inputs, targets, strict=True):
             if into is not None:
-                target = into[begin:end] if packed else into
-                torch.mm(flat[n].mT, self.inputs[n].flatten(0, 1), out=target)
-        dbias = torch.cat([grad.sum(0) for grad in flat]) if need_bias and self.bias is not None else None
+                torch.mm(grad.mT, x.flatten(0, 1), out=into)
+        dbias = None
+        if need_bias and self.bias is not None:
+            sums = [grad.sum(0) for grad in flat]
+            dbias = sums[0] if len(sums) == 1 else torch.cat(sums)
         return dinputs, dweights, dbias
 
     def call(self, **options: Any) -> Call:
         """The attention call on the heads, with stand-ins of their shapes in place of q, k and v."""
-        lengths = {
-            which: x for x, group in zip(self.inputs, self.layout.groups, strict=True) for which in group
-        }
-        lengths.setdefault(2, lengths[1])
+        layout, query, key = self.layout, self.inputs[0], self.inputs[min(1, len(self.inputs) - 1)]
 
-        def heads(which: int) -> Tensor:
-            x = lengths[which]
-            batch, seqlen = x.shape[:2] if self.layout.batch_first else (x.shape[1], x.shape[0])
-            return x.new_empty(()).expand(batch, self.layout.heads(which), seqlen, self.layout.head_dim)
+        def stand_in(x: Tensor, heads: int) -> Tensor:
+            batch, seqlen = x.shape[:2] if layout.batch_first else (x.shape[1], x.shape[0])
+            return x.new_empty(()).expand(batch, heads, seqlen, layout.head_dim)
 
-        return Call("attention", heads(0), heads(1), heads(2), names=_CALL_NAMES, **options)
+        q = stand_in(query, layout.num_heads)
+        is_like_q = key is query and layout.num_heads_kv == layout.num_heads
+        k = q if is_like_q else stand_in(key, layout.num_heads_kv)
+        return Call("attention", q, k, k, names=_CALL_NAMES, **options)
 
 
 def check_projections(
@@ -208,28 +213,24 @@ def check_projections(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value got.
     """
-    inputs = [query, query if key is None else key]
-    inputs.append(inputs[1] if value is None else value)
+    key = query if key is None else key
+    value = key if value is None else value
+    inputs = (query, key, value)
     device = query.device if isinstance(query, Tensor) else None
     for name, x in zip(_NAMES, inputs, strict=True):
+        if x is query and name != "query":
+            continue
         check_tensor(name, x, device, "query")
         if x.dim() != 3:
             layout = "[B, L, E]" if batch_first else "[L, B, E]"
             raise ValueError(f"{name} must be 3-D {layout}, got shape {list(x.shape)}")
     if query.dtype not in FLOAT_DTYPES:
         raise TypeError(f"query must be floating point, got {dtype_name(query.dtype)}")
-    at = 0 if batch_first else 1
-    for name, x in zip(_NAMES[1:], inputs[1:], strict=True):
-        if x.shape[at] != query.shape[at]:
-            raise ValueError(f"{name} must have query's batch size {query.shape[at]}, got {x.shape[at]}")
-    if inputs[1].shape[:2] != inputs[2].shape[:2]:
-        want, got = inputs[1].shape[1 - at], inputs[2].shape[1 - at]
-        raise ValueError(f"value must have key's length {want}, got {got}")
+    _check_sizes(inputs, 0 if batch_first else 1)
     head_dim = _check_in_proj(weights, inputs, num_heads, num_heads_kv)
     if head_dim == 0:
         raise ValueError("in_proj_weight must have rows, got none")
-    total = (num_heads + 2 * num_heads_kv) * head_dim
-    _check_vector("in_proj_bias", bias, total)
+    _check_vector("in_proj_bias", bias, (num_heads + 2 * num_heads_kv) * head_dim)
     check_tensor("out_proj_weight", out_weight, device, "query")
     if out_weight.dim() != 2 or out_weight.shape[1] != num_heads * head_dim:
         raise ValueError(
@@ -237,19 +238,32 @@ def check_projections(
         )
     _check_vector("out_proj_bias", out_bias, out_weight.shape[0])
     given = weights if isinstance(weights, tuple) else (weights,)
-    names = (
-        "key",
-        "value",
-        *["in_proj_weight"] * len(given),
-        "in_proj_bias",
-        "out_proj_weight",
-        "out_proj_bias",
-    )
-    for name, tensor in zip(names, (*inputs[1:], *given, bias, out_weight, out_bias), strict=True):
+    for name, tensor in (
+        ("key", key),
+        ("value", value),
+        *(("in_proj_weight", weight) for weight in given),
+        ("in_proj_bias", bias),
+        ("out_proj_weight", out_weight),
+        ("out_proj_bias", out_bias),
+    ):
         if tensor is not None and tensor.dtype != query.dtype:
             found = dtype_name(tensor.dtype)
             raise TypeError(f"{name} must have query's dtype {dtype_name(query.dtype)}, got {found}")
     return head_dim
+
+
+def _check_sizes(inputs: tuple[Tensor, ...], batch: int) -> None:
+    """That the inputs, whose batch is that dimension, have the same batch size, and keys as many values."""
+    query, key, value = inputs
+    if key is query and value is query:
+        return
+    for name, x in zip(_NAMES[1:], inputs[1:], strict=True):
+        if x.shape[batch] != query.shape[batch]:
+            want, got = query.shape[batch], x.shape[batch]
+            raise ValueError(f"{name} must have query's batch size {want}, got {got}")
+    if key.shape[:2] != value.shape[:2]:
+        want, got = key.shape[1 - batch], value.shape[1 - batch]
+        raise ValueError(f"value must have key's length {want}, got {got}")
 
 
 def _check_vector(name: str, vector: Any, size: int) -> None:
@@ -260,7 +274,7 @@ def _check_vector(name: str, vector: Any, size: int) -> None:
 
 
 def _check_in_proj(
-    weights: Tensor | tuple[Tensor, ...], inputs: list[Tensor], num_heads: int, num_heads_kv: int
+    weights: Tensor | tuple[Tensor, ...], inputs: tuple[Tensor, ...], num_heads: int, num_heads_kv: int
 ) -> int:
     """The head_dim."""
     total = num_heads + 2 * num_heads_kv
@@ -290,7 +304,7 @@ def _check_in_proj(
     return head_dim
 
 
-def _check_widths(inputs: list[Tensor], widths: list[int]) -> None:
+def _check_widths(inputs: tuple[Tensor, ...], widths: list[int]) -> None:
     for name, x, width in zip(_NAMES, inputs, widths, strict=True):
         if x.shape[2] != width:
             raise ValueError(f"{name} must have {width} features, got shape {list(x.shape)}")

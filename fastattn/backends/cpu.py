@@ -111,6 +111,7 @@ def forward(
     params: Params,
     need_lse: bool = True,
     weights: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out and lse of a lowered call.
 
@@ -119,6 +120,7 @@ def forward(
         operands, params: see fastattn.lowering.
         need_lse: whether lse is wanted.
         weights: from `weights_like`; receives the weights after dropout.
+        out: where to write it, with a dense last dimension; None: into a new tensor.
     Returns:
         out in q's dtype and stride order; lse float32 (float64 for float64), [B, Hq, Lq] or [Hq, total_q],
         or None.
@@ -126,7 +128,7 @@ def forward(
         ValueError: lengths, offsets or pages that point outside their tensors.
     """
     operands = prepare(q, k, operands, params)
-    out = output_like(q, v.shape[-1])
+    out = output_like(q, v.shape[-1]) if out is None else out
     lse = lse_like(q) if need_lse else None
     if 0 in q.shape[:-1]:
         return out, lse
