@@ -216,6 +216,39 @@ def test_weights_of_the_kernel(native, use_isa, dtype: torch.dtype, seqlen_k: in
                 )
 
 
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize(
+    "mask",
+    [None, masks.causal(), masks.window(9, 2) | masks.prefix(3), masks.window(9, 2) | masks.prefix(300)],
+    ids=["none", "causal", "window", "tiles"],
+)
+def test_weights_of_many_rows_and_segments(native, average: bool, mask: Any) -> None:
+    """Maxima that move far, keys that no row sees, and what an earlier call left in the scratch memory."""
+    q, k, v = (randn(1, heads, n, 16, dtype=torch.float32) for heads, n in ((4, 200), (2, 700), (2, 700)))
+    k = (
+        k * torch.linspace(0.1, 30, 700)[:, None]
+    )  # some weights of the first keys are less than a float can hold
+    seed = torch.tensor([5])
+
+    def weights(q: torch.Tensor, **options: Any) -> torch.Tensor:
+        call = fastattn.call.Call("attention", q, k, v, **options)
+        into = cpu.weights_like(q, k, average).fill_(torch.nan)
+        cpu.forward(q, k, v, *fastattn.lowering.lower(call), False, into)
+        return into
+
+    assert weights(q * torch.nan).isnan().all()
+    want = fastattn.reference.attention_weights(q.double(), k.double(), mask=mask)
+    keep = fastattn.testing.dropout_mask(seed, 1, 4, 200, 700, 0.5)
+    for dropped, options in (
+        (want, {}),
+        (want * keep * 2, {"dropout_p": 0.5, "dropout_seed": seed}),
+    ):
+        got = weights(q, mask=mask, **options)
+        expected = dropped.mean(1, keepdim=True) if average else dropped
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-6)
+        assert (got[expected == 0] == 0).all()
+
+
 def test_weights_beside_non_finite_values(native) -> None:
     """A hidden NaN or infinity leaves them alone; a visible one is seen by its own rows only."""
     q, k, v = (randn(1, 2, 6, 8, seed=n) for n in range(3))

@@ -23,8 +23,7 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kSegment = 256;  // keys per softmax step: 64 KB of packed K at head_dim 64, half of an L2
-constexpr int64_t kReused = 128;   // rows and keys of a task from which on scattered rows are worth a copy
+constexpr int64_t kReused = 128;  // rows and keys of a task from which on scattered rows are worth a copy
 
 template <class T>
 struct Scratch {
@@ -32,11 +31,11 @@ struct Scratch {
   Buffer<RowState<T>> states;
 };
 
-// Writes one row of the results. sums are the unnormalised outputs, and overwritten where they will not do;
-// weights, where not nullptr, the row's scores in WeightRows, which become its weights.
+// Writes one row of the results, and finishes row r of the weights, where not nullptr. sums are the
+// unnormalised outputs, and overwritten where they will not do.
 template <class T>
 void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const RowState<T>& state, T* sums,
-                T* weights) {
+                const WeightRows<T>* weights = nullptr, int64_t r = 0) {
   const Sequence s = sequence_of(p, b);
   const int64_t dim = p.head_dim_v;
   void* out = row_address(p.out, p.dtype, p.out.offset(b, h, s.q_begin + i));
@@ -48,13 +47,15 @@ void finish_row(const AttentionParams& p, int64_t b, int64_t h, int64_t i, const
   };
   if (state.max == -kInfinity<T> && sees_none()) {
     std::fill_n(sums, dim, T{0});  // not a multiple: 0 * NaN
-    if (weights != nullptr) std::fill_n(weights, s.len_k, T{0});
+    if (weights != nullptr) weights->clear(r);
   } else if (state.max != -kInfinity<T> && all_finite(sums, round_to_lanes<T>(dim))) {
     factor = Dropout(p).keep_scale<T>() / state.sum;
     row_lse = state.max + std::log(state.sum);
-    if (weights != nullptr) exponentiate(weights, round_to_lanes<T>(s.len_k), state.max, factor);
+    if (weights != nullptr) weights->finish(r, state.max, factor);
   } else {
-    row_lse = exact_row<T>(p, b, h, i, sums, weights);
+    Vector<T> exact(weights == nullptr ? 0 : s.len_k);
+    row_lse = exact_row<T>(p, b, h, i, sums, weights == nullptr ? nullptr : exact.data());
+    if (weights != nullptr) weights->set(r, exact.data());
   }
   store_row<T>(sums, factor, p.dtype, dim, out);
   if (lse != nullptr) *lse = row_lse;
@@ -81,7 +82,7 @@ void finish_rows(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int6
   const int64_t q_begin = sequence_of(p, b).q_begin;
   for (int64_t r = 0; r < rows; ++r) {
     if (max[r] == -kInfinity<T> || finite[r] != T{0}) {
-      finish_row<T>(p, b, h, i + r, states[r], sums + r * width, nullptr);
+      finish_row<T>(p, b, h, i + r, states[r], sums + r * width);
       continue;
     }
     store_row<T>(sums + r * width, factor[r], p.dtype, p.head_dim_v,
@@ -168,7 +169,7 @@ class TaskRunner {
         const int64_t rows = std::min(step, tile.row_end - i);
         finish_rows<T>(p_, task_.batch, tile.head, i, rows, states_ + r, sums, width_);
       } else {
-        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums, weights_.row(r));
+        finish_row<T>(p_, task_.batch, tile.head, i, states_[r], sums, &weights_, r);
         weights_.write(r, tile.head, i);
       }
     }
@@ -209,6 +210,11 @@ class TaskRunner {
                    width_);
   }
 
+  // Where rows from `first` on of the task meet the segment at s0.
+  T* scores_of(int64_t first, int64_t s0) const {
+    return weights_.wanted() ? weights_.values(first, s0) : scores_;
+  }
+
   // What rows [i, i + rows) may see of a run within the segment at s0: keys [first, last) and, in whole
   // vectors, [begin, end), all relative to s0; `keys` of those exist.
   struct Reach {
@@ -229,14 +235,15 @@ class TaskRunner {
     const Reach reach(rules, run, s0, i, rows, seq_.len_k);
     if (reach.first >= reach.last) return;
     const Block<T> queries = query_block(tile, i);
+    const int64_t first = tile.first + i - tile.row_begin;
+    T* scores = scores_of(first, s0);
     rules.prefetch(i, rows, s0 + reach.begin, reach.keys);
     pack(s0, reach.begin, reach.end);
-    score_products<T>(p_, rows, reach.begin, reach.end, queries.data, queries.stride, panels_, scores_,
+    score_products<T>(p_, rows, reach.begin, reach.end, queries.data, queries.stride, panels_, scores,
                       kSegment);
-    update(rules, tile, run, reach, s0, i, rows, scores_);
+    update(rules, tile, run, reach, s0, i, rows, scores);
     // V from the first to the last key that some row may see, and no further: what padding holds is not read.
-    add_values(s0, reach.first, reach.last, rows, scores_,
-               sums_ + (tile.first + i - tile.row_begin) * width_);
+    add_values(s0, reach.first, reach.last, rows, scores, sums_ + first * width_);
   }
 
   // All rows of the tiles [tile, last_tile), heads that see the same run, meet its keys where these lie.
@@ -245,24 +252,25 @@ class TaskRunner {
     const int64_t rows = tile->row_end - tile->row_begin, all_rows = rows * (last_tile - tile);
     const Reach reach(rules, run, s0, tile->row_begin, rows, seq_.len_k);
     if (reach.first >= reach.last) return;
+    T* scores = scores_of(tile->first, s0);
     if (pack_keys_) {
       pack(s0, reach.begin, reach.end);
       for (int64_t n = 0; tile + n < last_tile; ++n) {
         const Block<T> queries = query_block(tile[n], tile->row_begin);
         score_products<T>(p_, rows, reach.begin, reach.end, queries.data, queries.stride, panels_,
-                          scores_ + n * rows * kSegment, kSegment);
+                          scores + n * rows * kSegment, kSegment);
       }
     } else {
       const auto query_of = [&](int64_t m) { return queries_ + (tile->first + m) * p_.head_dim; };
       dot_rows<T>(
           all_rows, query_of, [&](int64_t c) { return keys_(s0 + reach.begin + c); }, p_.dtype, reach.keys,
-          p_.head_dim, static_cast<T>(p_.scale), scores_ + reach.begin, kSegment, row_copy_);
+          p_.head_dim, static_cast<T>(p_.scale), scores + reach.begin, kSegment, row_copy_);
     }
     for (int64_t n = 0; tile + n < last_tile; ++n)
       update(ScoreRules<T>(p_, task_.batch, tile[n].head, seq_), tile[n], run, reach, s0, tile->row_begin,
-             rows, scores_ + n * rows * kSegment);
+             rows, scores + n * rows * kSegment);
     add_weighted_rows<T>(
-        all_rows, scores_ + reach.first, kSegment, [&](int64_t c) { return values_(s0 + reach.first + c); },
+        all_rows, scores + reach.first, kSegment, [&](int64_t c) { return values_(s0 + reach.first + c); },
         p_.dtype, reach.last - reach.first, p_.head_dim_v, sums_ + tile->first * width_, width_, row_copy_);
   }
 
@@ -274,7 +282,6 @@ class TaskRunner {
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores + r * kSegment + reach.begin;
       rules.apply(run, i + r, j0, reach.keys, padded, s, nullptr);
-      if (weights_.wanted()) weights_.keep(first + r, j0, reach.keys, s);
     }
     for (int64_t r0 = 0; r0 < rows; r0 += kLanes<T>) {
       const int64_t n = std::min<int64_t>(kLanes<T>, rows - r0);
@@ -284,11 +291,12 @@ class TaskRunner {
       for (int64_t r = 0; r < n; ++r)
         if (factors[r] != T{1}) scale_row<T>(sums_ + (first + r0 + r) * width_, width_, factors[r]);
     }
+    for (int64_t r = 0; weights_.wanted() && r < rows; ++r)
+      weights_.keep(first + r, s0, reach.begin, reach.end, states_[first + r].max);
     if (!dropout_.active()) return;
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores + r * kSegment + reach.begin;
       dropout_.drop(static_cast<uint32_t>(task_.batch * p_.num_heads + tile.head), i + r, j0, reach.keys, s);
-      if (weights_.wanted()) weights_.drop(first + r, j0, reach.keys, s);
     }
   }
 
@@ -323,7 +331,7 @@ void combine(const AttentionParams& p, const SplitRows& rows, int64_t i, const T
     total.sum += factor * part.sum;
     for (int64_t d = 0; d < width; ++d) sums[d] += factor * partial_sums[index * width + d];
   }
-  finish_row<T>(p, rows.batch, rows.head, i, total, sums.data(), nullptr);
+  finish_row<T>(p, rows.batch, rows.head, i, total, sums.data());
 }
 
 template <class T>
@@ -342,15 +350,12 @@ void run_forward(const AttentionParams& p) {
   };
   const int64_t num_tasks = static_cast<int64_t>(plan.tasks.size());
   if (p.weights.data != nullptr && p.average_weights) {
-    // One thread takes the same tile of all heads, in order, and adds up their weights. Tasks lie in the
-    // order batch, key-value head, tile, query head of that key-value head.
-    const int64_t group = p.num_heads / p.num_heads_kv, num_tiles = num_tasks / (p.batch * p.num_heads);
-    parallel_tasks(plan.num_threads, p.batch * num_tiles, [&](int, int64_t n) {
-      const int64_t b = n / num_tiles, tile = n % num_tiles;
-      for (int64_t h = 0; h < p.num_heads; ++h) {
-        const int64_t head_kv = b * p.num_heads_kv + h / group;
-        run_task(plan.tasks[(head_kv * num_tiles + tile) * group + h % group]);
-      }
+    // One thread takes the same rows of all heads, in order, and adds up their weights. Tasks lie in the
+    // order batch, head, rows.
+    const int64_t parts = num_tasks / (p.batch * p.num_heads);
+    parallel_tasks(plan.num_threads, p.batch * parts, [&](int, int64_t n) {
+      for (int64_t h = 0; h < p.num_heads; ++h)
+        run_task(plan.tasks[(n / parts * p.num_heads + h) * parts + n % parts]);
     });
   } else {
     parallel_tasks(plan.num_threads, num_tasks, [&](int, int64_t n) { run_task(plan.tasks[n]); });

@@ -14,6 +14,7 @@ constexpr int64_t kTaskRows = 256;     // that share a packed segment: packing c
 constexpr int64_t kGroup = 2 * kRows;  // query rows per score tile: 12 KB of float32
 constexpr int64_t kSplitKeys = 1024;   // keys per task where there are few query rows (decoding)
 constexpr int64_t kSplitRows = 64;     // up to which number of rows keys are split
+constexpr int64_t kKeptWeights = 1 << 18;  // weights that a task keeps until its rows are done: 1 MB
 
 // What waking another thread must save, in multiply-adds: about 5 us of one thread at half its peak. To read
 // a head's keys and values takes as long as to multiply kReadRows rows by them.
@@ -54,10 +55,14 @@ struct Plan {
     const double rows = static_cast<double>(all_rows + kReadRows * p.batch * p.num_heads_kv);
     const double work = rows * static_cast<double>(p.seqlen_k * (p.head_dim + p.head_dim_v));
     num_threads = static_cast<int>(std::clamp(work / kThreadWork, 1.0, std::max(1.0, 1.0 * p.num_threads)));
-    const int64_t fair_rows = num_threads > 1 ? all_rows / (4 * num_threads) : kTaskRows;
-    tile_rows_ = std::clamp((all_rows / num_threads + kGroup - 1) / kGroup * kGroup, kGroup, kMaskTile);
-    const int64_t task_rows = std::clamp(fair_rows / kMaskTile * kMaskTile, tile_rows_, kTaskRows);
-    one_tile_ = p.weights.data != nullptr;
+    one_head_ = p.weights.data != nullptr;
+    // Where weights are averaged over heads, one thread takes the same rows of all of them.
+    const int64_t rows_to_share = one_head_ && p.average_weights ? p.batch * p.seqlen_q : all_rows;
+    const int64_t fair_rows = num_threads > 1 ? rows_to_share / (4 * num_threads) : kTaskRows;
+    const int64_t kept_rows = one_head_ ? kKeptWeights / std::max<int64_t>(1, p.seqlen_k) : kTaskRows;
+    tile_rows_ = std::clamp((rows_to_share / num_threads + kGroup - 1) / kGroup * kGroup, kGroup, kMaskTile);
+    const int64_t task_rows =
+        std::clamp(std::min(fair_rows, kept_rows) / kMaskTile * kMaskTile, tile_rows_, kTaskRows);
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t h = 0; h < p.num_heads_kv; ++h) add(sequence_of(p, b), b, h, group, task_rows);
   }
@@ -73,23 +78,28 @@ struct Plan {
       begin = static_cast<int64_t>(tiles.size());
       rows = 0;
     };
-    for (int64_t t = num_tiles - 1; t >= 0; --t)
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t tile_end = std::min(s.len_q, (t + 1) * kMaskTile);
-        for (int64_t first = t * kMaskTile; first < tile_end; first += tile_rows_) {
-          const int64_t last = std::min(tile_end, first + tile_rows_);
-          if (one_tile_ || rows + last - first > task_rows) flush();
-          tiles.push_back({head_kv * group + g, first, last, rows});
-          rows += last - first;
-        }
+    const auto add_tile = [&](int64_t t, int64_t head) {
+      const int64_t tile_end = std::min(s.len_q, (t + 1) * kMaskTile);
+      for (int64_t first = t * kMaskTile; first < tile_end; first += tile_rows_) {
+        const int64_t last = std::min(tile_end, first + tile_rows_);
+        if (rows + last - first > task_rows) flush();
+        tiles.push_back({head, first, last, rows});
+        rows += last - first;
       }
+    };
+    // Heads of a group meet the same keys one after the other, or each has tasks of its own.
+    for (int64_t n = 0; n < num_tiles * group; ++n) {
+      const int64_t t = one_head_ ? n % num_tiles : n / group, g = one_head_ ? n / num_tiles : n % group;
+      if (one_head_ && t == 0) flush();
+      add_tile(num_tiles - 1 - t, head_kv * group + g);
+    }
     flush();
   }
 
   void add_task(const Sequence& s, int64_t b, int64_t head_kv, int64_t begin, int64_t rows) {
     const int64_t end = static_cast<int64_t>(tiles.size());
     const int64_t splits =
-        s.len_q > kSplitRows || one_tile_ ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
+        s.len_q > kSplitRows || one_head_ ? 1 : std::max<int64_t>(1, (s.len_k + kSplitKeys - 1) / kSplitKeys);
     if (splits == 1) {
       tasks.push_back({b, head_kv, begin, end, rows, 0, s.len_k, -1});
       return;
@@ -106,7 +116,7 @@ struct Plan {
   // Fewer than a mask's 64 where there would be fewer tiles than threads; whole groups, so that no row
   // changes its group.
   int64_t tile_rows_ = kMaskTile;
-  bool one_tile_ = false;  // whether a task is one tile and all its keys, as WeightRows needs
+  bool one_head_ = false;  // whether a task has rows of one head and all their keys, as WeightRows needs
 };
 
 }  // namespace fastattn::FASTATTN_ISA
