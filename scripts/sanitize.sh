@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 root="$PWD"
 
-TESTS=(cases containment varlen decode dropout scores hard extremes)
+TESTS=(cases containment varlen decode dropout scores hard extremes multi_head)
 
 isas_here() {  # one that the processor lacks would be compiled for nothing
   local isas="" flags=" "
