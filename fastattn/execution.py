@@ -73,15 +73,15 @@ def has_values(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    return all(tensor is None or (tensor.is_cpu and is_concrete(tensor)) for tensor in tensors)
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has contents that no trace or transform watches; reading may wait for a device."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
+        return False
     transforms = torch._C._are_functorch_transforms_active()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
-            return False
-        if transforms and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-    return True
+    return not (transforms and torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def autocast(call: Call) -> None:

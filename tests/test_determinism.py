@@ -63,9 +63,9 @@ def test_any_number_of_threads(name: str, use_threads):
 
 
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(3, 9)], ids=repr)
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(64, 64), (13, 700), (100, 40), (192, 192)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(64, 64), (13, 700), (40, 2100), (100, 40), (192, 192)])
 def test_one_head_on_several_threads(seqlen_q: int, seqlen_k: int, mask, use_threads):
-    """Tiles are cut where they are fewer than threads."""
+    """Tiles are cut where they are fewer than threads, also of few rows, whose keys are split."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 1, seqlen_q, 128), (1, 1, seqlen_k, 128), (1, 1, seqlen_k, 72))
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)

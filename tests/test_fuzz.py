@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from fastattn.backends import cpu
 from fastattn.spec import SCORES
 from fastattn.testing import fuzz as fuzzing
 from fastattn.testing.fuzz import KERNELS, check_example, fuzz, main, random_inputs
+from fastattn.testing.inputs import FAR
 from fastattn.testing.random_cases import random_case
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native core fastattn._C is not built")
@@ -50,6 +52,19 @@ def test_every_kind_of_problem_occurs():
     assert {case.page_size is None for case in cases if case.op == "decode"} == {True, False}
     assert {case.bias.leaf for case in cases if case.bias} == {"bias", "slopes", "table"}
     assert any(0 in case.lengths_q for case in cases)
+
+
+def test_rows_far_apart_occur_often():
+    """Those that kernels could read where they lie, but for their distance."""
+    found = Counter()
+    for example in range(200):
+        inputs = random_inputs(example)
+        dim = 0 if inputs.case.op == "varlen" else 2
+        for name, rows in {**inputs.leaves, "dout": inputs.dout}.items():
+            is_readable = rows.itemsize > 2 and rows.shape[-1] % 16 == 0 and rows.numel() > 0
+            if name in ("q", "k", "v", "dout") and is_readable:
+                found[name] += rows.stride(dim) * rows.itemsize > FAR
+    assert min(found[name] for name in ("q", "k", "v", "dout")) >= 5
 
 
 @pytest.mark.parametrize("op", ["attention", "varlen", "decode"])

@@ -27,6 +27,21 @@ def test_lse_of_another_call_raises(lse):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [1.0, 1e3], ids=["used", "too large to be used"])
+def test_the_first_of_several_wrong_rows_is_named(use_threads, threads, size):
+    """By batch, then head, then query, in whatever order their tasks end."""
+    use_threads(threads)
+    q, k = qk(2, 3, 3, 700, 9, dtype=torch.float32)
+    q = q * size
+    lse = summarize(q, k).lse
+    for row in ((1, 2, 699), (1, 2, 0), (1, 1, 80), (1, 0, 699), (0, 2, 650), (0, 2, 310), (0, 2, 309)):
+        lse[row] += lse.abs().max() + 1
+        with pytest.raises(ValueError, match="batch {}, head {}, query {} add up".format(*row)):
+            summarize(q, k, lse=lse)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
 @pytest.mark.parametrize("size", [1.0, 16.0, 1e3, 1e6, 1e9])
 def test_a_given_lse_of_any_size(size):
     """What comes back is the lse of the scores, however much of a large one was lost to rounding."""

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -316,3 +318,74 @@ def test_a_table_and_a_number_for_all_keys():
     got, _ = fastattn_attention(LAYER, q, k, v, number, position_bias=table)
     want = attention(q, k, v, bias=table.to_dense() + number)
     torch.testing.assert_close(got, heads_last(want), **EXACT)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what reads tensors' values back, for which a GPU is waited for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def numbers_for_keys(hidden):
+    """[B, 1, 1, Lk]: 0, and the least number where hidden [B, Lk] is True."""
+    return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[:, None, None]
+
+
+PADDED = torch.tensor([[0] * 7 + [1] * 3, [1] * 2 + [0] * 8]).bool()
+
+
+def test_a_row_beside_a_table_is_read_once_for_all_layers():
+    """Switch hands such a row to every layer of its encoder; here of texts padded right and left."""
+    layers = [t5_layer("t5.T5Attention", False, i == 0).eval() for i in range(4)]
+    row, table = numbers_for_keys(PADDED), None
+    hidden = torch.randn(2, 10, 24)
+    reads = []
+    with torch.no_grad():
+        for layer in layers:
+            with _Reads() as counted:
+                hidden, table, *_ = layer(hidden, mask=row, position_bias=table)
+            assert isinstance(table, tables.BiasTensor)
+            reads.append(counted.number)
+    assert reads[0] > 0 and reads[1:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_row_beside_a_table_may_be_written_into(inference):
+    """What was read of it is forgotten when it is another row, or has other numbers."""
+    layer = t5_layer("t5.T5Attention", False, True)
+    q, k, v = (torch.randn(2, 3, 10, 8) for _ in range(3))
+    with torch.inference_mode(inference):
+        row, table = numbers_for_keys(PADDED), layer.compute_bias(10, 10)
+
+        def check(row):
+            got, _ = fastattn_attention(LAYER, q, k, v, row, position_bias=table)
+            want = attention(q, k, v, bias=table.to_dense() + row)
+            torch.testing.assert_close(got, heads_last(want), rtol=1e-5, atol=1e-5)
+
+        check(row)
+        row.copy_(numbers_for_keys(PADDED.flip(1)))
+        check(row)
+        check(numbers_for_keys(PADDED.roll(1, 1)))
+        row[1] = -2.5  # no mask any more
+        check(row)
+
+
+@pytest.mark.parametrize("without_values", [FakeTensorMode, lambda: torch.device("meta")])
+def test_a_row_without_values_is_not_read(without_values):
+    """As those are that a tracer pretends."""
+    with without_values():
+        layer = t5_layer("t5.T5Attention", False, True)
+        row = torch.zeros(2, 1, 1, 10)
+        mask, bias = arguments.add_position_bias(None, row, layer.compute_bias(10, 10), row.dtype)
+    assert mask is None and bias.shape == (2, 3, 10, 10) and bias.device == row.device
+
+
+def test_a_row_under_vmap_is_not_read():
+    layer = t5_layer("t5.T5Attention", False, True)
+    table, rows = layer.compute_bias(10, 10), torch.stack([numbers_for_keys(PADDED)] * 3)
+    added = torch.vmap(lambda row: arguments.add_position_bias(None, row, table, row.dtype)[1])(rows)
+    assert torch.equal(added, table.to_dense() + rows)

@@ -314,17 +314,17 @@ class TaskRunner {
   uint64_t packed_panels_ = 0, packed_values_ = 0;  // bits by index within the segment
 };
 
-// Adds up a row's partial results in ascending order of keys.
+// Adds up row i's partial results in ascending order of keys.
 template <class T>
 void combine(const AttentionParams& p, const SplitRows& rows, int64_t i, const T* partial_sums,
              const RowState<T>* partial_states) {
-  const int64_t width = round_to_lanes<T>(p.head_dim_v);
+  const int64_t width = round_to_lanes<T>(p.head_dim_v), first = rows.partial + i - rows.row_begin;
   RowState<T> total;
   for (int64_t n = 0; n < rows.splits; ++n)
-    total.max = std::max(total.max, partial_states[rows.partial + i + n * rows.stride].max);
+    total.max = std::max(total.max, partial_states[first + n * rows.stride].max);
   Vector<T> sums(width, T{0});
   for (int64_t n = 0; n < rows.splits; ++n) {
-    const int64_t index = rows.partial + i + n * rows.stride;
+    const int64_t index = first + n * rows.stride;
     const RowState<T>& part = partial_states[index];
     if (part.max == -kInfinity<T>) continue;
     const T factor = std::exp(part.max - total.max);
@@ -362,7 +362,7 @@ void run_forward(const AttentionParams& p) {
   }
   parallel_tasks(plan.num_threads, static_cast<int64_t>(plan.split_rows.size()), [&](int, int64_t n) {
     const SplitRows& rows = plan.split_rows[n];
-    for (int64_t i = 0; i < rows.rows; ++i)
+    for (int64_t i = rows.row_begin; i < rows.row_end; ++i)
       combine<T>(p, rows, i, partial_sums.data(), partial_states.data());
   });
 }

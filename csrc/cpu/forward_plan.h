@@ -35,9 +35,11 @@ struct Task {
   int64_t partial;  // index of the first row's partial result, -1 where the keys are not split
 };
 
-// A row whose keys were split: its partial results lie `stride` apart, in ascending order of keys.
+// A tile's rows whose keys were split. Of row_begin the parts lie `stride` apart from `partial` on, in
+// ascending order of keys; those of the rows after it each one further.
 struct SplitRows {
-  int64_t batch, head, rows;
+  int64_t batch, head;
+  int64_t row_begin, row_end;
   int64_t partial, stride, splits;
 };
 
@@ -108,7 +110,7 @@ struct Plan {
       tasks.push_back({b, head_kv, begin, end, rows, n * kSplitKeys, std::min(s.len_k, (n + 1) * kSplitKeys),
                        partial_rows + n * rows});
     for (int64_t t = begin; t < end; ++t)
-      split_rows.push_back({b, tiles[t].head, tiles[t].row_end - tiles[t].row_begin,
+      split_rows.push_back({b, tiles[t].head, tiles[t].row_begin, tiles[t].row_end,
                             partial_rows + tiles[t].first, rows, splits});
     partial_rows += splits * rows;
   }

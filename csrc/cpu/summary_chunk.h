@@ -41,13 +41,14 @@ struct Scratch {
 template <class T>
 class ChunkRunner {
  public:
-  ChunkRunner(const SummaryParams& p, const Chunk& chunk, const PartialSums<T>& partial, Scratch<T>& scratch)
+  ChunkRunner(const SummaryParams& p, const Chunk& chunk, const PartialSums<T>& partial, WrongLse& wrong,
+              Scratch<T>& scratch)
       : p_(p),
         chunk_(chunk),
         seq_(sequence_of(p, chunk.batch)),
         rules_(p, chunk.batch, chunk.head, seq_),
         queries_(p, p.q, chunk.batch, chunk.head, seq_.q_begin),
-        results_(p, chunk.batch, chunk.head),
+        results_(p, chunk.batch, chunk.head, wrong),
         products_(p, chunk.batch, chunk.head, seq_, scratch.panels),
         scores_(scratch.scores.ensure(kGroup * kSegmentKeys)),
         weights_(scratch.weights.ensure(kGroup * kSegmentKeys)),

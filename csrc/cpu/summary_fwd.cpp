@@ -63,6 +63,7 @@ class Summary {
       if (done[static_cast<size_t>(head)].fetch_add(1, std::memory_order_acq_rel) == cut_.count - 1)
         add_partials(of_head);
     });
+    wrong_.throw_if_any();
   }
 
   // Chunks lie in ascending order of heads, then rows.
@@ -96,7 +97,7 @@ class Summary {
     const PartialSums<T> partial{received_.data() + c.received, pooled_.data() + c.pooled, c.first_pool_row};
     std::fill(partial.received, partial.received + width_, T{0});
     std::fill(partial.pooled, partial.pooled + c.pool_rows * p_.pool_cols, 0.0);
-    ChunkRunner<T>(p_, c, partial, scratch).run();
+    ChunkRunner<T>(p_, c, partial, wrong_, scratch).run();
   }
 
   // Adds up one head's partial sums, in ascending order of its chunks.
@@ -139,6 +140,7 @@ class Summary {
   const int64_t width_;
   Buffer<T> received_;
   Buffer<double> pooled_;
+  WrongLse wrong_;
 };
 
 }  // namespace

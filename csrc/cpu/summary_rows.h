@@ -35,7 +35,7 @@ struct Column {
 template <class T>
 class RowResults {
  public:
-  RowResults(const SummaryParams& p, int64_t batch, int64_t head)
+  RowResults(const SummaryParams& p, int64_t batch, int64_t head, WrongLse& wrong)
       : p_(p),
         batch_(batch),
         head_(head),
@@ -44,7 +44,8 @@ class RowResults {
         entropy_(p.entropy, batch, head),
         distance_(p.distance, batch, head),
         max_weight_(p.max_weight, batch, head),
-        max_index_(p.max_index, batch, head) {}
+        max_index_(p.max_index, batch, head),
+        wrong_(wrong) {}
 
   T sink() const { return static_cast<const T*>(p_.sinks)[head_]; }
 
@@ -96,7 +97,7 @@ class RowResults {
     if (row.is_empty() && row.max == -kInfinity<T>) return T{1};
     T sum = row.sum;
     if (p_.sinks != nullptr && sink() != -kInfinity<T>) sum += std::exp(sink() - row.normaliser.shift);
-    if (std::abs(sum - T{1}) > kTolerance<T>) throw_wrong_lse(batch_, head_, i, sum);
+    if (std::abs(sum - T{1}) > kTolerance<T>) wrong_.add(batch_, head_, i, sum);
     return sum;
   }
 
@@ -117,7 +118,7 @@ class RowResults {
       const T tolerance = kTolerance<T> * std::max(T{1}, std::abs(lse) / kLargeLse<T>);
       const bool is_near = std::isfinite(lse) && std::abs(lse - found) <= tolerance;
       const bool is_right = found == found ? is_near : !std::isfinite(lse);
-      if (!is_right) throw_wrong_lse(batch_, head_, i, std::exp(found - lse));
+      if (!is_right) wrong_.add(batch_, head_, i, std::exp(found - lse));
     }
     return found;
   }
@@ -148,6 +149,7 @@ class RowResults {
   const Column<const T> given_;
   const Column<T> lse_, entropy_, distance_, max_weight_;
   const Column<int64_t> max_index_;
+  WrongLse& wrong_;
 };
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -11,6 +11,7 @@ from torch import Tensor
 
 LAYOUTS = (
     "bhld", "blhd", "sliced", "padded_rows", "expanded_kv", "expanded_batch", "reversed", "stepped",
+    "side_by_side",
 )  # fmt: skip
 
 

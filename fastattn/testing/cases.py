@@ -134,6 +134,7 @@ def shape_cases() -> list[Case]:
         Case("dv-larger", head_dim=8, head_dim_v=40, heads=4, heads_kv=2),
         Case("dv-one", head_dim=5, head_dim_v=1),
         Case("many-tiles", batch=1, heads=1, seqlen_q=515, seqlen_k=643, head_dim=64),
+        Case("few-rows-long-k", batch=1, heads=1, seqlen_q=40, seqlen_k=1100, head_dim=64),
         Case("empty-batch", batch=0),
         Case("empty-q", seqlen_q=0, seqlen_k=5),
         Case("empty-k", seqlen_k=0),
@@ -142,7 +143,7 @@ def shape_cases() -> list[Case]:
     ]
     dims = (3, 4, 8, 17, 32, 64, 80, 96, 100, 128, 160, 256)
     cases += [Case(f"dim-{d}", batch=1, heads=1, seqlen_q=39, seqlen_k=71, head_dim=d) for d in dims]
-    layouts = ("blhd", "sliced", "padded_rows", "expanded_kv", "expanded_batch")
+    layouts = ("blhd", "sliced", "padded_rows", "expanded_kv", "expanded_batch", "side_by_side")
     cases += [Case(f"layout-{layout}", heads=4, heads_kv=2, seqlen_k=45, layout=layout) for layout in layouts]
     return cases
 

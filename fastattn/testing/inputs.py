@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fastattn.spec import DISTANCE_SCORES, accumulate_dtype
 from fastattn.testing.case import LAYOUTS, Case
 
+FAR = 2048  # bytes: rows further apart than this take paths of their own on CPU
 GUARD = 16  # elements around a sliced tensor, and beyond the end of a padded row
 
 
@@ -90,12 +91,18 @@ def lay_out(x: Tensor, layout: str, is_kv: bool = False) -> Tensor:
     "blhd": a transposed [B, L, H, D]. "sliced": the middle of a larger tensor in every dimension.
     "padded_rows": rows further apart than D. "expanded_kv": one head of k and v shared by all.
     "expanded_batch": one batch entry shared by all. "reversed": the first dimension innermost. "stepped":
-    every second element of each outer dimension.
+    every second element of each outer dimension. "side_by_side": a few of many heads, whose rows lie side by
+    side and so more than 2 KB apart, as in the packed q, k and v of a model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     if layout == "blhd":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "side_by_side":
+        heads = x.shape[1] + 1 + FAR // max(x.shape[-1] * x.itemsize, 1)
+        tokens = x.transpose(1, -2)  # [..., L, H, D]
+        whole = x.new_full((*tokens.shape[:-2], heads, x.shape[-1]), torch.nan)
+        return whole[..., 1 : 1 + x.shape[1], :].copy_(tokens).transpose(1, -2)
     if layout == "expanded_kv":
         return x[:, :1].expand_as(x) if is_kv else x
     if layout == "expanded_batch":

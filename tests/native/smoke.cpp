@@ -73,6 +73,8 @@ std::vector<Case> cases() {
   // Backward in chunks of keys; and so large a dQ of a group that it is made of some heads at a time.
   add("many chunks", {"", 1, 4, 1, 70, 1100, 8, 8, -300, 0});
   add("large group", {"", 1, 6, 1, 1100, 600, 256, 8, -8, 8});
+  // So few rows that their keys are split, and yet several tiles, for as many threads.
+  add("few rows, keys split", {"", 1, 2, 1, 50, 1100, 20, 12, -kAny, 0, 0, true});
   Case& cache = add("cache", {"", 3, 4, 2, 2, 2300, 24, 16, -kAny, 0, 0, true});
   cache.lengths_k = {2300, 0, 1029};
   Case& paged = add("paged cache", cache);

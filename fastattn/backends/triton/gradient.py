@@ -5,6 +5,9 @@ import triton.language as tl
 
 from fastattn.backends.triton.tile import LOG2E, apply, exp_of, kept, load_keys, load_rows, product, row_base
 
+# Up to here a float32 holds lse to 4e-6, which is what P then errs by.
+LARGE_LSE = tl.constexpr(64.0)
+
 
 @triton.jit
 def load_per_row(t, b, h, first, i):
@@ -18,6 +21,50 @@ def load_lse(lse, b, h, first, i, NATURAL: tl.constexpr):
     x = load_per_row(lse, b, h, first, i)
     x = tl.where(x == float("-inf"), 0.0, x)
     return x if NATURAL else x * LOG2E
+
+
+@triton.jit
+def load_large_lse(lse, b, h, first, i, NATURAL: tl.constexpr):
+    """(lse in the unit of the scores, whether it is so large that rounding took from P)."""
+    x = load_per_row(lse, b, h, first, i)
+    return load_lse(lse, b, h, first, i, NATURAL), (tl.abs(x) >= LARGE_LSE) & (x - x == 0)
+
+
+@triton.jit
+def store_delta(
+    out, dout, dlse, delta, b, h, q_begin, i0, i, len_q,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta = dO·out - dlse of the rows of a tile."""
+    r = tl.arange(0, BLOCK_M)
+    o = load_rows(row_base(out, b, h, q_begin + i0), out.row, r, BLOCK_DV, HEAD_DIM_V, len_q - i0, True)
+    do = load_rows(row_base(dout, b, h, q_begin + i0), dout.row, r, BLOCK_DV, HEAD_DIM_V, len_q - i0, True)
+    dots = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if dlse is not None:
+        dots -= load_per_row(dlse, b, h, q_begin, i)
+    tl.store(row_base(delta, b, h, q_begin + i0) + r * delta.row, dots, mask=r < len_q - i0)
+
+
+@triton.jit
+def sink_total(sinks, row_lse, h, BLOCK_M: tl.constexpr, NATURAL: tl.constexpr):
+    """What the sink adds to the sum of exp(s - lse) of each row."""
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:
+        total += exp_of(tl.load(sinks + h) - row_lse, NATURAL)
+    return total
+
+
+@triton.jit
+def tile_total(
+    rules, s, row_lse, b, h, i, j0, begin, end, len_q, len_k, bits,
+    BLOCK_N: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """What a tile of scores, their rules not yet applied, adds to it."""
+    j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+    s, _ = apply(
+        rules, s, b, h, i[:, None], j, begin[:, None], end[:, None], len_k - len_q, len_q, len_k, bits, True
+    )
+    return tl.sum(exp_of(s - row_lse[:, None], NATURAL), 1)
 
 
 @triton.jit

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastattn.biases import Bias
+from fastattn.execution import is_concrete
 from fastattn.integrations.transformers.frame import Frame
 from fastattn.integrations.transformers.mask_tensor import MaskTensor
-from fastattn.integrations.transformers.position_bias import BiasTensor
+from fastattn.integrations.transformers.position_bias import BiasTensor, KeysOf
 from fastattn.masks import Mask, as_mask, causal, dense, documents, window
 from fastattn.masks.band import Band
 from fastattn.masks.dense import Dense
@@ -56,7 +57,7 @@ def add_position_bias(
 ) -> tuple[Mask | Tensor | None, Bias | Tensor]:
     """(mask, bias) with position_bias added to bias; a table of relative positions stays one if it can."""
     if isinstance(position_bias, BiasTensor):
-        visible = None if bias is None else _visible_keys(bias, *position_bias.shape[2:])
+        visible = None if bias is None else _visible_keys(bias, position_bias)
         if visible is not None:
             mask, bias = both(mask, visible), None
         if bias is None:
@@ -66,18 +67,29 @@ def add_position_bias(
     return mask, position_bias if bias is None else bias + position_bias
 
 
-def _visible_keys(bias: Tensor, seqlen_q: int, seqlen_k: int) -> Mask | None:
+def _visible_keys(bias: Tensor, table: BiasTensor) -> Mask | None:
     """The mask that bias [B, 1, 1, 1|Lk] is, if it is 0 and the least number alone; else None.
 
-    Added to a table such a row would make an N x N tensor.
+    Added to a table such a row would make an N x N tensor. Reading it waits for a GPU, so it is read once for
+    all layers that share the table.
     """
-    if bias.dim() != 4 or bias.shape[1:3] != (1, 1) or bias.requires_grad or bias.is_meta:
+    if bias.dim() != 4 or bias.shape[1:3] != (1, 1) or bias.requires_grad or not is_concrete(bias):
         return None
-    visible = bias[:, 0, 0] == 0
-    if not (visible | (bias[:, 0, 0] <= torch.finfo(bias.dtype).min)).all():
+    version = None if bias.is_inference() else bias._version  # without a count it may have been written into
+    known = table.keys_of
+    if known is not None and known.bias is bias and known.version == version is not None:
+        return known.visible
+    visible = _read_keys(bias[:, 0, 0], *table.shape[2:])
+    table.keys_of = KeysOf(bias, version, visible)
+    return visible
+
+
+def _read_keys(bias: Tensor, seqlen_q: int, seqlen_k: int) -> Mask | None:
+    """The mask that bias [B, 1|Lk] is, or None."""
+    visible = bias == 0
+    if not (visible | (bias <= torch.finfo(bias.dtype).min)).all():
         return None
-    shape = MaskShape(len(visible), 1, seqlen_q, seqlen_k)
-    return Frame(shape, 0, 0, bias.device).keys(visible)
+    return Frame(MaskShape(len(visible), 1, seqlen_q, seqlen_k), 0, 0, bias.device).keys(visible)
 
 
 def both(mask: Mask | Tensor | None, other: Mask) -> Mask:

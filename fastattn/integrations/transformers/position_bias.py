@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastattn.biases import Bias, RelativePosition
+from fastattn.masks import Mask
 from fastattn.masks.space import MaskShape
 
 NAME = "fastattn"
@@ -40,6 +41,14 @@ _ZEROS = (*(path for path in _LAYERS if path != "umt5.UMT5Attention"), "udop.Udo
 _OWN_ZEROS = ("umt5.UMT5Attention",)
 
 
+class KeysOf(NamedTuple):
+    """What was found of an additive mask beside a table."""
+
+    bias: Tensor  # [B, 1, 1, 1|Lk]
+    version: int | None  # of bias when it was read, None where writes are not counted
+    visible: Mask | None  # what it says, if a mask says it
+
+
 class BiasTensor(Tensor):
     """A tensor [1, H, Lq, Lk] of which only the bias exists that says what is in it.
 
@@ -47,12 +56,13 @@ class BiasTensor(Tensor):
     """
 
     bias: Bias
+    keys_of: KeysOf | None  # for the layers that the tensor is handed on to
 
     @staticmethod
     def __new__(cls, bias: Bias, seqlen_q: int, seqlen_k: int) -> BiasTensor:
         size, parameter = (1, bias.heads, seqlen_q, seqlen_k), bias.parameter
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=parameter.dtype, device=parameter.device)
-        self.bias = bias
+        self.bias, self.keys_of = bias, None
         return self
 
     @classmethod
