@@ -51,7 +51,7 @@ def attention_bwd_rows(
         total = tl.zeros([BLOCK_M], tl.float32)
         if sinks is not None:
             total += exp_of(tl.load(sinks + h) - row_lse, NATURAL)
-        start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
         for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)

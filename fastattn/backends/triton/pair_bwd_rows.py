@@ -5,9 +5,9 @@ import triton.language as tl
 
 from fastattn.backends.triton.attention_bwd_rows import LARGE_LSE
 from fastattn.backends.triton.gradient import load_lse, load_per_row
-from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
+from fastattn.backends.triton.pair_scores import pair_tile
 from fastattn.backends.triton.programs import row_program
-from fastattn.backends.triton.tile import apply, exp_of, key_range, load_rows, row_base
+from fastattn.backends.triton.tile import apply, exp_of, key_range, key_tile, key_tiles, load_rows, row_base
 
 
 @triton.jit
@@ -39,9 +39,9 @@ def pair_bwd_rows(
         total = tl.zeros([BLOCK_M], tl.float32)
         if sinks is not None:
             total += exp_of(tl.load(sinks + h) - row_lse, NATURAL)
-        start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
         for t in range(count):
-            j0, bits = key_step(rules, start, t, BLOCK_N)
+            j0, bits = key_tile(rules, start, t, BLOCK_N)
             s = pair_tile(
                 q, k, w, lengths, b, h, h_kv, q_begin, k_begin, i0, j0, len_q, len_k, HEAD_DIM, BLOCK_M,
                 BLOCK_N, BLOCK_H, SCORE,
