@@ -207,3 +207,36 @@ def test_a_block_mask_in_parts_of_its_tiles(sizes: tuple[int, int], monkeypatch:
     monkeypatch.setattr(host, "bias_config", lambda *_: TileConfig(32, 32, 4, 1))
     for got, wanted in zip(results("triton"), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("switch", "on", "off"), [("allow_tf32", True, False), ("fp32_precision", "tf32", "none")]
+)
+def test_torch_s_switches_for_tf32(switch: str, on: object, off: object):
+    """The former one, and the present one, after which PyTorch lets nobody read the former."""
+    from fastattn.backends.triton.launch import tf32_allowed
+
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, switch):
+        pytest.skip(f"torch {torch.__version__} has no {switch}")
+    q, k, v = (t.detach() for t in inputs(4))
+    assert not tf32_allowed()
+    setattr(matmul, switch, on)
+    try:
+        assert tf32_allowed()
+        assert call(q, k, v).isfinite().all()
+    finally:
+        setattr(matmul, switch, off)
+    assert not tf32_allowed()
+
+
+def test_devices_of_amd_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """Their 9.0 is not Hopper, and has less memory than any device of NVIDIA's."""
+    from fastattn.backends.triton import configs, launch
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert launch.architecture.__wrapped__(torch.device("cuda")) == configs.AMD
+    for (itemsize, dim), pair_bytes in itertools.product(((2, 256), (4, 128)), (0, 4)):
+        config = configs.backward_config(configs.AMD, dim, itemsize, False, pair_bytes)
+        tiles = 2 * (config.block_m + config.num_stages * config.block_n)
+        assert itemsize * dim * tiles + pair_bytes * config.block_m * config.block_n <= 65_536

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-# Shared memory that one block may have, in bytes, by compute capability; unknown ones count as the smallest.
+AMD = 0  # in place of a compute capability: any of AMD's devices, none of which was ever tried
+
+# Shared memory that one block may have, in bytes, by compute capability; unknown ones count as the smallest
+# of NVIDIA's.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+SHARED_MEMORY[AMD] = 65_536
 SMALLEST = 101_376
 HOPPER_AND_LATER = (90, 100, 103)  # with as much memory, and products of whole warp groups
 # How many tiles of keys a backward pass of 16-bit numbers keeps once more in shared memory, for a product

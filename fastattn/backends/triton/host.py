@@ -34,6 +34,7 @@ from fastattn.backends.triton.launch import (
     launch,
     multiprocessors,
     parameters_of,
+    tf32_allowed,
 )
 from fastattn.backends.triton.plans import Launched
 from fastattn.lowering import Operands, Params
@@ -55,7 +56,7 @@ class Launch:
         self.arch = architecture(q.device)
         self.widest = block_dim(max(q.shape[-1], v.shape[-1]))
         self.itemsize = q.element_size()
-        tf32 = self.itemsize == 4 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = self.itemsize == 4 and tf32_allowed()
         self.constants = _constants(q.shape[-1], v.shape[-1], natural, tf32)
         self.pair_bytes = sum(
             t.element_size() for t in (operands.mask, operands.bias, operands.diag) if t is not None
