@@ -34,7 +34,7 @@ def compiled(folder: Path, *arguments: str) -> dict:
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_a_causal_call(arch: int, tmp_path: Path):
     arguments = ["--arch", str(arch), "--head-dim", "64", "--variant", "causal", "--dtype", "bfloat16"]
     facts = compiled(tmp_path, *arguments)
