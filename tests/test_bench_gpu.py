@@ -93,11 +93,48 @@ def test_a_failing_path_is_told_and_the_others_run():
 def test_a_hopeless_path_is_timed_once():
     ways = [Contender(name, lambda: None) for name in (OURS, "a", "b")]
     seconds = {OURS: 1e-3, "a": 1e-3, "b": 1.0}
-    timings = runner.time_all(ways, lambda way, calls: seconds[way.name], QUICK, None)
+    timings, refused = runner.time_all(ways, lambda way, calls: seconds[way.name], QUICK, None)
+    assert not refused
     assert [len(timings[name].seconds) for name in (OURS, "a", "b")] == [3, 3, 1]
     slow = Result(tiny("x"), timings, Work(1, 1.0, 1))
     assert slow.ratio_to("b") == Ratio(1e3, 1e3, 1e3)
-    assert runner.time_all([], lambda way, calls: 0.0, QUICK, None) == {}
+    assert runner.time_all([], lambda way, calls: 0.0, QUICK, None) == ({}, {})
+
+
+def test_a_path_that_fails_while_it_is_timed_is_told():
+    def clock(way: Contender, calls: int) -> float:
+        if way.name == failing:
+            raise RuntimeError("out of memory\nTried to allocate")
+        return 1.0
+
+    ways = [Contender(name, lambda: None) for name in (OURS, "a")]
+    failing = "a"
+    timings, refused = runner.time_all(ways, clock, QUICK, None)
+    assert list(timings) == [OURS] and refused == {"a": "RuntimeError: out of memory"}
+    failing = OURS
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.time_all(ways, clock, QUICK, None)
+
+
+def test_a_case_that_fails_does_not_end_the_run(monkeypatch):
+    """Unless the device answers no more; what is left is then named, as where the time is up."""
+
+    def run_case(bench, *options):
+        if bench.group == "two":
+            raise MemoryError("2 TB\nmore")
+        return Result(bench, {}, Work(1, 1.0, 1))
+
+    cases = tuple(tiny(group) for group in ("one", "two", "three"))
+    monkeypatch.setattr(runner, "GPU_BENCH_CASES", cases)
+    monkeypatch.setattr(runner, "run_case", run_case)
+    heard: list[str | None] = []
+    clock = FakeClock(OURS)
+    found, left = run(Options(), CPU, lambda each: heard.append(each.failure), clocks=(clock, clock))
+    assert [each.failure for each in found] == [None, "MemoryError: 2 TB", None] == heard and not left
+    assert found[1].rows() == []
+    monkeypatch.setattr(runner, "answers", lambda device: False)
+    found, left = run(Options(), CPU, clocks=(clock, clock))
+    assert len(found) == 1 and left == [case.name for case in cases[1:]]
 
 
 @interpreted
@@ -126,7 +163,7 @@ def test_the_filter_is_checked():
 
 def test_samples_are_taken_after_a_first_one_that_sets_their_size():
     times = itertools.count(1)
-    timings = runner.time_all(
+    timings, _ = runner.time_all(
         [Contender(OURS, lambda: None)], lambda way, calls: float(next(times)), QUICK, 1
     )
     assert timings[OURS].seconds == (2.0, 3.0, 4.0)

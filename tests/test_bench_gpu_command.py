@@ -44,10 +44,11 @@ def test_cases_in_processes_outlive_one_that_dies(monkeypatch, tmp_path: Path):
     """A child that ends in the middle: its case has failed, the rest is checked by another."""
     child = tmp_path / "child.py"
     child.write_text(
-        "import json, sys\n"
+        "import json, sys, time\n"
         "for name in sys.stdin.read().split('\\n'):\n"
         "    print('noise', flush=True)\n"
         "    if name == 'dies': sys.exit(7)\n"
+        "    if name == 'hangs': time.sleep(60)\n"
         "    print(json.dumps({'name': name, 'state': 'passed'}), flush=True)\n"
         "    if name == 'loses': sys.exit(3)\n"
     )
@@ -56,11 +57,15 @@ def test_cases_in_processes_outlive_one_that_dies(monkeypatch, tmp_path: Path):
         check.subprocess, "Popen", lambda command, **kw: popen([sys.executable, str(child)], **kw)
     )
     heard: list[str] = []
-    names = ["a", "dies", "b", "loses", "c"]
+    monkeypatch.setattr(check, "PATIENCE", 5.0)
+    names = ["a", "dies", "b", "loses", "hangs", "c"]
     outcomes = check.check_in_processes(names, CPU, "triton", lambda o: heard.append(o.name), 1)
     assert [each.name for each in outcomes] == names == heard
-    assert [each.state for each in outcomes] == ["passed", "failed", "passed", "passed", "passed"]
+    states = ["passed", "failed", "passed", "passed", "failed", "passed"]
+    assert [each.state for each in outcomes] == states
     assert outcomes[1].reason == "its process ended with status 7"
+    assert outcomes[4].reason.endswith("status -9, as where no result comes within 5 s")
+    names.remove("hangs")
     assert {o.name for o in check.check_in_processes(names, CPU, "triton", lambda o: None, 3)} == set(names)
 
 
@@ -74,7 +79,9 @@ def test_the_child_prints_a_line_for_each_case(monkeypatch, capsys):
     def lost(device):
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(check, "synchronize", lost)
+    assert device.answers(CPU)
+    monkeypatch.setattr(device, "synchronize", lost)
+    assert not device.answers(CPU)
     assert check.main(CPU, "triton") == check.DEVICE_LOST
 
 
@@ -163,6 +170,8 @@ def test_the_whole_command(monkeypatch, capsys, tmp_path: Path):
     def check_them(names, where, backend, on_outcome, workers):
         for outcome in outcomes:
             on_outcome(outcome)
+        kept = json.loads((tmp_path / "out" / "gpu.json").read_text())["checked"]
+        assert len(kept) == len(outcomes)  # whatever comes afterwards
         return outcomes
 
     monkeypatch.setattr(bench_gpu.check, "check_in_processes", check_them)

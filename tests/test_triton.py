@@ -5,6 +5,7 @@ Everything runs under Triton's interpreter where there is no GPU.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_without_the_interpreter_cpu_tensors_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_configuration_is_a_valid_tile(dtype: torch.dtype):
-    """Powers of two that a product takes, and 64 x 64 wherever a block mask's lists name the tiles."""
+    """Powers of two that a product takes, and no more than 64 where a block mask's lists name the tiles."""
     from fastattn.backends.triton import configs
 
     for arch in (80, 86, 89, 90, 100, 120, 75):
@@ -158,4 +159,84 @@ def test_every_configuration_is_a_valid_tile(dtype: torch.dtype):
                 for config in chosen:
                     sizes = (config.block_m, config.block_n)
                     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
-                    assert not blocks or sizes == (64, 64)
+                    assert not blocks or max(sizes) <= 64
+
+
+def test_tiles_shrink_until_they_fit():
+    """Whatever is read for each pair; a device of which nothing is known has what the smallest one has."""
+    from fastattn.backends.triton import configs
+
+    for arch, dim, itemsize, pair_bytes in itertools.product(
+        (80, 86, 89, 90, 100, 120, 75), (64, 128, 256), (2, 4), (0, 1, 4, 9)
+    ):
+        room = configs.SHARED_MEMORY.get(arch, configs.SMALLEST)
+        for blocks in (False, True):
+            forward = configs.forward_config(arch, dim, itemsize, blocks, 4096, pair_bytes)
+            backward = configs.backward_config(arch, dim, itemsize, blocks, pair_bytes)
+            bias = configs.bias_config(arch, dim, itemsize, pair_bytes)
+            assert bias.block_m == bias.block_n
+            for config, tiles in (
+                (forward, forward.block_m + 2 * forward.num_stages * forward.block_n),
+                (backward, 2 * (backward.block_m + backward.num_stages * backward.block_n)),
+                (bias, 4 * bias.block_m),
+            ):
+                assert itemsize * dim * tiles + pair_bytes * config.block_m * config.block_n <= room
+
+
+@pytest.mark.parametrize("sizes", [(16, 32), (32, 16)], ids=str)
+def test_a_block_mask_in_parts_of_its_tiles(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    """As where a tile of 64 x 64 does not fit: the same results, and what is not finite stays where it is."""
+    from fastattn.backends.triton import host, plans
+    from fastattn.backends.triton.configs import TileConfig
+
+    def results(backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        leaves = [t.requires_grad_() for t in inputs(90, 100)]
+        with torch.no_grad():
+            leaves[2][0, 1, 80, 3] = leaves[0][0, 0, 89, 1] = torch.nan
+        bias = torch.randn(1, 2, 90, 100, device=DEVICE).requires_grad_()
+        out = fastattn.attention(*leaves, mask=mask, bias=bias, backend=backend)
+        return [out, *torch.autograd.grad(out, [*leaves, bias], torch.randn_like(out))]
+
+    mask = masks.causal() | masks.prefix(torch.tensor([40], device=DEVICE))
+    want = results("reference")
+    monkeypatch.setattr(plans.FORWARD, "_plans", {})
+    monkeypatch.setattr(plans.BACKWARD, "_plans", {})
+    for name in ("forward_config", "backward_config"):
+        monkeypatch.setattr(host, name, lambda *_: TileConfig(*sizes, 4, 1))
+    monkeypatch.setattr(host, "bias_config", lambda *_: TileConfig(32, 32, 4, 1))
+    for got, wanted in zip(results("triton"), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("switch", "on", "off"), [("allow_tf32", True, False), ("fp32_precision", "tf32", "none")]
+)
+def test_torch_s_switches_for_tf32(switch: str, on: object, off: object):
+    """The former one, and the present one, after which PyTorch lets nobody read the former."""
+    from fastattn.backends.triton.launch import tf32_allowed
+
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, switch):
+        pytest.skip(f"torch {torch.__version__} has no {switch}")
+    q, k, v = (t.detach() for t in inputs(4))
+    assert not tf32_allowed()
+    setattr(matmul, switch, on)
+    try:
+        assert tf32_allowed()
+        assert call(q, k, v).isfinite().all()
+    finally:
+        setattr(matmul, switch, off)
+    assert not tf32_allowed()
+
+
+def test_devices_of_amd_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """Their 9.0 is not Hopper, and has less memory than any device of NVIDIA's."""
+    from fastattn.backends.triton import configs, launch
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert launch.architecture.__wrapped__(torch.device("cuda")) == configs.AMD
+    for (itemsize, dim), pair_bytes in itertools.product(((2, 256), (4, 128)), (0, 4)):
+        config = configs.backward_config(configs.AMD, dim, itemsize, False, pair_bytes)
+        tiles = 2 * (config.block_m + config.num_stages * config.block_n)
+        assert itemsize * dim * tiles + pair_bytes * config.block_m * config.block_n <= 65_536

@@ -34,7 +34,7 @@ def compiled(folder: Path, *arguments: str) -> dict:
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 def test_a_causal_call(arch: int, tmp_path: Path):
     arguments = ["--arch", str(arch), "--head-dim", "64", "--variant", "causal", "--dtype", "bfloat16"]
     facts = compiled(tmp_path, *arguments)
@@ -82,25 +82,29 @@ def test_every_call(arch: int, head_dim: int, dtype: str, tmp_path: Path):
 def made(**changes) -> Compiled:
     facts = {
         "kernel": "attention_fwd", "arch": 90, "variant": "causal", "dtype": "bfloat16", "head_dim": 64,
-        "config": TileConfig(128, 64, 8, 2), "shared": 1000, "usage": Usage(200, 0, ()), "tensor_cores": True,
+        "config": TileConfig(128, 64, 8, 2), "shared": 1000, "usage": Usage(200, 0, ()),
+        "instruction": "wgmma.mma_async",
     }  # fmt: skip
     return Compiled(**(facts | changes))
 
 
 def test_problems_are_named():
     assert problems(made()) == []
-    assert problems(made(dtype="float32", tensor_cores=False)) == []
-    assert problems(made(tensor_cores=False)) == ["multiplies without wgmma.mma_async"]
+    assert problems(made(dtype="float32", instruction=None)) == []
+    assert problems(made(instruction=None)) == ["multiplies without wgmma.mma_async"]
     assert problems(made(variant="descriptors")) == ["loads without cp.async.bulk.tensor"]
-    assert problems(made(variant="descriptors", bulk_copies=True)) == problems(made(arch=80)) == []
+    older = made(arch=80, instruction="mma.sync")
+    assert problems(made(variant="descriptors", bulk_copies=True)) == problems(older) == []
     assert problems(made(shared=300_000)) == ["asks for 300000 B of shared memory of 232448"]
+    full = made(arch=100, instruction="tcgen05.mma", tensor_memory=544)
+    assert problems(full) == ["asks for 544 columns of tensor memory of 512"]
 
 
 def test_small_tiles_may_use_the_older_instruction():
-    assert ahead.on_tensor_cores("wgmma.mma_async.sync", 90, TileConfig(128, 128, 8, 2))
-    assert not ahead.on_tensor_cores("mma.sync.aligned", 90, TileConfig(128, 128, 8, 2))
-    assert ahead.on_tensor_cores("mma.sync.aligned", 90, TileConfig(16, 128, 4, 2))
-    assert ahead.on_tensor_cores("mma.sync.aligned", 80, TileConfig(128, 64, 4, 2))
+    assert made().tensor_cores
+    assert not made(instruction="mma.sync").tensor_cores
+    assert made(instruction="mma.sync", config=TileConfig(16, 128, 4, 2)).tensor_cores
+    assert made(instruction="mma.sync", arch=80).tensor_cores
 
 
 LISTING = """
@@ -131,14 +135,15 @@ def test_loops_are_read_from_machine_code():
 def test_the_table_says_what_is_wrong():
     spilling = Usage(255, 488, (Loop(50, 4, 0), Loop(60, 4, 12)))
     rows = [made(), made(variant="plain", usage=spilling), made(arch=120, shared=200_000, usage=None)]
-    text = "\n".join(table(rows, ["sm_80 bias: CompilationError"], "3.7.1"))
+    text = "\n".join(table(rows, ["sm_80 bias: CompilationError"], 4, "3.7.1"))
     assert (
         "- sm_120 attention_fwd, causal, bfloat16, D=64: asks for 200000 B of shared memory of 101376" in text
     )
     assert "- does not compile: sm_80 bias: CompilationError" in text
     assert "- sm_90 attention_fwd, plain, bfloat16, D=64: 12" in text
-    assert "| causal, plain | 1 | 200-255 | 0-488 | 12 (plain) |" in text
-    assert "| 120 | attention_fwd | bfloat16 | 64 | 128x64 | 8 | 2 | causal | 196 | ? | ? | 0 |" in text
+    assert "| causal, plain | 1 of 227 | wgmma | 200-255 | 0-488 | 12 (plain) |" in text
+    assert "| 120 | attention_fwd | bfloat16 | 64 | 128x64 | 8 | 2 | causal | 196 of 99 | wgmma | ?" in text
+    assert "3 of 4 calls" in text
     assert "in loops: 0 12" in rows[1].line() and rows[0].row()["config"]["block_m"] == 128
 
 
@@ -156,6 +161,47 @@ def test_the_command_goes_on_after_a_failure(monkeypatch, capsys, tmp_path: Path
     assert [row["variant"] for row in facts["kernels"]] == ["plain"] and facts["calls"] == 2
     assert "FAILED" in capsys.readouterr().out
     assert ahead.main([*arguments[:-2], "plain"]) == 0
+
+
+def test_a_run_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path: Path):
+    """With what is there of the same kernels; what failed is tried again."""
+    compiled: list[str] = []
+
+    def compile_variant(arch, name, dtype, head_dim):
+        compiled.append(name)
+        if name == "bias" and compiled.count(name) == 1:
+            raise ValueError("killed")
+        spilling = Usage(255, 488, (Loop(50, 4, 0), Loop(60, 4, 12)))
+        return [made(variant=name, arch=arch, usage=spilling)]
+
+    monkeypatch.setattr(ahead, "compile_variant", compile_variant)
+    arguments = [
+        "--arch",
+        "90",
+        "--head-dim",
+        "64",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        str(tmp_path),
+        "--resume",
+    ]
+    assert ahead.main([*arguments, "--variant", "bias", "plain"]) == 1
+    assert ahead.main([*arguments, "--variant", "bias", "plain", "causal"]) == 0
+    assert compiled == ["bias", "plain", "bias", "causal"]
+    facts = json.loads((tmp_path / "compile.json").read_text())
+    assert facts["calls"] == 3 and not facts["failed"]
+    assert [row["variant"] for row in facts["kernels"]] == ["plain", "bias", "causal"]
+    assert all(row["loop_spills"] == [0, 12] for row in facts["kernels"])
+    assert ahead.main([*arguments, "--variant", "plain"]) == 0  # the folder keeps what was not asked for
+    assert len(json.loads((tmp_path / "compile.json").read_text())["kernels"]) == 3
+    path = tmp_path / "compile.json"
+    path.write_text(path.read_text().replace(facts["sources"], "of other kernels"))
+    assert ahead.main([*arguments, "--variant", "plain"]) == 0
+    assert "starting anew" in capsys.readouterr().out and compiled[-1] == "plain"
+    with pytest.raises(SystemExit):
+        ahead.main(["--resume"])
+    assert "--out" in capsys.readouterr().err
 
 
 def test_under_the_interpreter_there_is_nothing_to_compile(monkeypatch):

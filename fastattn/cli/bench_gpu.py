@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> report.Report:
     args.out.mkdir(parents=True, exist_ok=True)
     machine = describe(device)
     say(*report.machine_lines(machine, {}))
-    outcomes = [] if args.gpu == "speed" else check_all(options, device)
-    found = report.Report(machine, {}, outcomes, [], [], dataclasses.asdict(options))
+    found = report.Report(machine, {}, [], [], [], dataclasses.asdict(options))
+    if args.gpu != "speed":
+        found = check_all(found, options, device, args.out)
     found.write_json(args.out / "gpu.json")
     if args.gpu != "check":
         found = time_all(found, options, device, args.out, started)
@@ -49,19 +51,25 @@ def measure(args: argparse.Namespace, device: torch.device) -> report.Report:
     return found
 
 
-def check_all(options: Options, device: torch.device) -> list[Outcome]:
+def check_all(found: report.Report, options: Options, device: torch.device, out: Path) -> report.Report:
     """Check the cases in several processes, and print what failed as it comes."""
     names = check.chosen(options.quick, options.filter)
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)), max(1, len(names)))
     say("", f"checking {len(names)} cases in {workers} processes")
 
+    so_far: list[Outcome] = []
+    lock = threading.Lock()
+
     def on_outcome(outcome: Outcome) -> None:
-        if outcome.state == FAILED:
-            say(f"  FAILED {outcome.name}: {outcome.reason}")
+        with lock:
+            so_far.append(outcome)
+            dataclasses.replace(found, outcomes=so_far).write_json(out / "gpu.json")
+            if outcome.state == FAILED:
+                say(f"  FAILED {outcome.name}: {outcome.reason}")
 
     outcomes = check.check_in_processes(names, device, options.backend, on_outcome, workers)
     say(*check.lines(outcomes))
-    return outcomes
+    return dataclasses.replace(found, outcomes=outcomes)
 
 
 def time_all(

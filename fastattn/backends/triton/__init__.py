@@ -27,7 +27,6 @@ name = "triton"
 MAX_HEAD_DIM = 256
 NO_EXTRA_GRADIENTS = (None,) * DIFFERENTIABLE
 OLDEST = (8, 0)
-UNCOMPILED = 10  # TritonGPUHoistTMEMAlloc of Triton 3.7.1 stops at the loop that contains NaN
 
 
 @cache
@@ -51,8 +50,6 @@ def _unsupported(capability: tuple[int, int]) -> list[str]:
     got = ".".join(map(str, capability))
     if capability < OLDEST:
         return [f"it needs compute capability {'.'.join(map(str, OLDEST))}, not {got}"]
-    if capability[0] == UNCOMPILED:
-        return [f"Triton's compiler fails on its kernels for compute capability {got}"]
     return []
 
 
@@ -94,7 +91,6 @@ def takes(call: Call) -> bool:
         and call.score == "dot"
         and call.block_table is None
         and architecture(q.device) >= 10 * OLDEST[0]
-        and architecture(q.device) // 10 != UNCOMPILED
     )
 
 

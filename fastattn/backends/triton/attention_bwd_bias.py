@@ -40,7 +40,7 @@ def attention_bwd_bias(
                 BLOCK_DV, BLOCK_M, NATURAL,
             )  # fmt: skip
             begin, end = key_range(rules, b, i, len_q, len_k)
-            start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+            start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
             for t in range(count):
                 j0, bits = key_tile(rules, start, t, BLOCK_N)
                 _, ds, _ = tile_gradient(
@@ -95,7 +95,7 @@ def attention_bwd_diagonals(
             BLOCK_M, NATURAL,
         )  # fmt: skip
         begin, end = key_range(rules, b, i, len_q, len_k)
-        start, count = key_tiles(rules, b, h, tile, tl.min(begin), tl.max(end), BLOCK_N)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
         for t in range(count):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             _, ds, _ = tile_gradient(

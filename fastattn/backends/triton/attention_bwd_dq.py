@@ -6,7 +6,9 @@ import triton.language as tl
 from fastattn.backends.triton.gradient import row_tile_inputs, seen_by, tile_gradient
 from fastattn.backends.triton.programs import row_program, whole_tiles
 from fastattn.backends.triton.tile import (
-    is_finite,
+    CONTAIN,
+    add_reached,
+    finite_or_zero,
     key_range,
     key_tile,
     key_tiles,
@@ -34,7 +36,7 @@ def attention_bwd_dq(
         BLOCK_M, NATURAL,
     )  # fmt: skip
     begin, end = key_range(rules, b, i, len_q, len_k)
-    start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     before = count
     skipped = 0
@@ -60,22 +62,25 @@ def attention_bwd_dq(
         acc = product(ds.to(keys.dtype), keys, acc, PRECISION)
 
     if not_finite(acc):  # once more: a key that is not finite reaches only the rows that see it
+        STEP: tl.constexpr = CONTAIN if BLOCK_N > CONTAIN else BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        reached = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), STEP)
         for t in tl.range(0, count, num_stages=1):
-            j0, bits = key_tile(rules, start, t, BLOCK_N)
+            j0, bits = key_tile(rules, start, t, STEP)
             keys, _, ds = tile_gradient(
                 rows, grad, row_lse, row_residual, row_delta, k, v, lengths, rules, b, h,
                 h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k, HEAD_DIM,
-                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+                HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STEP, NATURAL, PRECISION,
                 CHECK=True, HIDES=True,
             )  # fmt: skip
-            j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+            j = (j0 + tl.arange(0, STEP))[None, :]
             seen = seen_by(
-                rules, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), b, h, i[:, None], j, begin[:, None],
+                rules, tl.zeros([BLOCK_M, STEP], tl.float32), b, h, i[:, None], j, begin[:, None],
                 end[:, None], offset, len_q, len_k, bits,
             )  # fmt: skip
-            finite = is_finite(keys)
-            acc = product(ds.to(keys.dtype), tl.where(finite, keys, 0.0), acc, PRECISION)
-            acc = tl.where(tl.dot(seen, (finite == 0).to(tl.float16)) > 0, float("nan"), acc)
+            acc = product(ds.to(keys.dtype), finite_or_zero(keys), acc, PRECISION)
+            reached = add_reached(reached, seen, keys)
+        acc = tl.where(reached > 0, float("nan"), acc)
     r = tl.arange(0, BLOCK_M)
     store_rows(row_base(dq, b, h, q_begin + i0), dq.row, r, acc * scale, BLOCK_D, HEAD_DIM, len_q - i0)

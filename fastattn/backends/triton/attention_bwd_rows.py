@@ -35,7 +35,7 @@ def attention_bwd_rows(
         rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
         begin, end = key_range(rules, b, i, len_q, len_k)
         total = sink_total(sinks, row_lse, h, BLOCK_M, NATURAL)
-        start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
         for t in tl.range(0, count, num_stages=1):
             j0, bits = key_tile(rules, start, t, BLOCK_N)
             keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)

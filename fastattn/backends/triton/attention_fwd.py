@@ -9,9 +9,11 @@ import triton.language as tl
 
 from fastattn.backends.triton.programs import row_program, whole_tiles
 from fastattn.backends.triton.tile import (
+    CONTAIN,
+    add_reached,
     apply,
     exp_of,
-    is_finite,
+    finite_or_zero,
     kept,
     key_range,
     key_tile,
@@ -64,11 +66,11 @@ def _attend(
 
 @triton.jit
 def _contain(
-    acc, m, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q, len_k,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    acc, reached, m, q, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset, len_q,
+    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """_attend for a known maximum, where a value that is not finite reaches only the rows that see it."""
+    """_attend for a known maximum, without the values that are not finite; what these reach is added up."""
     keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
     s = product(q, tl.trans(keys), None, PRECISION)
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
@@ -84,10 +86,8 @@ def _contain(
     if rules.dropout is not None:
         p *= kept(rules.dropout, b, h, lengths.num_heads, i0, j0, BLOCK_M, BLOCK_N)
     values = load_keys(v, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V, True)
-    finite = is_finite(values)
-    acc = product(p.to(values.dtype), tl.where(finite, values, 0.0), acc, PRECISION)
-    reached = tl.dot((seen != float("-inf")).to(tl.float16), (finite == 0).to(tl.float16))
-    return tl.where(reached > 0, float("nan"), acc)
+    acc = product(p.to(values.dtype), finite_or_zero(values), acc, PRECISION)
+    return acc, add_reached(reached, seen != float("-inf"), values)
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def attention_fwd(
             m = tl.where(tl.program_id(1) == 0, m, float("-inf"))
         l = tl.where(m == float("-inf"), 0.0, 1.0)
 
-    start, count = key_tiles(rules, b, h, i0 // BLOCK_M, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     before = count
     skipped = 0
     if rules.blocks is None:
@@ -143,14 +143,19 @@ def attention_fwd(
             PRECISION, CHECK=True,
         )  # fmt: skip
 
-    if not_finite(acc):
+    if not_finite(acc):  # once more: a value that is not finite reaches only the rows that see it
+        STEP: tl.constexpr = CONTAIN if BLOCK_N > CONTAIN else BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        reached = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), STEP)
         for t in tl.range(0, count, num_stages=1):
-            j0, bits = key_tile(rules, start, t, BLOCK_N)
-            acc = _contain(
-                acc, m, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end, offset,
-                len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, NATURAL, PRECISION,
+            j0, bits = key_tile(rules, start, t, STEP)
+            acc, reached = _contain(
+                acc, reached, m, rows, k, v, lengths, rules, b, h, h_kv, k_begin, i0, i, j0, bits, begin, end,
+                offset, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STEP, NATURAL,
+                PRECISION,
             )  # fmt: skip
+        acc = tl.where(reached > 0, float("nan"), acc)
 
     if parts is not None:
         inside = r < len_q - i0

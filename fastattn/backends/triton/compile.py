@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,27 +20,27 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
-from fastattn import masks
 from fastattn.backends import triton as backend
 from fastattn.backends.triton import descriptors, host, summary
+from fastattn.backends.triton.compile_calls import FORWARD_ONLY, VARIANTS, variant_call
 from fastattn.backends.triton.configs import SHARED_MEMORY, TileConfig
-from fastattn.backends.triton.cubin import Usage, usage
+from fastattn.backends.triton.cubin import Loop, Usage, usage
 from fastattn.backends.triton.launch import Programs, grid_of
-from fastattn.biases import ALiBi
 from fastattn.call import Call
 from fastattn.lowering import Operands, Params, lower
 from fastattn.weight_statistics import LOSSES, Wanted
 
-ARCHITECTURES = (80, 86, 89, 90, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SEQLEN = 256
 
-# The instruction that multiplies matrices of 16-bit numbers.
-TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async"}
-TENSOR_CORES[120] = TENSOR_CORES[80]
+# The instruction that multiplies matrices of 16-bit numbers, the widest first, and where it is the best one.
+INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+TENSOR_CORES = {100: INSTRUCTIONS[0], 90: INSTRUCTIONS[1]}
+for _arch in (80, 86, 89, 120):
+    TENSOR_CORES[_arch] = INSTRUCTIONS[2]
+TENSOR_MEMORY = 512  # columns of it that a block may have, where there is any
 BULK_COPY = "cp.async.bulk.tensor"  # what a load by a descriptor becomes
 
 
@@ -54,8 +55,9 @@ class Compiled:
         config: tile sizes, warps and stages.
         shared: bytes of shared memory.
         usage: registers, stack and loops; None where no tool was found that tells.
-        tensor_cores: whether it multiplies on them.
+        instruction: by which it multiplies matrices on tensor cores, one of INSTRUCTIONS; None where by none.
         bulk_copies: whether it loads tiles by descriptors.
+        tensor_memory: columns of sm_100's memory for accumulators.
     """
 
     kernel: str
@@ -66,8 +68,15 @@ class Compiled:
     config: TileConfig
     shared: int
     usage: Usage | None
-    tensor_cores: bool
+    instruction: str | None
     bulk_copies: bool = False
+    tensor_memory: int = 0
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether it multiplies by the architecture's best instruction, which from sm_90 on takes 64 rows."""
+        small = min(self.config.block_m, self.config.block_n) < 64
+        return self.instruction == TENSOR_CORES[self.arch] or (small and self.instruction is not None)
 
     @property
     def loop_spills(self) -> tuple[int, ...]:
@@ -88,73 +97,21 @@ class Compiled:
             text += f"{self.usage.registers:>4} registers, {self.usage.stack:>5} B spilled"
             if any(self.loop_spills):
                 text += f", in loops: {' '.join(map(str, self.loop_spills))}"
-        return text + "  tensor cores" * self.tensor_cores + "  bulk copies" * self.bulk_copies
+        return text + f"  {self.instruction or ''}" + "  bulk copies" * self.bulk_copies
 
     def row(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return {**asdict(self), "config": self.config._asdict(), "loop_spills": self.loop_spills}
+        derived = {"tensor_cores": self.tensor_cores, "loop_spills": self.loop_spills}
+        return {**asdict(self), "config": self.config._asdict(), **derived}
 
-
-def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-def variant_call(name: str, dtype: torch.dtype, head_dim: int) -> Call:
-    """A call that uses an option of the kernels.
-
-    Args:
-        name: one of VARIANTS.
-    """
-    seqlen = {"few": 16, "some": 64, "split": 1}.get(name, SEQLEN)
-    keys = 16 * SEQLEN if name == "split" else SEQLEN
-    q, k, v = (_tensor(1, 2, n, head_dim, dtype=dtype) for n in (seqlen, keys, keys))
-    call = Call("attention", q, k, v, return_lse=True)
-    if name in ("causal", "descriptors"):
-        call.mask = masks.causal()
-    elif name == "mask":
-        call.mask = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool)
-    elif name == "blocks":
-        call.mask = masks.causal() | masks.prefix(torch.tensor([40]))
-    elif name == "padding":
-        call.mask = masks.padding(torch.tensor([200]))
-    elif name == "bias":
-        call.bias = _tensor(2, SEQLEN, SEQLEN, dtype=dtype).requires_grad_()
-    elif name == "alibi":
-        call.bias, call.mask = ALiBi(torch.ones(2, requires_grad=True)), masks.causal()
-    elif name == "softcap, sinks":
-        call.softcap, call.sinks = 30.0, torch.zeros(2, requires_grad=True)
-    elif name == "dropout":
-        call.dropout_p, call.dropout_seed = 0.1, torch.zeros(1, dtype=torch.int64)
-    elif name == "varlen":
-        call.op, call.mask = "varlen", masks.causal()
-        call.q, call.k, call.v = (x[0].transpose(0, 1) for x in (q, k, v))
-        call.cu_seqlens_q = call.cu_seqlens_k = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)
-        call.max_seqlen_q = call.max_seqlen_k = SEQLEN
-    elif name == "paged":
-        call.op, call.lengths = "decode", torch.tensor([200])
-        call.k, call.v = (x.view(2, 2, SEQLEN // 2, head_dim) for x in (k, v))
-        call.block_table = torch.tensor([[0, 1]], dtype=torch.int32)
-    elif name == "additive":
-        call.score, call.scale, call.score_weights = name, 1.0, torch.zeros(head_dim, requires_grad=True)
-    elif name == "triangular":
-        call.score, call.scale, call.mask = name, 1.0, masks.causal() | masks.prefix(torch.tensor([40]))
-        call.dropout_p, call.dropout_seed = 0.1, torch.zeros(1, dtype=torch.int64)
-    elif name == "summary":
-        call.mask, call.sinks = masks.causal(), torch.zeros(2)
-    elif name == "summary, blocks":
-        call.mask = masks.causal() | masks.prefix(torch.tensor([40]))
-    elif name not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}")
-    return call
-
-
-VARIANTS = (
-    "plain", "causal", "few", "some", "mask", "blocks", "padding", "bias", "alibi", "softcap, sinks",
-    "dropout", "varlen", "paged", "additive", "triangular", "summary", "summary, blocks",
-    "descriptors", "split",
-)  # fmt: skip
-
-FORWARD_ONLY = ("descriptors", "split")  # whose backward pass is another variant's
+    @staticmethod
+    def of(row: dict[str, Any]) -> Compiled:
+        """From what `row` gave, read back."""
+        facts = {each.name: row[each.name] for each in fields(Compiled)}
+        used = facts["usage"]
+        if used is not None:
+            used = Usage(used["registers"], used["stack"], tuple(Loop(**loop) for loop in used["loops"]))
+        return Compiled(**{**facts, "config": TileConfig(**facts["config"]), "usage": used})
 
 
 class _Target:
@@ -247,29 +204,21 @@ def _described(
             config,
             made.metadata.shared,
             usage(made.asm["cubin"]),
-            on_tensor_cores(made.asm["ptx"], arch, config),
+            next((each for each in INSTRUCTIONS if each in made.asm["ptx"]), None),
             BULK_COPY in made.asm["ptx"],
+            getattr(made.metadata, "tmem_size", 0),
         )
         for kernel, config, made in found
     ]
 
 
-def on_tensor_cores(ptx: str, arch: int, config: TileConfig) -> bool:
-    """Whether it multiplies by the architecture's best instruction, which from sm_90 on takes 64 rows."""
-    small = min(config.block_m, config.block_n) < 64
-    return TENSOR_CORES[arch] in ptx or (small and TENSOR_CORES[80] in ptx)
-
-
-def fits(made: Compiled) -> bool:
-    """Whether a block of it may have the shared memory it asks for."""
-    return made.shared <= SHARED_MEMORY[made.arch]
-
-
 def problems(made: Compiled) -> list[str]:
     """What keeps a kernel from running, or from being as fast as it should be; none where all is well."""
     found = []
-    if not fits(made):
+    if made.shared > SHARED_MEMORY[made.arch]:
         found.append(f"asks for {made.shared} B of shared memory of {SHARED_MEMORY[made.arch]}")
+    if made.tensor_memory > TENSOR_MEMORY:
+        found.append(f"asks for {made.tensor_memory} columns of tensor memory of {TENSOR_MEMORY}")
     # Scores that are no product, those of the pair_ kernels, have little for tensor cores, sums nothing.
     multiplies = not made.kernel.startswith(("pair_", "attention_combine"))
     if made.dtype != "float32" and not made.tensor_cores and multiplies:
@@ -280,8 +229,11 @@ def problems(made: Compiled) -> list[str]:
     return found
 
 
-def attempt(job: tuple[int, str, str, int]) -> tuple[list[Compiled], str | None]:
-    """compile_variant of (arch, dtype, variant, head_dim), or why it failed."""
+Job = tuple[int, str, str, int]  # arch, dtype, variant, head_dim
+
+
+def attempt(job: Job) -> tuple[list[Compiled], str | None]:
+    """compile_variant of a job, or why it failed."""
     arch, dtype, name, head_dim = job
     try:
         return compile_variant(arch, name, getattr(torch, dtype), head_dim), None
@@ -302,11 +254,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, help="write compile.json and compile.md into this folder, as they grow"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --out has of these kernels, and compile the rest"
+    )
     given = parser.parse_args(arguments)
+    if given.resume and given.out is None:
+        parser.error("--resume goes on with the results in --out, which was not given")
     # A run that is cut short has the first variants everywhere.
-    ordered = product(given.variant, given.dtype, given.head_dim, given.arch)
-    jobs = [(arch, dtype, variant, head_dim) for variant, dtype, head_dim, arch in ordered]
-    rows: list[Compiled] = []
+    ordered = product(given.dtype, given.variant, given.head_dim, given.arch)
+    asked = [(arch, dtype, variant, head_dim) for dtype, variant, head_dim, arch in ordered]
+    rows = kept_rows(given.out) if given.resume else []
+    kept = {(row.arch, row.dtype, row.variant, row.head_dim) for row in rows}
+    jobs = [job for job in asked if job not in kept]
     failed: list[str] = []
     for made, failure in _attempts(jobs, given.jobs):
         rows += made
@@ -316,13 +275,11 @@ def main(arguments: list[str]) -> int:
         if failure is not None:
             print(f"FAILED  {failure}", flush=True)
         if given.out is not None:
-            write(rows, failed, len(jobs), given.out)
+            write(rows, failed, len(kept.union(asked)), given.out)
     return 1 if failed or any(map(problems, rows)) else 0
 
 
-def _attempts(
-    jobs: list[tuple[int, str, str, int]], processes: int
-) -> Iterator[tuple[list[Compiled], str | None]]:
+def _attempts(jobs: list[Job], processes: int) -> Iterator[tuple[list[Compiled], str | None]]:
     if processes == 1:
         yield from map(attempt, jobs)
         return
@@ -335,21 +292,36 @@ def write(rows: list[Compiled], failed: list[str], asked: int, folder: Path) -> 
     from fastattn.backends.triton.compile_table import table
 
     folder.mkdir(parents=True, exist_ok=True)
-    version = _version()
-    facts = {"triton": version, "torch": torch.__version__, "calls": asked, "failed": failed}
-    plain = {**facts, "kernels": [row.row() for row in rows]}
-    (folder / "compile.json").write_text(json.dumps(plain, indent=1) + "\n")
-    (folder / "compile.md").write_text("\n".join(table(rows, failed, version)) + "\n")
+    compiler = _compiler()
+    facts = {**compiler, "torch": torch.__version__, "calls": asked, "failed": failed}
+    head = json.dumps(facts, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(row.row()) for row in rows)
+    (folder / "compile.json").write_text(f'{head},\n "kernels": [\n{lines}\n]}}\n')
+    (folder / "compile.md").write_text("\n".join(table(rows, failed, asked, compiler["triton"])) + "\n")
+
+
+def kept_rows(folder: Path) -> list[Compiled]:
+    """What an earlier run left in the folder; nothing where kernels or compiler were others."""
+    path = folder / "compile.json"
+    if not path.exists():
+        return []
+    facts = json.loads(path.read_text())
+    if any(facts.get(name) != value for name, value in _compiler().items()):
+        print(f"{path} is of other kernels or another triton: starting anew", flush=True)
+        return []
+    return [Compiled.of(row) for row in facts["kernels"]]
+
+
+def _compiler() -> dict[str, str]:
+    """What the results depend on: Triton's version, and the text of this package."""
+    import triton
+
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return {"triton": str(triton.__version__), "sources": hashlib.sha256(text).hexdigest()[:16]}
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _version() -> str:
-    import triton
-
-    return str(triton.__version__)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from fastattn.backends.triton.compile import Compiled, problems
+from fastattn.backends.triton.configs import SHARED_MEMORY
 
 HEADING = """\
 # What the Triton kernels compile to
 
 Written by `python -m fastattn.backends.triton.compile --out DIR`, with triton {version}. A line is a kernel
 for an architecture, a dtype and a head dim, and for the calls that share its tile; ranges are over those
-calls. *Registers* are a thread's; *spilled* is its stack frame in bytes; *in loops* counts the instructions
-that read or write a spilled register inside an innermost loop with a matrix product, of the call that has
-most, and names it. The loop that is entered for results that are not finite counts too."""
+calls. *Shared* is of what a block of the device may have. *Registers* are a thread's; *spilled* is its stack
+frame in bytes; *in loops* counts the instructions that read or write a spilled register inside an innermost
+loop with a matrix product, of the call that has most, and names it. The loop that is entered for results
+that are not finite counts too. {done} of {asked} calls that were asked for are here."""
+WORST = 20  # spilling loops that are named above the table
 COLUMNS = (
     "sm",
     "kernel",
@@ -25,15 +28,24 @@ COLUMNS = (
     "stages",
     "calls",
     "shared KiB",
+    "multiplies by",
     "registers",
     "spilled B",
     "in loops",
 )
 
 
-def table(rows: Sequence[Compiled], failed: Sequence[str], version: str) -> list[str]:
-    """Lines of Markdown: what is wrong, then the numbers."""
-    lines = [*HEADING.format(version=version).splitlines(), ""]
+def table(rows: Sequence[Compiled], failed: Sequence[str], asked: int, version: str) -> list[str]:
+    """Lines of Markdown: what is wrong, then the numbers.
+
+    Args:
+        rows: what was compiled.
+        failed: why calls were not.
+        asked: how many calls were to be compiled.
+        version: triton's.
+    """
+    done = len({(row.arch, row.dtype, row.variant, row.head_dim) for row in rows})
+    lines = [*HEADING.format(version=version, done=done, asked=asked).splitlines(), ""]
     wrong = [f"- {_call(row)}: {problem}" for row in rows for problem in problems(row)]
     wrong += [f"- does not compile: {reason}" for reason in failed]
     lines += [
@@ -42,8 +54,9 @@ def table(rows: Sequence[Compiled], failed: Sequence[str], version: str) -> list
         *(wrong or ["- nothing"]),
         "",
     ]
-    spilling = [f"- {_call(row)}: {max(row.loop_spills)}" for row in rows if any(row.loop_spills)]
-    lines += ["Spills inside loops (instructions):", "", *(spilling or ["- nothing"]), ""]
+    spilling = sorted((row for row in rows if any(row.loop_spills)), key=_most_spills, reverse=True)
+    named = [f"- {_call(row)}: {_most_spills(row)}" for row in spilling[:WORST]]
+    lines += ["Loops that spill most (instructions):", "", *(named or ["- none"]), ""]
     lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     ordered = sorted(rows, key=_group)
     lines += [_line(_cells(list(group))) for _, group in groupby(ordered, key=_group)]
@@ -54,6 +67,10 @@ def _group(row: Compiled) -> tuple[object, ...]:
     return row.arch, row.kernel, row.dtype, row.head_dim, row.config
 
 
+def _most_spills(row: Compiled) -> int:
+    return max(row.loop_spills, default=0)
+
+
 def _call(row: Compiled) -> str:
     return f"sm_{row.arch} {row.kernel}, {row.variant}, {row.dtype}, D={row.head_dim}"
 
@@ -61,8 +78,8 @@ def _call(row: Compiled) -> str:
 def _cells(rows: list[Compiled]) -> list[object]:
     first = rows[0]
     used = [row.usage for row in rows if row.usage is not None]
-    worst = max(rows, key=lambda row: max(row.loop_spills, default=0))
-    most = max(worst.loop_spills, default=0)
+    worst = max(rows, key=_most_spills)
+    most = _most_spills(worst)
     return [
         first.arch,
         first.kernel,
@@ -72,7 +89,8 @@ def _cells(rows: list[Compiled]) -> list[object]:
         first.config.num_warps,
         first.config.num_stages,
         ", ".join(dict.fromkeys(row.variant for row in rows)),
-        _range(-(-row.shared // 1024) for row in rows),
+        f"{_range(-(-row.shared // 1024) for row in rows)} of {SHARED_MEMORY[first.arch] // 1024}",
+        ", ".join(sorted({(row.instruction or "-").split(".")[0] for row in rows})),
         _range(each.registers for each in used),
         _range(each.stack for each in used),
         f"{most} ({worst.variant})" if most else "0",

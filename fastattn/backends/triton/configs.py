@@ -9,11 +9,19 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-# Shared memory that one block may have, in bytes, by compute capability; unknown ones count as the smallest.
+AMD = 0  # in place of a compute capability: any of AMD's devices, none of which was ever tried
+
+# Shared memory that one block may have, in bytes, by compute capability; unknown ones count as the smallest
+# of NVIDIA's.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+SHARED_MEMORY[AMD] = 65_536
 SMALLEST = 101_376
 HOPPER_AND_LATER = (90, 100, 103)  # with as much memory, and products of whole warp groups
-BLOCK_MASK_TILE = 64
+# How many tiles of keys a backward pass of 16-bit numbers keeps once more in shared memory, for a product
+# that reads them in another layout, by compute capability; 1 elsewhere. In float32 as many as on sm_100.
+TILES_AGAIN = {90: 0, 100: 2, 103: 2}
+BLOCK_MASK_TILE = 64  # of which a kernel may take parts
+SMALLEST_TILE = 16  # rows or keys that a product takes
 
 
 class TileConfig(NamedTuple):
@@ -30,18 +38,16 @@ def block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _fitted(config: TileConfig, arch: int, needed: Callable[[TileConfig], int], fixed: bool) -> TileConfig:
-    """The config, with fewer stages and then smaller tiles (unless they are fixed) until it fits."""
+def _fitted(config: TileConfig, arch: int, needed: Callable[[TileConfig], int]) -> TileConfig:
+    """The config, with fewer stages and then smaller tiles until it fits."""
     room = SHARED_MEMORY.get(arch, SMALLEST)
-    while needed(config) > room:
-        if config.num_stages > 1:
-            config = config._replace(num_stages=config.num_stages - 1)
-        elif not fixed and config.block_n > 32:
+    while needed(config) > room and config.num_stages > 1:
+        config = config._replace(num_stages=config.num_stages - 1)
+    for smallest in (32, SMALLEST_TILE):
+        while needed(config) > room and config.block_n > smallest:
             config = config._replace(block_n=config.block_n // 2)
-        elif not fixed and config.block_m > 32:
+        while needed(config) > room and config.block_m > smallest:
             config = config._replace(block_m=config.block_m // 2)
-        else:
-            break
     return config
 
 
@@ -77,7 +83,7 @@ def forward_config(
         rows_and_keys = c.block_m + 2 * c.num_stages * c.block_n
         return itemsize * dim * rows_and_keys + pair_bytes * c.block_m * c.block_n
 
-    return _fitted(config, arch, needed, blocks)
+    return _fitted(config, arch, needed)
 
 
 # Where a forward pass of few rows would leave multiprocessors idle, several programs share a row tile's keys.
@@ -99,14 +105,21 @@ def backward_config(arch: int, dim: int, itemsize: int, blocks: bool, pair_bytes
 
     def needed(c: TileConfig) -> int:  # q and dO with the stages of k and v, or the other way round
         rows, keys = sorted((c.block_m, c.block_n))
-        again = 0 if arch in HOPPER_AND_LATER else keys  # which dQ's or dK's product reads in another layout
-        tiles = 2 * (rows + c.num_stages * keys) + again
+        again = 2 if itemsize == 4 else TILES_AGAIN.get(arch, 1)
+        tiles = 2 * (rows + c.num_stages * keys) + again * keys
         return itemsize * dim * tiles + pair_bytes * c.block_m * c.block_n
 
-    return _fitted(config, arch, needed, blocks)
+    return _fitted(config, arch, needed)
 
 
 @cache
 def bias_config(arch: int, dim: int, itemsize: int, pair_bytes: int = 0) -> TileConfig:
-    """Of the kernels that make one tile of dS at a time; square, as the tiles of a block mask are."""
-    return TileConfig(BLOCK_MASK_TILE, BLOCK_MASK_TILE, 4 if dim <= 64 else 8, 1)
+    """Of the kernels that make one tile of dS at a time; square, so that rows + keys are a power of two."""
+    size = BLOCK_MASK_TILE
+
+    def needed(size: int) -> int:  # q, dO, k and v, what is read and made for each pair
+        return itemsize * dim * 4 * size + (pair_bytes + 4) * size * size
+
+    while needed(size) > SHARED_MEMORY.get(arch, SMALLEST) and size > SMALLEST_TILE:
+        size //= 2
+    return TileConfig(size, size, 4 if dim <= 64 else 8, 1)

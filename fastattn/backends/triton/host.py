@@ -34,6 +34,7 @@ from fastattn.backends.triton.launch import (
     launch,
     multiprocessors,
     parameters_of,
+    tf32_allowed,
 )
 from fastattn.backends.triton.plans import Launched
 from fastattn.lowering import Operands, Params
@@ -55,7 +56,7 @@ class Launch:
         self.arch = architecture(q.device)
         self.widest = block_dim(max(q.shape[-1], v.shape[-1]))
         self.itemsize = q.element_size()
-        tf32 = self.itemsize == 4 and torch.backends.cuda.matmul.allow_tf32
+        tf32 = self.itemsize == 4 and tf32_allowed()
         self.constants = _constants(q.shape[-1], v.shape[-1], natural, tf32)
         self.pair_bytes = sum(
             t.element_size() for t in (operands.mask, operands.bias, operands.diag) if t is not None
@@ -259,7 +260,7 @@ def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     """dS added up over what the bias is broadcast along; its rows, at last, here."""
     batches, heads, bias_rows, bias_keys = bias.shape
     dbias = q.new_zeros(batches, heads, call.lengths.seqlen_q, bias_keys, dtype=torch.float32)
-    config = bias_config(call.arch, call.widest, call.itemsize)
+    config = bias_config(call.arch, call.widest, call.itemsize, call.pair_bytes)
     programs = -(-call.lengths.seqlen_q // config.block_m) * batches * heads
     call.run(
         attention_bwd_bias,
@@ -282,7 +283,7 @@ def _bias_gradient(call: Launch, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, 
 def _diagonal_gradient(
     call: Launch, diag: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: list[Any]
 ) -> Tensor:
-    config = bias_config(call.arch, call.widest, call.itemsize)
+    config = bias_config(call.arch, call.widest, call.itemsize, call.pair_bytes)
     parts = min(DIAGONAL_PARTS, max(1, -(-call.lengths.seqlen_q // config.block_m)))
     partial = q.new_zeros(
         call.lengths.batch, call.lengths.num_heads, parts, diag.shape[2], dtype=torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastattn.backends.triton.configs import TileConfig
+from fastattn.backends.triton.configs import AMD, TileConfig
 
 # Under Triton's interpreter, which knows no architecture: the tiles of this one.
 INTERPRETED = 80
@@ -19,9 +19,12 @@ Programs = int | tuple[int, int]  # along one axis, or along two
 
 @cache
 def architecture(device: torch.device) -> int:
-    """The compute capability of a CUDA device, 90 for 9.0."""
+    """The compute capability of a CUDA device, 90 for 9.0; AMD for one of theirs, whose numbers mean another
+    thing."""
     if device.type != "cuda":
         return INTERPRETED
+    if torch.version.hip is not None:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -32,6 +35,16 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch may multiply float32 matrices in TF32, by its present switch or by the former one.
+
+    The former, which PyTorch before 2.9 has alone, must not be read once the present one was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def launch(kernel: Any, programs: Programs, config: TileConfig, *args: Any, **constants: Any) -> Any:

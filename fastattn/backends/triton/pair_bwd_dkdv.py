@@ -5,14 +5,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_lse, load_per_row, score_gradient
-from fastattn.backends.triton.pair_scores import (
-    by_query,
-    feature_parts,
-    pair_features,
-    row_step,
-    row_steps,
-    score_of,
-)
+from fastattn.backends.triton.pair_scores import by_query, feature_parts, pair_features, score_of
 from fastattn.backends.triton.programs import key_program
 from fastattn.backends.triton.tile import (
     apply,
@@ -21,6 +14,8 @@ from fastattn.backends.triton.tile import (
     key_range,
     load_rows,
     row_base,
+    row_tile,
+    row_tiles,
     store_rows,
 )
 
@@ -96,9 +91,9 @@ def pair_bwd_dkdv(
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for g in range(group):
         h = h_kv * group + g
-        start, count = row_steps(rules, b, h, j0, first, stop, BLOCK_M)
+        start, count = row_tiles(rules, b, h, j0, first, stop, BLOCK_M)
         for t in range(count):
-            i0, bits = row_step(rules, start, t, BLOCK_M)
+            i0, bits = row_tile(rules, start, t, BLOCK_M)
             acc_k, acc_v = _add_rows(
                 acc_k, acc_v, keys, values, weights[None, None, :], q, lse, dout, delta, residual, lengths,
                 rules, b, h, q_begin, i0, j0, bits, len_q, len_k, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,

@@ -8,16 +8,18 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import row_tile_inputs, score_gradient
-from fastattn.backends.triton.pair_scores import (
-    by_query,
-    feature_parts,
-    key_step,
-    key_steps,
-    pair_features,
-    score_of,
-)
+from fastattn.backends.triton.pair_scores import by_query, feature_parts, pair_features, score_of
 from fastattn.backends.triton.programs import row_program
-from fastattn.backends.triton.tile import apply, kept, key_range, load_rows, row_base, store_rows
+from fastattn.backends.triton.tile import (
+    apply,
+    kept,
+    key_range,
+    key_tile,
+    key_tiles,
+    load_rows,
+    row_base,
+    store_rows,
+)
 
 
 @triton.jit
@@ -49,9 +51,9 @@ def pair_bwd_dq(
     end = tl.where(i0 + r < len_q, end, 0)  # rows beyond the last add nothing to dw
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_w = tl.zeros([BLOCK_D], tl.float32)
-    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_step(rules, start, t, BLOCK_N)
+        j0, bits = key_tile(rules, start, t, BLOCK_N)
         keys = load_rows(row_base(k, b, h_kv, k_begin + j0), k.row, n, BLOCK_D, HEAD_DIM, len_k - j0, True)
         values = load_rows(
             row_base(v, b, h_kv, k_begin + j0), v.row, n, BLOCK_DV, HEAD_DIM_V, len_k - j0, True

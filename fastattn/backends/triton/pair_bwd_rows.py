@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_large_lse, sink_total, store_delta, tile_total
-from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
+from fastattn.backends.triton.pair_scores import pair_tile
 from fastattn.backends.triton.programs import row_program
-from fastattn.backends.triton.tile import key_range, row_base
+from fastattn.backends.triton.tile import key_range, key_tile, key_tiles, row_base
 
 
 @triton.jit
@@ -27,9 +27,9 @@ def pair_bwd_rows(
     if tl.max(is_large.to(tl.int32), 0) > 0:
         begin, end = key_range(rules, b, i, len_q, len_k)
         total = sink_total(sinks, row_lse, h, BLOCK_M, NATURAL)
-        start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+        start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
         for t in range(count):
-            j0, bits = key_step(rules, start, t, BLOCK_N)
+            j0, bits = key_tile(rules, start, t, BLOCK_N)
             s = pair_tile(
                 q, k, w, lengths, b, h, h_kv, q_begin, k_begin, i0, j0, len_q, len_k, HEAD_DIM, BLOCK_M,
                 BLOCK_N, BLOCK_H, SCORE,

@@ -6,13 +6,15 @@ The arithmetic of a pair's features outweighs all else, so there is one loop, wh
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.pair_scores import key_step, key_steps, pair_tile
+from fastattn.backends.triton.pair_scores import pair_tile
 from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import (
     apply,
     exp_of,
     kept,
     key_range,
+    key_tile,
+    key_tiles,
     load_rows,
     not_finite,
     product,
@@ -43,9 +45,9 @@ def pair_fwd(
     if sinks is not None:  # one more logit, which carries no value
         m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + h)
         l = tl.where(m == float("-inf"), 0.0, 1.0)
-    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_step(rules, start, t, BLOCK_N)
+        j0, bits = key_tile(rules, start, t, BLOCK_N)
         s = pair_tile(
             q, k, w, lengths, b, h, h_kv, q_begin, k_begin, i0, j0, len_q, len_k, HEAD_DIM, BLOCK_M, BLOCK_N,
             BLOCK_H, SCORE,

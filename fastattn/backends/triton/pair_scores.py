@@ -8,7 +8,7 @@ of csrc/cpu/pair_scores.h; docs/kernels/additive.md derives the gradients.
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.tile import TILE, key_tile, key_tiles, row_base, row_tile, row_tiles
+from fastattn.backends.triton.tile import row_base
 
 
 @triton.jit
@@ -95,43 +95,3 @@ def pair_tile(
         total += feature_parts(features, weights, SCORE)
     s, _ = score_of(tl.sum(total, 2), SCORE)
     return s
-
-
-@triton.jit
-def key_steps(rules, b, h, i0, first, stop, BLOCK_N: tl.constexpr):
-    """key_tiles for tiles of keys, and of rows, that are smaller than those of a block mask."""
-    start, count = key_tiles(rules, b, h, i0 // TILE, first, stop, BLOCK_N)
-    if rules.blocks is not None:
-        count = count * (TILE // BLOCK_N)
-    return start, count
-
-
-@triton.jit
-def key_step(rules, start, t, BLOCK_N: tl.constexpr):
-    """(first key, index of the block mask's bits or -1) of the t-th of key_steps."""
-    if rules.blocks is None:
-        return key_tile(rules, start, t, BLOCK_N)
-    else:
-        whole = t // (TILE // BLOCK_N)
-        j0, bits = key_tile(rules, start, whole, BLOCK_N)
-        return j0 + t * BLOCK_N - whole * TILE, bits
-
-
-@triton.jit
-def row_steps(rules, b, h, j0, first, stop, BLOCK_M: tl.constexpr):
-    """row_tiles for tiles that are smaller than those of a block mask."""
-    start, count = row_tiles(rules, b, h, j0 // TILE, first, stop, BLOCK_M)
-    if rules.blocks is not None:
-        count = count * (TILE // BLOCK_M)
-    return start, count
-
-
-@triton.jit
-def row_step(rules, start, t, BLOCK_M: tl.constexpr):
-    """(first row, index of the block mask's bits or -1) of the t-th of row_steps."""
-    if rules.blocks is None:
-        return row_tile(rules, start, t, BLOCK_M)
-    else:
-        whole = t // (TILE // BLOCK_M)
-        i0, bits = row_tile(rules, start, whole, BLOCK_M)
-        return i0 + t * BLOCK_M - whole * TILE, bits

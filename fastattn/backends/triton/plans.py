@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.backends.common import device_of
 from fastattn.backends.triton import descriptors
-from fastattn.backends.triton.launch import Programs, grid_of
+from fastattn.backends.triton.launch import Programs, grid_of, tf32_allowed
 from fastattn.lowering import NO_OPERANDS, Operands, Params
 
 ALIGNMENT = 16  # bytes; Triton compiles another kernel for an address that is no multiple of it
@@ -77,7 +77,7 @@ def describe(
             addresses.append(address)
             # A lazy zero tensor has no address, a negated view not its values: both are copied, the long way.
             parts += (t.shape, t.stride(), t.dtype, address % ALIGNMENT, address == 0, t.is_neg())
-    tf32 = q.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = q.dtype is torch.float32 and tf32_allowed()
     return Asked((params, q.device, tf32, descriptors.ASKED, *options, *parts), tensors, addresses)
 
 

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.gradient import load_lse, load_per_row
-from fastattn.backends.triton.pair_scores import key_step, key_steps, row_step, row_steps
 from fastattn.backends.triton.programs import key_program, row_program
 from fastattn.backends.triton.tile import (
     LN2,
@@ -15,11 +14,15 @@ from fastattn.backends.triton.tile import (
     band,
     exp_of,
     key_range,
+    key_tile,
+    key_tiles,
     load_keys,
     load_rows,
     not_finite,
     product,
     row_base,
+    row_tile,
+    row_tiles,
     store_rows,
 )
 
@@ -64,9 +67,9 @@ def summary_bwd_rows(
     row_lse = load_lse(lse, b, h, q_begin, i, NATURAL)
     seen = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M], tl.float32)
-    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_step(rules, start, t, BLOCK_N)
+        j0, bits = key_tile(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
         s, _ = apply(
@@ -136,9 +139,9 @@ def summary_bwd_dq(
     begin, end = key_range(rules, b, i, len_q, len_k)
     rows = load_rows(row_base(q, b, h, q_begin + i0), q.row, r, BLOCK_D, HEAD_DIM, len_q - i0, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_step(rules, start, t, BLOCK_N)
+        j0, bits = key_tile(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
         seen, ds = _score_gradient(
@@ -166,9 +169,9 @@ def summary_bwd_dk(
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for g in range(group):
         h = h_kv * group + g
-        start, count = row_steps(rules, b, h, j0, first, stop, BLOCK_M)
+        start, count = row_tiles(rules, b, h, j0, first, stop, BLOCK_M)
         for t in range(count):
-            i0, bits = row_step(rules, start, t, BLOCK_M)
+            i0, bits = row_tile(rules, start, t, BLOCK_M)
             i = tl.minimum(i0 + r, len_q - 1)
             begin, end = key_range(rules, b, i, len_q, len_k)
             end = tl.where(i0 + r < len_q, end, 0)

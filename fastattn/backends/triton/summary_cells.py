@@ -7,7 +7,6 @@ A program owns some rows of one row of cells, and walks all keys: nothing is ato
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.pair_scores import row_step, row_steps
 from fastattn.backends.triton.tile import (
     apply,
     band,
@@ -17,6 +16,8 @@ from fastattn.backends.triton.tile import (
     load_rows,
     product,
     row_base,
+    row_tile,
+    row_tiles,
     sequence,
 )
 
@@ -71,9 +72,9 @@ def summary_cells(
         last = tl.minimum(j0 + BLOCK_N, len_k) - 1
         column = tl.zeros([BLOCK_N], tl.float32)
         first_row = tl.maximum(row_begin, j0 - hi)
-        start, count = row_steps(rules, b, h, j0, first_row, tl.minimum(row_end, last - lo + 1), BLOCK_M)
+        start, count = row_tiles(rules, b, h, j0, first_row, tl.minimum(row_end, last - lo + 1), BLOCK_M)
         for t in range(count):
-            i0, bits = row_step(rules, start, t, BLOCK_M)
+            i0, bits = row_tile(rules, start, t, BLOCK_M)
             if (i0 < row_end) & (i0 + BLOCK_M > row_begin):
                 i = tl.minimum(i0 + r, len_q - 1)
                 begin, end = key_range(rules, b, i, len_q, len_k)

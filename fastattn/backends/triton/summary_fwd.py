@@ -7,7 +7,6 @@ docs/kernels/summary.md has the derivation.
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.pair_scores import key_step, key_steps
 from fastattn.backends.triton.programs import row_program
 from fastattn.backends.triton.tile import (
     FAR,
@@ -15,6 +14,8 @@ from fastattn.backends.triton.tile import (
     apply,
     exp_of,
     key_range,
+    key_tile,
+    key_tiles,
     load_keys,
     load_rows,
     product,
@@ -82,9 +83,9 @@ def summary_fwd(
         total = tl.where(m == float("-inf"), 0.0, 1.0)
     if TOP_K > 0:
         links, keys_of = _no_links(BLOCK_M, TOP_K, BLOCK_K)
-    start, count = key_steps(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
+    start, count = key_tiles(rules, b, h, i0, tl.min(begin), tl.max(end), BLOCK_N)
     for t in range(count):
-        j0, bits = key_step(rules, start, t, BLOCK_N)
+        j0, bits = key_tile(rules, start, t, BLOCK_N)
         keys = load_keys(k, lengths, b, h_kv, k_begin, j0, len_k, BLOCK_N, BLOCK_D, HEAD_DIM, True)
         s = product(rows, tl.trans(keys), None, PRECISION)
         s, _ = apply(

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 
 TILE = tl.constexpr(64)  # of a block mask
+# Keys, or rows, at a time in the loops for what is not finite: larger tiles there take registers from the
+# loops that are always walked, of which the compiler spills.
+CONTAIN = tl.constexpr(32)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(2**30)  # beyond any position
@@ -150,46 +153,52 @@ def key_range(rules, b, i, len_q, len_k):
 
 
 @triton.jit
-def key_tiles(rules, b, h, row_tile, first, stop, BLOCK_N: tl.constexpr):
-    """(start, count) of the tiles, for key_tile to name, that hold all keys of [first, stop) that rows of a
-    row tile may see."""
+def key_tiles(rules, b, h, i0, first, stop, BLOCK_N: tl.constexpr):
+    """(start, count) of the tiles, for key_tile to name, that hold all keys of [first, stop) that rows i0 and
+    those after it may see. Those of a block mask are taken in tiles as large or smaller."""
     if rules.blocks is None:
         start = first // BLOCK_N * BLOCK_N
         return start, tl.maximum(tl.cdiv(stop - start, BLOCK_N), 0)
     else:
-        at = rules.blocks.row_ptr + b * rules.blocks.row_batch + h * rules.blocks.row_head + row_tile
+        at = rules.blocks.row_ptr + b * rules.blocks.row_batch + h * rules.blocks.row_head + i0 // TILE
         start = tl.load(at)
-        return start, tl.load(at + 1) - start
+        return start, (tl.load(at + 1) - start) * (TILE // BLOCK_N)
 
 
 @triton.jit
 def key_tile(rules, start, t, BLOCK_N: tl.constexpr):
-    """(first key, index of its bits or -1) of the t-th tile."""
+    """(first key, index of the block mask's bits or -1) of the t-th tile."""
     if rules.blocks is None:
         return start + t * BLOCK_N, -1
     else:
-        return tl.load(rules.blocks.row_tiles + start + t) * TILE, tl.load(rules.blocks.row_bits + start + t)
+        whole = t // (TILE // BLOCK_N)
+        at = start + whole
+        j0 = tl.load(rules.blocks.row_tiles + at) * TILE + t * BLOCK_N - whole * TILE
+        return j0, tl.load(rules.blocks.row_bits + at)
 
 
 @triton.jit
-def row_tiles(rules, b, h, key_tile_index, first, stop, BLOCK_M: tl.constexpr):
-    """key_tiles, of the rows [first, stop) that may see a tile of keys."""
+def row_tiles(rules, b, h, j0, first, stop, BLOCK_M: tl.constexpr):
+    """key_tiles, of the rows [first, stop) that may see keys from j0 on."""
     if rules.blocks is None:
         start = first // BLOCK_M * BLOCK_M
         return start, tl.maximum(tl.cdiv(stop - start, BLOCK_M), 0)
     else:
-        at = rules.blocks.col_ptr + b * rules.blocks.col_batch + h * rules.blocks.col_head + key_tile_index
+        at = rules.blocks.col_ptr + b * rules.blocks.col_batch + h * rules.blocks.col_head + j0 // TILE
         start = tl.load(at)
-        return start, tl.load(at + 1) - start
+        return start, (tl.load(at + 1) - start) * (TILE // BLOCK_M)
 
 
 @triton.jit
 def row_tile(rules, start, t, BLOCK_M: tl.constexpr):
-    """(first row, index of its bits or -1) of the t-th tile."""
+    """(first row, index of the block mask's bits or -1) of the t-th tile."""
     if rules.blocks is None:
         return start + t * BLOCK_M, -1
     else:
-        return tl.load(rules.blocks.col_tiles + start + t) * TILE, tl.load(rules.blocks.col_bits + start + t)
+        whole = t // (TILE // BLOCK_M)
+        at = start + whole
+        i0 = tl.load(rules.blocks.col_tiles + at) * TILE + t * BLOCK_M - whole * TILE
+        return i0, tl.load(rules.blocks.col_bits + at)
 
 
 @triton.jit
@@ -226,7 +235,7 @@ def apply(rules, s, b, h, i, j, begin, end, offset, len_q, len_k, bits, CHECK: t
     if rules.diag is not None:
         diag = rules.diag
         r = col - row - offset * diag.bottom_right - diag.first
-        s += tl.load(diag.ptr + b * diag.batch + h * diag.head + r)
+        s += tl.load(diag.ptr + b.to(tl.int64) * diag.batch + h.to(tl.int64) * diag.head + r)
     if rules.mask is not None:
         s = tl.where(tl.load(pair_address(rules.mask, b, h, row, col)) != 0, s, float("-inf"))
     if rules.blocks is not None:
@@ -289,6 +298,25 @@ def is_finite(x):
     """Which elements are neither NaN nor infinite."""
     wide = x.to(tl.float32)
     return wide - wide == 0
+
+
+@triton.jit
+def add_reached(reached, seen, x):
+    """reached + seen @ (1 where x is not finite): above 0 where a visible pair brings what is not finite.
+
+    A sum of its own, by which results become NaN after the loop: Triton 3.7's pass TritonGPUHoistTMEMAlloc
+    fails for sm_100 on a loop that changes a running sum by a select as well.
+
+    Args:
+        seen: 1 for a visible pair, else 0, of any dtype.
+    """
+    return tl.dot(seen.to(tl.float16), (is_finite(x) == 0).to(tl.float16), reached)
+
+
+@triton.jit
+def finite_or_zero(x):
+    """x, with 0 for NaN and infinity."""
+    return tl.where(is_finite(x), x, 0.0)
 
 
 @triton.jit

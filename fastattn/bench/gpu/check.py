@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import IO
 
 import torch
 
-from fastattn.bench.gpu.device import synchronize
+from fastattn.bench.gpu.device import answers, synchronize
 from fastattn.testing.cases import CASES
 from fastattn.testing.checking import check_case, refusal
 from fastattn.testing.inputs import make_inputs
@@ -26,6 +29,7 @@ from fastattn.testing.running import oracle
 
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 QUICK_STEP = 7  # of the short run: every seventh case
+PATIENCE = 180.0  # seconds in which a process starts and compiles for a case, or is killed
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -110,14 +114,29 @@ def _outcomes(names: Sequence[str], device: torch.device, backend: str) -> Itera
             process.stdin.write("\n".join(left))
             process.stdin.close()
             done = 0
-            for line in process.stdout:
+            for line in _lines_of(process, process.stdout):
                 if line.startswith("{"):
                     done += 1
                     yield Outcome(**json.loads(line))
         if done < len(left) and process.returncode != DEVICE_LOST:
-            yield Outcome(left[done], FAILED, f"its process ended with status {process.returncode}")
+            reason = f"its process ended with status {process.returncode}"
+            if process.returncode == -signal.SIGKILL:
+                reason += f", as where no result comes within {PATIENCE:g} s"
+            yield Outcome(left[done], FAILED, reason)
             done += 1
         left = left[done:]
+
+
+def _lines_of(process: subprocess.Popen[str], output: IO[str]) -> Iterator[str]:
+    """What a process prints, which is killed where it prints nothing for too long: a kernel may not end."""
+    while True:
+        timer = threading.Timer(PATIENCE, process.kill)
+        timer.start()
+        line = output.readline()
+        timer.cancel()
+        if not line:
+            return
+        yield line
 
 
 DEVICE_LOST = 3  # exit status: the case before was the last that this process could check
@@ -128,9 +147,7 @@ def main(device: torch.device, backend: str) -> int:
     for name in sys.stdin.read().split("\n"):
         outcome = check_one(name, device, backend)
         print(json.dumps(asdict(outcome)), flush=True)
-        try:
-            synchronize(device)
-        except RuntimeError:
+        if not answers(device):
             return DEVICE_LOST
     return 0
 

@@ -63,6 +63,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def answers(device: torch.device) -> bool:
+    """Whether the device still works for this process, for which it does not after a fault."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def cache_bytes(device: torch.device) -> int:
     """Of the last cache before memory; 0 where unknown."""
     if device.type != "cuda":

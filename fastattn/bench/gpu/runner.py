@@ -13,7 +13,7 @@ import torch
 
 from fastattn.bench.contenders import OURS, Contender
 from fastattn.bench.gpu.contenders import contenders
-from fastattn.bench.gpu.device import DeviceClock, HostClock, cache_bytes, synchronize
+from fastattn.bench.gpu.device import DeviceClock, HostClock, answers, cache_bytes, synchronize
 from fastattn.bench.measure import Ratio, Timing, calls_for, interleave, ratio
 from fastattn.bench.runner import TOLERANCE, chosen_cases, disagreement
 from fastattn.bench.work import Work, work
@@ -24,6 +24,7 @@ from fastattn.testing.inputs import make_inputs
 
 Clock = Callable[[Contender, int], float]
 MOST_COPIES = 16
+NO_WORK = Work(0, 0.0, 0)
 HOPELESS = 8.0  # a path this many times slower than PyTorch's fastest is timed once and no more
 
 
@@ -166,12 +167,19 @@ def run(
             return results, [case.name for case in cases[number:]]
         clock = clocks[1] if bench.group == HOST else clocks[0]
         with_flex = options.flex or is_compiled(bench)
-        result = run_case(bench, device, clock, options, with_flex, compiled)
+        begun = time.perf_counter()
+        try:
+            result = run_case(bench, device, clock, options, with_flex, compiled)
+        except Exception as error:  # of any kind, memory that is short for one; the other cases are run
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            result = Result(bench, {}, NO_WORK, failure=reason, seconds=time.perf_counter() - begun)
         if result is None:
             continue
         results.append(result)
         if on_result is not None:
             on_result(result)
+        if not answers(device):  # after a fault no call in this process can succeed
+            return results, [case.name for case in cases[number + 1 :]]
     return results, []
 
 
@@ -191,7 +199,8 @@ def run_case(
     failure = refused.pop(OURS, None)
     if failure is None:
         failure = worst(differences, TOLERANCE[bench.case.dtype])
-    timings = time_all(taken, clock, options, options.host_calls if is_host else None)
+    timings, more = time_all(taken, clock, options, options.host_calls if is_host else None)
+    refused |= more
     return Result(bench, timings, amount, refused, differences, failure, time.perf_counter() - start)
 
 
@@ -249,15 +258,27 @@ def worst(differences: dict[str, float], tolerance: float) -> str | None:
 
 def time_all(
     ways: Sequence[Contender], clock: Clock, options: Options, calls: int | None
-) -> dict[str, Timing]:
-    """Every path's samples, of `calls` calls or as many as make a sample; of a hopeless one a single one."""
-    if not ways:
-        return {}
-    once = {way.name: clock(way, 1 if calls is None else calls) for way in ways}
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Every path's samples, of `calls` calls or as many as make a sample; of a hopeless one a single one.
+
+    Returns:
+        Those, and why others than ours failed when they were called again.
+    """
+    once: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for way in ways:
+        try:
+            once[way.name] = clock(way, 1 if calls is None else calls)
+        except Exception as error:
+            if way.name == OURS:
+                raise
+            refused[way.name] = reason_of(error, ())
+    if not once:
+        return {}, refused
     others = [seconds for name, seconds in once.items() if name != OURS]
     limit = HOPELESS * min(others, default=math.inf)
-    racing = [way for way in ways if way.name == OURS or once[way.name] <= limit]
+    racing = [way for way in ways if way.name in once and (way.name == OURS or once[way.name] <= limit)]
     counts = [calls or calls_for(once[way.name], options.min_sample) for way in racing]
     timed = interleave(racing, counts, options.rounds, clock=clock)
     single = {name: Timing((seconds,), 1) for name, seconds in once.items()}
-    return single | {way.name: timing for way, timing in zip(racing, timed, strict=True)}
+    return single | {way.name: timing for way, timing in zip(racing, timed, strict=True)}, refused
