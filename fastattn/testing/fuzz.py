@@ -144,7 +144,7 @@ def check_weights(inputs: Inputs, unit: float, rng: Random) -> None:
     if "score" in options:
         options["scale"] = 1.0
     call = Call("attention", q, k, v, **options)
-    found = []
+    found: list[Results] = []
     for threads in rng.sample(THREADS, 2):
         torch.set_num_threads(threads)
         with torch.no_grad():
