@@ -131,7 +131,8 @@ def _softmax(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor, 
     s = torch.cat([s, sink.expand(*shape[:-1], 1)], -1)
     empty = ~visible.any(-1, keepdim=True) & (sink == -math.inf)
     s = torch.where(empty, 0.0, s)  # an empty row must not reach softmax: its gradient would be NaN
-    p = torch.where(empty, 0.0, torch.softmax(s, -1))[..., : shape[-1]]
+    # A hidden pair weighs 0 in a row of NaNs too.
+    p = torch.where(visible, torch.softmax(s, -1)[..., : shape[-1]], 0.0)
     # Not torch.logsumexp: its gradient exp(s - lse) is wrong where lse is so large that it absorbs log(sum).
     largest = s.detach().amax(-1, keepdim=True)
     lse = torch.where(empty, -math.inf, largest + (s - largest).exp().sum(-1, keepdim=True).log()).squeeze(-1)
@@ -212,12 +213,13 @@ def attention(
 
 def attention_weights(
     q: Tensor, k: Tensor, *, mask: Any = None, bias: Any = None, scale: float | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, score: str = "dot",
+    score_weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The whole matrix p [B, Hq, Lq, Lk] of `attention`, before dropout."""
     shape = MaskShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     visible, dense_bias = _visible(mask, shape, q.device), _bias(bias, shape, q)
-    return _probabilities(q, k, visible, dense_bias, scale, softcap, sinks)[0]
+    return _probabilities(q, k, visible, dense_bias, scale, softcap, sinks, score, score_weights)[0]
 
 
 def hard_index(q: Tensor, k: Tensor, *, mask: Any = None, scale: float, seed: Tensor | None = None) -> Tensor:

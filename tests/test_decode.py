@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from call_support import EXACT, NATIVE, grads, qkv, randn
@@ -168,3 +172,26 @@ def test_a_long_cache():
     torch.testing.assert_close(
         fastattn.decode_attention(q, k, v, lengths), loop(q, k, v, lengths)[0], **EXACT
     )
+
+
+THREADS_STARTED = """
+import os, torch, fastattn
+torch.set_num_threads(1)  # making tensors starts none
+length, page = 16384, 16
+cache = torch.zeros(length // page, 8, page, 64)
+table = torch.arange(length // page, dtype=torch.int32)[None]
+torch.set_num_threads(2)
+before = len(os.listdir("/proc/self/task"))
+for keys in (page, length):
+    fastattn.decode_attention(torch.zeros(1, 8, 1, 64), cache, cache, torch.tensor([keys]), block_table=table)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_threads_are_as_many_as_a_paged_cache_is_long_for():
+    """However short its pages are: none for one page, and another for 16384 keys."""
+    command = [sys.executable, "-c", THREADS_STARTED]
+    done = subprocess.run(command, timeout=200, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0", "1"], done.stderr

@@ -216,6 +216,23 @@ def test_weights_of_the_kernel(native, use_isa, dtype: torch.dtype, seqlen_q: in
                 )
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [masks.causal(), torch.ones(20, 30).tril(10) > 0, masks.causal() | masks.prefix([3])],
+    ids=["band", "bool", "tiles"],
+)
+def test_a_hidden_pair_weighs_nothing_in_a_row_of_nan(native, mask: Any) -> None:
+    q, k, v = (randn(1, 2, n, 8, dtype=torch.float32) for n in (20, 30, 30))
+    q[:, :, 7] = torch.nan
+    call = fastattn.call.Call("attention", q, k, v, mask=mask)
+    weights = cpu.weights_like(q, k, average=False)
+    cpu.forward(q, k, v, *fastattn.lowering.lower(call), False, weights)
+    for found in (weights, fastattn.reference.attention_weights(q, k, mask=mask)):
+        assert found[:, :, 7, :18].isnan().all()
+        assert (found[:, :, 7, 18:] == 0).all()
+        assert found[:, :, :7].isfinite().all()
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize(
     "mask",

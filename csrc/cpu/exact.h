@@ -81,7 +81,8 @@ ExactWeights<T> exact_weights(const AttentionParams& p, int64_t b, int64_t h, in
   row.lse = max + static_cast<T>(std::log(sum));
   const Dropout dropout(p);
   const T factor = static_cast<T>(dropout.template keep_scale<double>() / sum);
-  for (T& weight : row.weights) weight *= factor;
+  for (int64_t n = 0; n < count; ++n)
+    if (row.seen[n]) row.weights[n] *= factor;  // 0 * NaN is not 0
   if (dropout.active())
     dropout.drop(static_cast<uint32_t>(b * p.num_heads + h), i, row.keys.begin, count, row.weights.data());
   return row;

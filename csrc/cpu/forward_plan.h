@@ -53,9 +53,14 @@ struct Plan {
 
   explicit Plan(const AttentionParams& p) {
     const int64_t group = p.num_heads / p.num_heads_kv;
-    const int64_t all_rows = p.batch * p.num_heads * p.seqlen_q;
-    const double rows = static_cast<double>(all_rows + kReadRows * p.batch * p.num_heads_kv);
-    const double work = rows * static_cast<double>(p.seqlen_k * (p.head_dim + p.head_dim_v));
+    int64_t all_rows = 0;
+    double work = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {  // p.seqlen_k may be a page's, or the longest of many
+      const Sequence s = sequence_of(p, b);
+      const int64_t rows = p.num_heads * s.len_q, keys = s.len_k * (p.head_dim + p.head_dim_v);
+      all_rows += rows;
+      work += static_cast<double>(rows + kReadRows * p.num_heads_kv) * static_cast<double>(keys);
+    }
     num_threads = static_cast<int>(std::clamp(work / kThreadWork, 1.0, std::max(1.0, 1.0 * p.num_threads)));
     one_head_ = p.weights.data != nullptr;
     // Where weights are averaged over heads, one thread takes the same rows of all of them.

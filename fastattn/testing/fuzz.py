@@ -30,15 +30,19 @@ import fastattn
 from fastattn import execution, reference
 from fastattn.backends import cpu
 from fastattn.call import Call
+from fastattn.lowering import lower
+from fastattn.philox import dropout_mask
+from fastattn.spec import accumulate_dtype
 from fastattn.testing.case import LAYOUTS
 from fastattn.testing.inputs import Inputs, lay_out, make_inputs, poisoned_memory
-from fastattn.testing.magnitudes import magnitudes
+from fastattn.testing.magnitudes import largest, magnitudes
 from fastattn.testing.random_cases import random_case
 from fastattn.testing.running import Results, oracle, run
-from fastattn.testing.tolerances import bound, check_all
+from fastattn.testing.tolerances import bound, check, check_all
 
 HANG_SECONDS = 600.0  # after which a problem, a second's work, counts as hung; the machine may be busy
 EXAMPLES_PER_SEED = 1_000_000
+THREADS = (1, 2, 3, 5, 8, 16)  # more, too, than there are tiles
 
 
 def _with_score(op: str, public: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,16 +116,54 @@ def check_example(example: int, functions: Any = KERNELS) -> None:
     expected = oracle(inputs)
     scale = magnitudes(inputs, expected.ref64)
     for isa in _each_isa():
-        torch.set_num_threads(rng.choice((1, 2, 3, 6)))
+        torch.set_num_threads(rng.choice(THREADS))
         with poisoned_memory():
             got = run(functions, inputs, backend="cpu")
         try:
             check_all(got, expected.ref64, expected.native, inputs.case.dtype, scale)
-            if rng.random() < 0.25:
-                torch.set_num_threads(rng.choice((2, 4)))
+            torch.set_num_threads(rng.choice(THREADS))
+            if rng.random() < 0.5:
                 _check_same_bits(run(functions, inputs, backend="cpu"), got)
+            if rng.random() < 0.2 and inputs.case.op == "attention" and inputs.leaves["k"].numel():
+                check_weights(inputs, scale["out"] / max(largest(inputs.leaves["v"]), 1e-30), rng)
         except AssertionError as error:
             raise AssertionError(f"{isa}: {error}\n{describe(inputs)}") from error
+
+
+def check_weights(inputs: Inputs, unit: float, rng: Random) -> None:
+    """The weights beside the output, by head or averaged.
+
+    Args:
+        unit: the relative error of a weight, in units in the last place of the dtype that kernels add up in.
+    """
+    average, dtype = rng.random() < 0.5, accumulate_dtype(inputs.case.dtype)
+    exact, native = (_dropped_weights(inputs.to(d)).double() for d in (torch.float64, dtype))
+    if average:
+        exact, native = (weights.mean(1, keepdim=True) for weights in (exact, native))
+    (q, k, v), options = inputs.arguments()
+    if "score" in options:
+        options["scale"] = 1.0
+    call = Call("attention", q, k, v, **options)
+    found: list[Results] = []
+    for threads in rng.sample(THREADS, 2):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            weights = cpu.weights_like(q, k, average).fill_(torch.nan)
+            cpu.forward(q, k, v, *lower(call), need_lse=False, weights=weights)
+        found.append({"weights": weights})
+    check("weights", weights, exact, native, magnitude=unit)
+    _check_same_bits(*found)
+
+
+def _dropped_weights(inputs: Inputs) -> Tensor:
+    """By the definition, [B, Hq, Lq, Lk], in the dtype of inputs."""
+    (q, k, _), options = inputs.arguments()
+    p, seed = options.pop("dropout_p", 0.0), options.pop("dropout_seed", None)
+    weights = reference.attention_weights(q, k, **options)
+    if p == 1 or seed is None:
+        return weights * (1 - p)
+    batch, heads, rows, keys = weights.shape
+    return weights * dropout_mask(seed, batch, heads, rows, keys, p) / (1 - p)
 
 
 def check_hard(inputs: Inputs, rng: Random) -> None:
@@ -141,7 +183,7 @@ def check_hard(inputs: Inputs, rng: Random) -> None:
         noise = -torch.log(-torch.log1p(-(words + 0.5) / 2**32))
     total = torch.where(visible, exact + noise, -torch.inf)
     for isa in _each_isa():
-        torch.set_num_threads(rng.choice((1, 2)))
+        torch.set_num_threads(rng.choice(THREADS))
         mode = "argmax" if seed is None else "sample"
         out, index = fastattn.hard_attention(
             q, k, v, mode=mode, seed=seed, return_index=True, backend="cpu", **options

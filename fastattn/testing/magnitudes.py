@@ -27,19 +27,19 @@ def magnitudes(inputs: Inputs, exact: Results) -> dict[str, float]:
         exact: the results in float64; of them only lse is read.
     """
     case, leaves = inputs.case, inputs.leaves
-    v, dout = _largest(leaves["v"], norm=True), _largest(inputs.dout, norm=True)
+    v, dout = largest(leaves["v"], norm=True), largest(inputs.dout, norm=True)
     distance = max(case.queries, case.keys)
     bias: float = {"slopes": distance, "bias": 1, "table": 1}[case.bias.leaf] if case.bias else 0
-    bias *= _largest(leaves[case.bias.leaf]) if case.bias else 0
+    bias *= largest(leaves[case.bias.leaf]) if case.bias else 0
     s, by_q, by_k, unit = _score(inputs, exact)
     s = s if case.softcap is None else min(s, case.softcap)
-    sink = _largest(leaves.get("sinks", torch.zeros(1)))
+    sink = largest(leaves.get("sinks", torch.zeros(1)))
     weight = unit * (1 + 2 * (s + bias) + math.log(max(case.keys, 1)) + sink)
     kept = weight / (1 - case.dropout_p) if case.dropout_p < 1 else 0.0
-    dp = kept * dout * v + weight * _largest(inputs.dlse)
+    dp = kept * dout * v + weight * largest(inputs.dlse)
     rows = case.queries * case.heads // max(case.num_heads_kv, 1)
     every_row = 2 * case.batch * case.queries * dp  # of one head
-    found = {"out": kept * _largest(leaves["v"]), "lse": weight, "dv": kept * rows * _largest(inputs.dout)}
+    found = {"out": kept * largest(leaves["v"]), "lse": weight, "dv": kept * rows * largest(inputs.dout)}
     found |= {"dq": 2 * dp * by_q, "dk": 2 * dp * rows * by_k, "dw": every_row * case.heads}
     found |= {"dbias": every_row * case.heads, "dslopes": every_row * distance, "dtable": every_row}
     return found | {"dsinks": every_row}
@@ -50,8 +50,8 @@ def _score(inputs: Inputs, exact: Results) -> tuple[float, float, float, float]:
     case, leaves = inputs.case, inputs.leaves
     if case.score == "additive":
         w = leaves["w"].detach().double().abs()
-        return float(w.sum()), _largest(w), _largest(w), 1.0
-    q, k = (_largest(leaves[name], norm=True) for name in "qk")
+        return float(w.sum()), largest(w), largest(w), 1.0
+    q, k = (largest(leaves[name], norm=True) for name in "qk")
     if case.score in DISTANCE_SCORES:
         reach = q + k
         if case.score == "gaussian":
@@ -62,10 +62,10 @@ def _score(inputs: Inputs, exact: Results) -> tuple[float, float, float, float]:
         lowest = 0.0 if lse is None else min([0.0, *lse[lse.isfinite()].tolist()])
         return 1.0, 2.0, 2.0, math.exp(-lowest) * case.head_dim
     scale = 1 / max(case.head_dim, 1) ** 0.5 if case.scale is None else abs(case.scale)
-    return scale * q * k, scale * _largest(leaves["k"]), scale * _largest(leaves["q"]), 1.0
+    return scale * q * k, scale * largest(leaves["k"]), scale * largest(leaves["q"]), 1.0
 
 
-def _largest(x: Tensor, norm: bool = False) -> float:
+def largest(x: Tensor, norm: bool = False) -> float:
     """max |x|, or the longest row, over what is finite."""
     x = x.detach().double()
     x = x.norm(dim=-1) if norm else x.abs()

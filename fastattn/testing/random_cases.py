@@ -16,6 +16,7 @@ from fastattn.testing.case import LAYOUTS, BiasCase, Case
 from fastattn.testing.cases import DTYPES, alibi, ids, lengths, random_mask, relative, tensor_bias
 
 WORK = 3e6  # multiply-adds of a problem's scores: the definition in float64 takes well under a second
+EDGES = (4, 12, 60, 64, 128, 256, 512, 1024, 2048)  # rows or keys of the CPU kernels' groups, tiles and tasks
 
 MaskMaker = Callable[[Case, torch.Generator, Random], Any]
 
@@ -33,19 +34,25 @@ def random_case(example: int) -> Case:
 
 
 def _shaped(rng: Random, name: str, op: str, dtype: torch.dtype, score: str) -> Case:
-    """Sizes alone; drawn again until the work is small enough."""
+    """Sizes alone; drawn again until the work is small enough.
+
+    A third have lengths beside edges, all of them: what kernels divide by both is divided there. Of these
+    problems few heads leave room for long ones.
+    """
+    at_edges = rng.random() < 0.33
+    length = _edge if at_edges else _length
     while True:
-        heads_kv = rng.randint(1, 3)
+        heads_kv = 1 if at_edges else rng.randint(1, 3)
         sizes: dict[str, Any] = {"heads": heads_kv * rng.choice((1, 1, 2, 3, 4)), "heads_kv": heads_kv}
         sizes |= {"head_dim": _head_dim(rng), "head_dim_v": rng.choice((None, _head_dim(rng)))}
         if op == "varlen":
-            count = rng.randint(1, 5)
-            drawn = [tuple(_length(rng) for _ in range(count)) for _ in range(2)]
+            count = rng.randint(1, 2 if at_edges else 5)
+            drawn = [tuple(length(rng) for _ in range(count)) for _ in range(2)]
             sizes |= {"batch": count, "lengths_q": drawn[0], "lengths_k": rng.choice((drawn[0], drawn[1]))}
         elif op == "decode":
-            capacity = rng.choice((_length(rng), rng.randint(900, 3500))) + 1
+            capacity = rng.choice((length(rng), rng.randint(900, 3500))) + 1
             sizes |= {"batch": rng.randint(1, 3), "seqlen_k": capacity, "grads": False}
-            sizes |= {"seqlen_q": rng.choice((1, 1, rng.randint(1, 70)))}
+            sizes |= {"seqlen_q": rng.choice((1, 1, length(rng), rng.randint(1, 70)))}
             sizes |= {"lengths_k": tuple(rng.randint(0, capacity) for _ in range(sizes["batch"]))}
             page = rng.choice((None, rng.randint(1, 70)))
             # The definition reads a paged cache whole pages at a time, and so do masks.
@@ -54,8 +61,8 @@ def _shaped(rng: Random, name: str, op: str, dtype: torch.dtype, score: str) -> 
                 "seqlen_k": capacity if page is None else -(-capacity // page) * page,
             }
         else:
-            sizes |= {"batch": rng.choice((0, 1, 1, 2, 3)), "seqlen_q": _length(rng)}
-            sizes |= {"seqlen_k": rng.choice((sizes["seqlen_q"], _length(rng)))}
+            sizes |= {"batch": 1 if at_edges else rng.choice((0, 1, 1, 2, 3)), "seqlen_q": length(rng)}
+            sizes |= {"seqlen_k": rng.choice((sizes["seqlen_q"], length(rng), length(rng)))}
         case = Case(name, op=op, dtype=dtype, score=score, **sizes)
         pairs = case.batch * case.heads * case.queries * case.keys
         if pairs * max(case.head_dim, case.dim_v) <= (WORK if score == "dot" else WORK / 4):
@@ -68,6 +75,11 @@ def _head_dim(rng: Random) -> int:
 
 def _length(rng: Random) -> int:
     return rng.choices((rng.randint(0, 3), rng.randint(1, 150), rng.randint(60, 1300)), (1, 6, 2))[0]
+
+
+def _edge(rng: Random) -> int:
+    """At or beside a size at which kernels divide their work."""
+    return rng.choice(EDGES) + rng.choice((-1, 0, 1))
 
 
 def _options(rng: Random, case: Case) -> dict[str, Any]:
