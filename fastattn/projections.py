@@ -169,10 +169,10 @@ class Projections(NamedTuple):
             for weight, need in zip(self.weights, need_weights, strict=True)
         ]
         targets = dweights
-        if self._is_packed and count > 1 and dweights[0] is not None:
-            targets = [dweights[0][begin:end] for begin, end in self.layout.rows()]
-        elif self._is_packed:
-            targets = dweights * count
+        if self._is_packed:
+            whole = dweights[0]
+            rows = self.layout.rows()
+            targets = [None if whole is None else whole[begin:end] for begin, end in rows]
         for grad, x, into in zip(flat, self.inputs, targets, strict=True):
             if into is not None:
                 torch.mm(grad.mT, x.flatten(0, 1), out=into)

@@ -291,8 +291,10 @@ class TaskRunner {
       for (int64_t r = 0; r < n; ++r)
         if (factors[r] != T{1}) scale_row<T>(sums_ + (first + r0 + r) * width_, width_, factors[r]);
     }
-    for (int64_t r = 0; weights_.wanted() && r < rows; ++r)
-      weights_.keep(first + r, s0, reach.begin, reach.end, states_[first + r].max);
+    if (weights_.wanted()) {
+      for (int64_t r = 0; r < rows; ++r)
+        weights_.keep(first + r, s0, reach.begin, reach.end, states_[first + r].max);
+    }
     if (!dropout_.active()) return;
     for (int64_t r = 0; r < rows; ++r) {
       T* s = scores + r * kSegment + reach.begin;
