@@ -134,6 +134,6 @@ def _title(report: dict[str, Any]) -> str:
     disturbed = report["disturbed"]
     warning = f"\n{disturbed} measurements were disturbed by other work on the machine" if disturbed else ""
     return (
-        f"{versions}: geometric means (bars), cases with 95% intervals (dots)\n"
+        f"{versions}:\ngeometric means (bars), cases with 95% intervals (dots)\n"
         f"{machine['cpu']}, {machine['isa']}{peak}{warning}"
     )
