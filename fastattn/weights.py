@@ -95,22 +95,35 @@ def _columns(call: Call, cols: Tensor) -> Tensor:
         heads_kv, seqlen_k = call.k.shape[1:3]
         values = call.k.new_zeros(seqlen_k, chosen.shape[0])
         values[chosen, torch.arange(chosen.shape[0], device=chosen.device)] = 1
-        parts.append(execute(replace(call, v=values.expand(call.k.shape[0], heads_kv, *values.shape))))
+        weights = execute(replace(call, v=values.expand(call.k.shape[0], heads_kv, *values.shape)))
+        if call.mask is not None:  # in a row of NaNs 0 times a visible pair's weight is no 0
+            weights = weights.masked_fill(~_visible(call, _all_rows(call), chosen), 0)
+        parts.append(weights)
     return torch.cat(parts, -1)
+
+
+def _all_rows(call: Call) -> Tensor:
+    return torch.arange(call.q.shape[2], device=call.q.device)
+
+
+def _visible(call: Call, i: Tensor, j: Tensor) -> Tensor:
+    """Whether rows i see columns j: bool, broadcastable to [B, Hq, len(i), len(j)]."""
+    shape, device = call.mask_shape(), call.q.device
+    if call.mask is None:
+        return torch.ones(1, 1, i.shape[0], j.shape[0], dtype=torch.bool, device=device)
+    mask = as_mask(call.mask)
+    mask._check(shape, device)
+    b = torch.arange(shape.batch, device=device).view(-1, 1, 1, 1)
+    h = torch.arange(shape.heads, device=device).view(1, -1, 1, 1)
+    return mask._visible(Pairs(shape, b, h, i.view(1, 1, -1, 1), j.view(1, 1, 1, -1)))
 
 
 def _rows(call: Call, rows: Tensor | None) -> Tensor:
     """Weights of the chosen rows for all columns."""
-    shape, device = call.mask_shape(), call.q.device
-    i = torch.arange(shape.seqlen_q, device=device) if rows is None else rows
-    j = torch.arange(shape.seqlen_k, device=device)
-    visible = torch.ones(1, 1, i.shape[0], j.shape[0], dtype=torch.bool, device=device)
-    if call.mask is not None:
-        mask = as_mask(call.mask)
-        mask._check(shape, device)
-        b = torch.arange(shape.batch, device=device).view(-1, 1, 1, 1)
-        h = torch.arange(shape.heads, device=device).view(1, -1, 1, 1)
-        visible = mask._visible(Pairs(shape, b, h, i.view(1, 1, -1, 1), j.view(1, 1, 1, -1)))
+    shape = call.mask_shape()
+    i = _all_rows(call) if rows is None else rows
+    j = torch.arange(shape.seqlen_k, device=call.q.device)
+    visible = _visible(call, i, j)
     bias = call.bias
     if isinstance(bias, Tensor):
         bias = to_4d(bias)

@@ -101,6 +101,16 @@ def test_nothing_leaks_from_what_is_masked(choice):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("options", ["causal", "padding", "built", "predicate", "bool"])
+def test_in_a_row_of_nan_hidden_pairs_weigh_nothing(options):
+    q, k, _ = qkv(2, 4, 2, 5, 7)
+    hidden = reference.attention_weights(q, k, **OPTIONS[options]) == 0
+    q[:, :, 3] = torch.nan
+    for choice in CHOICES.values():
+        got, rows = fastattn.attention_weights(q, k, **OPTIONS[options], **choice), chosen(hidden, **choice)
+        assert torch.equal(got == 0, rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype):
     q, k, _ = qkv(2, 4, 2, 5, 7, dtype=dtype)
