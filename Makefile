@@ -21,7 +21,7 @@ help:
 	@echo "make build         build the native core in place"
 	@echo "make demo          learn English to Chinese with fastattn, compare with PyTorch, look at the result"
 	@echo "make test          the test suite"
-	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and aarch64 under qemu"
+	@echo "make test-all      the same with the slow tests, every way to install, the sanitizers and other processors"
 	@echo "make sanitize      the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench         measure against PyTorch, then guard the floors (BENCH_FLAGS=--quick for the short run)"
 	@echo "make bench-avx2    the same measurement with both sides held to AVX2"

@@ -38,17 +38,22 @@ bool are_plain(py::handle q, py::handle k, py::handle v) {
          tq.shape[3] == tk.shape[3] && tq.shape[1] % tk.shape[1] == 0;
 }
 
+int64_t bytes_of(int dtype) {
+  constexpr int64_t kBytes[] = {4, 2, 2, 8};
+  return kBytes[dtype];
+}
+
 bool read_forward_option(const std::string& key, py::handle value, AttentionParams& p) {
   if (key != "weights") return false;
   const py::tuple weights = tuple_of(value, 2);
-  p.weights = view_of(weights[0]).tensor();
+  p.weights = result_of(weights[0], sizeof(float)).tensor();
   p.average_weights = weights[1].cast<bool>();
   return true;
 }
 
 bool read_backward_option(const std::string& key, py::handle value, AttentionBackwardParams& p) {
   if (key == "dbias") {
-    p.dbias = view_of(value).tensor();
+    p.dbias = result_of(value, sizeof(float)).tensor();
   } else if (key == "ddiag") {
     const View v = view_of(value);
     p.ddiag = v.rows();
@@ -77,7 +82,8 @@ bool read_backward_option(const std::string& key, py::handle value, AttentionBac
 void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                    double scale, int num_threads, const std::optional<py::dict>& options) {
   AttentionParams p;
-  read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
+  read_call(p, dtype, view_of(q), view_of(k), view_of(v), result_of(out, bytes_of(dtype)), view_of(lse),
+            scale, num_threads);
   read_options(options, p, read_forward_option);
   const py::gil_scoped_release release;
   cpu_kernels().attention_fwd(p);
@@ -90,9 +96,9 @@ void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
   p.dout = view_of(dout).tensor();
   if (!dlse.is_none()) p.dlse = view_of(dlse).rows();
-  p.dq = view_of(dq).tensor();
-  p.dk = view_of(dk).tensor();
-  p.dv = view_of(dv).tensor();
+  p.dq = result_of(dq, bytes_of(dtype)).tensor();
+  p.dk = result_of(dk, bytes_of(dtype)).tensor();
+  p.dv = result_of(dv, bytes_of(dtype)).tensor();
   read_options(options, p, read_backward_option);
   const py::gil_scoped_release release;
   cpu_kernels().attention_bwd(p);

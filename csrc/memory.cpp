@@ -1,5 +1,9 @@
 #include "memory.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -10,6 +14,18 @@
 #include "parallel.h"
 
 namespace fastattn {
+
+void prefer_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kLeast = int64_t{32} << 20;  // where glibc's threshold for a mapping of its own ends
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  if (bytes < kLeast) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  // A kernel without such pages refuses, and nothing is lost.
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 double copy_bandwidth(int64_t bytes, int num_threads) {
   if (bytes < 1) throw std::invalid_argument("bytes must be at least 1, got " + std::to_string(bytes));

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "exchange.h"
+#include "memory.h"
 #include "params.h"
 
 namespace fastattn {
@@ -100,6 +101,15 @@ inline View view_of(py::handle object) {
   const Py_ssize_t rank = v.rank;
   read_numbers(PyTuple_GET_ITEM(tuple, 2), v, v.strides);
   if (v.rank != rank) throw py::type_error("a view's shape or its strides have too few dimensions");
+  return v;
+}
+
+// A tensor of at least `element_bytes` an element that the call is about to write, most often a fresh one.
+inline View result_of(py::handle object, int64_t element_bytes) {
+  const View v = view_of(object);
+  int64_t span = 1;
+  for (Py_ssize_t n = 0; n < v.rank; ++n) span += (v.shape[n] - 1) * v.strides[n];
+  prefer_huge_pages(v.data, span * element_bytes);
   return v;
 }
 

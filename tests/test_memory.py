@@ -8,7 +8,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastattn
 from fastattn.backends import cpu
 
 pytestmark = [
@@ -69,3 +71,32 @@ def test_forward_and_backward_at_32768():
 def test_options_do_not_materialise_the_matrix(options: str):
     """The N x N matrix alone would be 256 MB in float32, and a mask of bytes 64 MB."""
     assert added_megabytes(8192, options) < 60
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="Linux gives no large pages"
+)
+@pytest.mark.parametrize(("batch", "is_asked"), [(300, True), (8, False)])
+def test_large_results_ask_for_large_pages(batch, is_asked):
+    q = torch.randn(batch, 8, 128, 32, requires_grad=True)
+    out = fastattn.attention(q, q, q, backend="cpu")
+    (dq,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert out.nbytes == dq.nbytes == batch * 128 * 1024
+    for result in (out, dq):
+        assert ("hg" in flags_of_mapping(result.data_ptr() + result.nbytes // 2)) == is_asked
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """What Linux says of the memory that holds an address: "hg" where large pages are advised."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, _, rest = line.partition(" ")
+        if "-" in key and not key.endswith(":"):
+            first, last = (int(end, 16) for end in key.split("-"))
+            inside = first <= address < last
+        elif inside and key == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"no mapping holds {address:#x}")
