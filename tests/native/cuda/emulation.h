@@ -28,6 +28,7 @@ int block_count();
 
 uint64_t exchange(uint64_t value, int from_lane, bool is_xor);
 uint32_t ballot(bool value);
+int uniform(int value);
 void sync_warp();
 void named_barrier(int id, int threads, bool waits);
 
@@ -64,7 +65,7 @@ inline int thread_index() { return emulated::thread_index(); }
 inline int block_index() { return emulated::block_index(); }
 inline int block_count() { return emulated::block_count(); }
 inline uint32_t shared_memory() { return emulated::kSharedBase; }
-inline int uniform(int x) { return x; }
+inline int uniform(int x) { return emulated::uniform(x); }
 inline int forgotten(int x) { return x; }
 
 template <class T>
