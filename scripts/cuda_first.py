@@ -21,6 +21,7 @@ import torch
 
 import fastattn
 from fastattn import masks
+from fastattn.backends import cuda
 from fastattn.bench.gpu.device import synchronize
 from fastattn.testing import Case, make_inputs, oracle
 from fastattn.testing import run as run_case
@@ -166,12 +167,14 @@ def main() -> int:
     if unknown := [name for name in names if name not in STEPS]:
         raise SystemExit(f"a step must be one of {', '.join(STEPS)}; got {', '.join(unknown)}")
     if here:
+        if problem := cuda.state():
+            raise SystemExit(problem)
         run(names, torch.device("cuda"))
         return 0
     alone = [name for name in names if name == "graph"]  # which no other call may come before
     for group in ([name for name in names if name not in alone], alone):
         if group and (status := watched([sys.executable, __file__, "--here", *group])):
-            print(f"FAILED: of {', '.join(group)}, the one that was begun last", flush=True)
+            print("FAILED: what was begun last, or nothing could be", flush=True)
             return 1 if status > 0 else -status
     return 0
 
