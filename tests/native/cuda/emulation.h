@@ -42,6 +42,8 @@ void products_begin();
 void products_commit();
 void products_wait(int pending);
 
+float exp2(float x);
+float log2(float x);
 float from_float16(uint16_t bits);
 uint16_t to_float16(float x);
 uint16_t to_bfloat16(float x);
@@ -132,8 +134,8 @@ void product_registers(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool a
   emulated::issue({emulated::ElementsOf<Element>::kValue, kN, d, a, 0, b, accumulate});
 }
 
-inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
+inline float exp2_fast(float x) { return emulated::exp2(x); }
+inline float log2_fast(float x) { return emulated::log2(x); }
 
 template <class Element>
 uint32_t pack(float low, float high) {
