@@ -24,6 +24,7 @@ LIMIT="${LIMIT:-900}"
 STEPS=(report install tests check host-time speed tma cuda cuda-speed)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # where installing fails, the other steps still run
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"  # where nvcc lies without being on PATH
 
 report() {
   date -u
@@ -94,21 +95,23 @@ PY
 
 host-time() { limited "$PYTHON" -m fastattn.bench.gpu.host_time --out "$OUT/host_time.json"; }
 
-# The Hopper kernels have never run on a device: the first thing to look at is the log of this step.
+# The Hopper kernels have never run on a device: the first thing to look at is the log of this step. It ends at once
+# where the first calls, of which each adds one thing, are not right.
 cuda() {
   command -v nvcc >/dev/null || { echo "no nvcc: skipped"; return 0; }
   local python; python="$(command -v "$PYTHON")"
   cmake -S . -B build/cuda -G Ninja "-DPython_EXECUTABLE=$python" -DFASTATTN_CUDA=ON >/dev/null &&
     time cmake --build build/cuda --target _cuda || return 1
   "$PYTHON" -m fastattn info --device cuda
+  limited "$PYTHON" scripts/cuda_first.py || return 1
   local failed=0 tool
-  timeout 120 "$PYTHON" -m pytest -p no:cacheprovider -x -q tests/test_gpu_cuda.py || failed=1
+  timeout --kill-after=20 120 "$PYTHON" -m pytest -p no:cacheprovider -x -q tests/test_gpu_cuda.py || failed=1
   limited "$PYTHON" -m fastattn bench --gpu check --backend cuda --out "$OUT/cuda-check" $BENCH_FLAGS || failed=1
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
       echo "--- compute-sanitizer --tool $tool"
-      timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -p no:cacheprovider -q \
-        tests/test_gpu_cuda.py -k "case and not repeated" || failed=1
+      timeout --kill-after=20 300 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$PYTHON" -m pytest -p no:cacheprovider -q tests/test_gpu_cuda.py -k "case and not repeated" || failed=1
     fi
   done
   return $failed

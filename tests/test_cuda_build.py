@@ -112,6 +112,9 @@ def test_what_the_compiler_makes(element: str, head_dim: int, folder: Path):
     for variant, kernel in kernels.items():
         threads = configs[variant]["threads"]
         assert kernel.registers <= 65536 // threads // 8 * 8, variant
+        # setmaxnreg hands out what the block started with: who asks for more waits for ever.
+        copying, multiplying = configs[variant]["registers"]
+        assert 128 * copying + (threads - 128) * multiplying <= threads * kernel.registers, variant
         # The widest sums leave too few registers for every option's pointers.
         assert kernel.spilled == 0 or (variant, head_dim) == ("general", 256), (variant, kernel.spilled)
         assert kernel.spilled <= 160, variant
@@ -151,8 +154,12 @@ def test_what_the_loop_holds(element: str, head_dim: int, variant: str, folder: 
     config = config_of(head_dim, variant)
     needed = CUDA_LOOP["needed"](head_dim, config["keys"])
     assert {kind: loop.always[kind] for kind in needed} == needed
-    assert loop.always.total() - sum(needed.values()) <= 150
-    for kind, most in (("R2UR, SHFL.IDX", 12), ("moves", 12), ("local memory", 0)):
+    # The uniform datapath makes the products' descriptors, beside the products: a few instructions for each.
+    uniform = "uniform registers"
+    assert loop.always.total() - sum(needed.values()) - loop.always[uniform] <= 64
+    for kind, most in (
+        (uniform, 6 * needed["HGMMA"]), ("R2UR, SHFL.IDX", 12), ("moves", 12), ("local memory", 0)
+    ):  # fmt: skip
         assert loop.always[kind] <= most, (kind, loop.always[kind])
     assert loop.masked.total() <= 4 * config["keys"]  # a quarter of a row's columns, in two rows
     assert loop.shrinking.total() == head_dim // 2

@@ -9,11 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 from triton_support import needs_triton
 
+from fastattn.backends.triton import arguments
 from fastattn.backends.triton import compile as ahead
 from fastattn.backends.triton.compile import ARCHITECTURES, DTYPES, HEAD_DIMS, VARIANTS, Compiled, problems
 from fastattn.backends.triton.compile_table import table
@@ -86,6 +88,18 @@ def made(**changes) -> Compiled:
         "instruction": "wgmma.mma_async",
     }  # fmt: skip
     return Compiled(**(facts | changes))
+
+
+def test_tuples_come_last_in_what_kernels_are_given():
+    """Otherwise Triton 3.6 does not compile a kernel that reads their fields."""
+    classes = (each for each in vars(arguments).values() if isinstance(each, type))
+    own = [each for each in classes if each.__module__ == arguments.__name__]
+    forms = {each.__name__: each for each in own if issubclass(each, tuple)}
+    assert {"Parts", "Rules", "Rows"} <= set(forms)
+    for name, form in forms.items():
+        hints = [str(typing.get_type_hints(form)[field]) for field in form._fields]
+        is_tuple = [any(f"{arguments.__name__}.{other}" in hint for other in forms) for hint in hints]
+        assert is_tuple == sorted(is_tuple), name
 
 
 def test_problems_are_named():

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -135,8 +136,9 @@ ForwardPlan plan_forward(const ForwardCall& call) {
   a.band = {bound(p.band.lo_top), bound(p.band.hi_top), bound(p.band.lo_bottom), bound(p.band.hi_bottom)};
   a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
   a.seqlen_k = static_cast<int32_t>(p.seqlen_k);
-  a.total_q = static_cast<int32_t>(call.total_q);
-  a.total_k = static_cast<int32_t>(call.total_k);
+  // No cu_seqlens points behind so many rows, nor a coordinate of the copy engine.
+  a.total_q = clamped(call.total_q, 0, INT32_MAX);
+  a.total_k = clamped(call.total_k, 0, INT32_MAX);
   a.ranges_by_row = (p.key_starts.data != nullptr && p.key_starts.row != 0) ||
                     (p.key_ends.data != nullptr && p.key_ends.row != 0);
   a.scale = static_cast<float>(p.scale);

@@ -24,16 +24,24 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Lets a kernel have more shared memory than 48 KB; where this is the first use of the kernel, the driver
+// loads it. Neither is work of a stream, yet CUDA may refuse such calls while one is captured into a graph.
+void allow_shared_memory(const void* kernel, int bytes) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "sm90_attention_fwd could not ask for shared memory");
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  check(error, "sm90_attention_fwd could not get its shared memory");
+}
+
 template <class Traits>
 void launch_one(const ForwardArguments& a, int blocks, int device, void* stream) {
   constexpr int kShared = Traits::kConfig.shared_bytes();
   const void* kernel = reinterpret_cast<const void*>(&sm90_attention_fwd<Traits>);
-  // More than 48 KB must be asked for, once for each device.
-  static std::atomic<uint64_t> allowed{0};
+  static std::atomic<uint64_t> allowed{0};  // devices, a bit each
   const uint64_t bit = uint64_t{1} << (device & 63);
   if (device > 63 || (allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
-          "sm90_attention_fwd could not get its shared memory");
+    allow_shared_memory(kernel, kShared);
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }
   void* parameters[] = {const_cast<ForwardArguments*>(&a)};

@@ -1,6 +1,8 @@
 """What the kernels are given: tensors by address and strides, grouped by what they say.
 
 A field that is None is known when a kernel is compiled, so an option that a call does not use costs nothing.
+Tensors and numbers come before tuples: a kernel that may return early forgets, up to Triton 3.6, which fields
+of a tuple were known, None or 1, where a tensor or a number follows that tuple in another.
 """
 
 from __future__ import annotations
@@ -103,12 +105,12 @@ class Parts(NamedTuple):
     Of part s what lies `s` strides further: out is not yet divided by l; m is in the unit of the scores.
     """
 
-    out: Rows
-    m: Rows
-    l: Rows
     num_parts: int
     out_stride: int
     row_stride: int
+    out: Rows
+    m: Rows
+    l: Rows
 
 
 class Rules(NamedTuple):
@@ -144,12 +146,12 @@ def per_row(tensor: Tensor) -> Rows:
 def parts(out: Tensor, m: Tensor, l: Tensor) -> Parts:
     """Tensors like out and lse, with a first dimension for the parts."""
     return Parts(
-        rows(out[0])._replace(ptr=out),
-        per_row(m[0])._replace(ptr=m),
-        per_row(l[0])._replace(ptr=l),
         out.shape[0],
         out.stride(0),
         m.stride(0),
+        rows(out[0])._replace(ptr=out),
+        per_row(m[0])._replace(ptr=m),
+        per_row(l[0])._replace(ptr=l),
     )
 
 

@@ -8,6 +8,8 @@
 // between the
 //   commit of its group and the wait for it, and its accumulators hold NaN until that wait.
 // - Where nothing can go on, the message says who waits for what.
+#include <algorithm>
+
 #include "emulation_state.h"
 
 namespace fastattn::cuda::emulated {
@@ -171,6 +173,14 @@ uint32_t ballot(bool value) {
   uint32_t bits = 0;
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(values[lane]) << lane;
   return bits;
+}
+
+int uniform(int value) {
+  const uint64_t own = static_cast<uint32_t>(value);
+  const uint64_t* values = block().gather("a uniform number", own);
+  if (std::count(values, values + 32, own) != 32)
+    block().fail("a number is taken for the same in all lanes of a warp, and is not");
+  return value;
 }
 
 void sync_warp() { block().gather("the warp's barrier", 0); }

@@ -28,6 +28,7 @@ int block_count();
 
 uint64_t exchange(uint64_t value, int from_lane, bool is_xor);
 uint32_t ballot(bool value);
+int uniform(int value);
 void sync_warp();
 void named_barrier(int id, int threads, bool waits);
 
@@ -41,6 +42,8 @@ void products_begin();
 void products_commit();
 void products_wait(int pending);
 
+float exp2(float x);
+float log2(float x);
 float from_float16(uint16_t bits);
 uint16_t to_float16(float x);
 uint16_t to_bfloat16(float x);
@@ -64,9 +67,8 @@ inline int thread_index() { return emulated::thread_index(); }
 inline int block_index() { return emulated::block_index(); }
 inline int block_count() { return emulated::block_count(); }
 inline uint32_t shared_memory() { return emulated::kSharedBase; }
-inline int uniform(int x) { return x; }
+inline int uniform(int x) { return emulated::uniform(x); }
 inline int forgotten(int x) { return x; }
-inline uint32_t zero_behind(float x) { return x < 0 ? 8 : 0; }
 
 template <class T>
 T exchanged(T x, int lane, bool is_xor) {
@@ -101,6 +103,9 @@ void more_registers() {}
 inline void barrier_init(uint32_t barrier, int arrivals) { emulated::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
 inline void barrier_arrive(uint32_t barrier) { emulated::barrier_arrive(barrier, 0); }
+inline void barrier_arrive_if_negative(uint32_t barrier, float x) {
+  if (x < 0) emulated::barrier_arrive(barrier, 0);
+}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulated::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulated::barrier_wait(barrier, parity); }
 
@@ -129,8 +134,8 @@ void product_registers(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool a
   emulated::issue({emulated::ElementsOf<Element>::kValue, kN, d, a, 0, b, accumulate});
 }
 
-inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
+inline float exp2_fast(float x) { return emulated::exp2(x); }
+inline float log2_fast(float x) { return emulated::log2(x); }
 
 template <class Element>
 uint32_t pack(float low, float high) {

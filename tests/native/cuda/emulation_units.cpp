@@ -1,5 +1,6 @@
 // The emulated copy engine and the emulated tensor cores.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "emulation_state.h"
@@ -288,6 +289,36 @@ void products_wait(int pending) {
   }
   group.sums.erase(std::remove(group.sums.begin(), group.sums.end(), nullptr), group.sums.end());
   state.part();
+}
+
+// --- Special functions
+// ---------------------------------------------------------------------------------------
+
+namespace {
+
+// What PTX allows ex2.approx and lg2.approx to be wrong by, of the result's size.
+constexpr float kWrong = 0x1p-22f;
+
+// A number between -1 and 1 that depends on x alone.
+float noise(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits ^ bits >> 15) * 0x9E3779B1u;
+  return static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-31f;
+}
+
+}  // namespace
+
+// Powers of two are exact, and denormal numbers are 0.
+float exp2(float x) {
+  const float y = std::exp2(x);
+  if (y < FLT_MIN) return 0;
+  return x == std::floor(x) ? y : y * (1 + kWrong * noise(x));
+}
+float log2(float x) {
+  const float y = std::log2(x < FLT_MIN && x >= 0 ? 0.f : x);
+  if (y == std::floor(y)) return y;
+  return y + kWrong * noise(x) * std::max(1.f, std::fabs(y));
 }
 
 // --- 16-bit numbers
