@@ -394,6 +394,23 @@ def test_unbatched_valid_lens() -> None:
         ours(x, x[None])
 
 
+def test_second_derivatives_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module takes no `backend`: the error says how else to ask for the reference, and that holds."""
+    ours = MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    stock = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+
+    def penalty(layer: nn.MultiheadAttention) -> Tensor:
+        (grad,) = torch.autograd.grad(layer(x, x, x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), layer.in_proj_weight)[0]
+
+    with pytest.raises(NotImplementedError, match="FASTATTN_BACKEND=reference"):
+        penalty(ours)
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    torch.testing.assert_close(penalty(ours), penalty(stock))
+
+
 def test_an_expanded_mask_is_not_made_dense() -> None:
     blocked = torch.zeros(1, 1, 50, 50, dtype=torch.bool).expand(4, 8, 50, 50)
     mask, _ = merge_masks(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -175,6 +175,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
+        if isinstance(query, fx.Proxy):
+            return _fx_node(
+                self,
+                query,
+                key=key,
+                value=value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+                mask=mask,
+                valid_lens=valid_lens,
+                cache=cache,
+                bias=bias,
+            )
         key = query if key is None else key
         value = key if value is None else value
         masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
@@ -317,6 +333,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         seed(call)
         out, weights = attend_with_extra_keys(call, bias_k, bias_v, self.add_zero_attn, average)
         return F.linear(layout.from_heads(out), w_out, b_out), weights
+
+
+def _fx_node(module: nn.Module, query: fx.Proxy, **options: Any) -> Any:
+    """The call as one node of a torch.fx graph, whose tracers do not enter torch's own modules either."""
+    tracer: Any = query.tracer
+    given = {name: value for name, value in options.items() if value is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (query,), given)
 
 
 def _check_3d(query: Any, key: Any, value: Any, batch_first: bool) -> None:
