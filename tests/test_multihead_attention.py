@@ -292,6 +292,7 @@ BAD_CALLS = {
     "mask": ({"attn_mask": torch.zeros(3, 3) > 0}, ValueError, r"attn_mask must be \[5, 5\], \[8, 5, 5\] or"),
     "ints": ({"attn_mask": torch.zeros(5, 5).int()}, TypeError, "attn_mask must be bool .* got int32"),
     "lens": ({"valid_lens": torch.tensor([1, 2, 3])}, ValueError, r"valid_lens must be \[B\] or"),
+    "average": ({"average_attn_weights": None}, TypeError, "average_attn_weights must be a bool"),
     "key": ({"key": torch.zeros(2, 5, 3)}, ValueError, "key must have 16 features"),
     "rank": ({"key": torch.zeros(5, 16)}, ValueError, r"key must be \[B, L, E\]"),
 }

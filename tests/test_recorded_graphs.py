@@ -73,6 +73,17 @@ def test_a_mask_built_before_the_trace_holds_at_other_sizes():
     torch.testing.assert_close(script(*inputs), want, **EXACT)
 
 
+def test_traced_calls_of_pytorchs_own_kernels(monkeypatch: pytest.MonkeyPatch):
+    """What exporters that know PyTorch's operators alone are given."""
+    layer = fastattn.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    want = layer(randn(3, 9, 8))
+    monkeypatch.setenv("FASTATTN_BACKEND", "torch")
+    script = traced(layer, randn(2, 5, 8))
+    assert "fastattn::" not in str(script.inlined_graph)
+    for got, each in zip(script(randn(3, 9, 8)), want, strict=True):
+        torch.testing.assert_close(got, each, **EXACT)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_traced_module_with_weights(training: bool):
     layer = fastattn.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64).train(training)

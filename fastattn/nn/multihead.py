@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastattn.autocast import autocast_dtype, cast
 from fastattn.biases import Bias
 from fastattn.call import Call
-from fastattn.checks import check_int
+from fastattn.checks import check_bool, check_int
 from fastattn.dispatch import seed
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
@@ -191,6 +191,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 cache=cache,
                 bias=bias,
             )
+        check_bool("average_attn_weights", average_attn_weights)
         key = query if key is None else key
         value = key if value is None else value
         masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
