@@ -8,6 +8,7 @@ from fastattn.backends import cpu
 from fastattn.block_mask import TILE
 from fastattn.call import Call
 from fastattn.lowering import Operands, Params, diagonal_range
+from fastattn.spec import FLOAT_DTYPES
 from fastattn.validation import check_broadcast, validate
 
 
@@ -23,6 +24,8 @@ def check(backend: str, q: Tensor, k: Tensor, v: Tensor, operands: Operands, par
     """
     if backend == cpu.name and not q.is_cpu:
         raise ValueError(f"q must be on cpu, where its graph was recorded, got {q.device}")
+    if _are_dense(q, k, v) and all(operand is None for operand in operands):
+        return  # what `validate` would find, in a small part of its time
     call = Call(
         "attention",
         q,
@@ -50,6 +53,22 @@ def check(backend: str, q: Tensor, k: Tensor, v: Tensor, operands: Operands, par
         call.op = "decode"
     validate(call)
     _check_lowered(call, operands, params)
+
+
+def _are_dense(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are those of a dense call that breaks no rule."""
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    return (
+        len(shape_q) == len(shape_k) == len(shape_v) == 4
+        and shape_q[0] == shape_k[0]
+        and shape_q[3] == shape_k[3]
+        and shape_k[:3] == shape_v[:3]
+        and shape_k[1] > 0
+        and shape_q[1] % shape_k[1] == 0
+        and q.dtype in FLOAT_DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
+    )
 
 
 def _check_lowered(call: Call, operands: Operands, params: Params) -> None:
