@@ -175,30 +175,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
-        if isinstance(query, fx.Proxy):
-            return _fx_node(
-                self,
-                query,
-                key=key,
-                value=value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-                mask=mask,
-                valid_lens=valid_lens,
-                cache=cache,
-                bias=bias,
-            )
         check_bool("average_attn_weights", average_attn_weights)
         key = query if key is None else key
         value = key if value is None else value
         masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
         if is_nested_self_attention(query, key, value, masks, is_causal) and self.batch_first:
             return attend_to_nested(self, query, need_weights, average_attn_weights)
-        if isinstance(query, Tensor) and query.dim() == 2:
-            return self._unbatched(
+        is_recorded = isinstance(query, fx.Proxy)
+        if is_recorded or (isinstance(query, Tensor) and query.dim() == 2):
+            run = self._fx_node if is_recorded else self._unbatched
+            return run(
                 query,
                 key,
                 value,
@@ -289,6 +275,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         out, weights = self.forward(query, key, value, padded, **options)
         return out.squeeze(at), None if weights is None else weights.squeeze(0)
 
+    def _fx_node(self, query: Any, *inputs: Any, **options: Any) -> Any:
+        """The call as one node of a torch.fx graph, whose tracers do not enter torch's own modules either."""
+        given = {name: value for name, value in options.items() if value is not None}
+        name = query.tracer.path_of_module(self)
+        return query.tracer.create_proxy("call_module", name, (query, *inputs), given)
+
     def _step_by_step(
         self,
         query: Tensor,
@@ -334,13 +326,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         seed(call)
         out, weights = attend_with_extra_keys(call, bias_k, bias_v, self.add_zero_attn, average)
         return F.linear(layout.from_heads(out), w_out, b_out), weights
-
-
-def _fx_node(module: nn.Module, query: fx.Proxy, **options: Any) -> Any:
-    """The call as one node of a torch.fx graph, whose tracers do not enter torch's own modules either."""
-    tracer: Any = query.tracer
-    given = {name: value for name, value in options.items() if value is not None}
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (query,), given)
 
 
 def _check_3d(query: Any, key: Any, value: Any, batch_first: bool) -> None:
