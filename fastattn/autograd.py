@@ -20,17 +20,16 @@ from fastattn.lowering import DIFFERENTIABLE, NO_OPERANDS, Operands, Params
 
 Gradients = tuple["Tensor | None", ...]
 
+_REFERENCE = "backend='reference' (of a module, set FASTATTN_BACKEND=reference in the environment)"
 DOUBLE_BACKWARD = (
-    "fastattn's kernels have no double backward: call with backend='reference', "
+    f"fastattn's kernels have no double backward: call with {_REFERENCE}, "
     "which has derivatives of every order"
 )
 BATCHED_GRADS = (
     "fastattn's backward pass takes one gradient at a time: call it without is_grads_batched (in jacobian, "
-    "with vectorize=False), use torch.func's vmap and vjp, or call with backend='reference'"
+    f"with vectorize=False), use torch.func's vmap and vjp, or call with {_REFERENCE}"
 )
-FORWARD_MODE = (
-    "fastattn's kernels have no forward-mode derivative: call with backend='reference', which has it"
-)
+FORWARD_MODE = f"fastattn's kernels have no forward-mode derivative: call with {_REFERENCE}, which has it"
 
 
 class Kernels(Protocol):
@@ -70,12 +69,12 @@ def attention(
         from fastattn import functorch
 
         return functorch.attention(kernels, q, k, v, operands, params)
+    if not is_compiling and has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
+        raise NotImplementedError(FORWARD_MODE)
     if is_compiling or is_traced(q, k, v):
         from fastattn import ops
 
         return ops.attention(kernels.name, q, k, v, operands, params)
-    if has_tangent(q, k, v, *operands[:DIFFERENTIABLE]):
-        raise NotImplementedError(FORWARD_MODE)
     return eager(kernels, q, k, v, operands, params, need_lse)
 
 

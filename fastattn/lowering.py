@@ -116,6 +116,9 @@ def lower_mask(call: Call, mask: Mask | Tensor, tensors: dict[str, Tensor | None
     if type(mask) is Band:  # the form of most calls, and the same for every shape
         lo, hi = mask.lo, mask.hi
         return (None, None, lo, hi) if mask.align == "bottom_right" else (lo, hi, None, None)
+    if mask.needs_blocks and records_sizes() and call.op != "varlen":
+        tensors["mask"] = mask.to_dense(call.mask_shape(), call.q.device)
+        return None
     lowered = _lowered(mask, call.mask_shape(), call.q.device)
     if lowered.key_starts is not None:
         tensors["key_starts"] = lowered.key_starts
@@ -128,6 +131,14 @@ def lower_mask(call: Call, mask: Mask | Tensor, tensors: dict[str, Tensor | None
             tensors[name] = getattr(lowered.block, name)
     band = (lowered.lo_top, lowered.hi_top, lowered.lo_bottom, lowered.hi_bottom)
     return None if all(bound is None for bound in band) else band
+
+
+def records_sizes() -> bool:
+    """Whether torch.jit.trace watches, to which numbers that follow from sizes are constants.
+
+    Lists of tiles and the places of diagonals are such numbers; dense masks and biases hold at any size.
+    """
+    return torch.jit.is_tracing()
 
 
 def _lowered(mask: Mask, shape: MaskShape, device: torch.device) -> LoweredMask:
@@ -162,19 +173,27 @@ def _lower_bias(call: Call, tensors: dict[str, Tensor | None]) -> tuple[int, boo
     bias = call.bias
     if bias is None:
         return 0, True
+    if not isinstance(bias, Tensor) and records_sizes() and call.op != "varlen":
+        bias = bias.to_dense(call.mask_shape(), call.q.device, accumulate_dtype(call.q.dtype))
     if isinstance(bias, Tensor):
         # Kernels read a bias of q's dtype or of their accumulators: float32 beside float64 is neither.
         tensors["bias"] = to_4d(bias.double() if call.q.dtype == torch.float64 else bias)
         return 0, True
     seqlen_q, seqlen_k = call.seqlens()
     bottom_right = bias.align == "bottom_right"
-    # r = j - i - offset; the smallest is at the last row of the first key, the largest at the first row of
-    # the last key. With offset = len_k - len_q they are 1 - len_k and len_q - 1, and longest where the
-    # lengths are.
-    lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
-    # Without queries and keys there is no position, but a tensor of one does no harm.
+    lo, hi = diagonal_range(seqlen_q, seqlen_k, bottom_right)
     dtype = accumulate_dtype(call.q.dtype)
     # In double, so that the parameter's gradient, a sum over all of them, is no worse than its terms.
-    diagonals = bias.diagonals(call.num_heads(), lo, max(lo, hi), torch.float64)
+    diagonals = bias.diagonals(call.num_heads(), lo, hi, torch.float64)
     tensors["diag"] = diagonals.to(dtype).contiguous()
     return lo, bottom_right
+
+
+def diagonal_range(seqlen_q: int, seqlen_k: int, bottom_right: bool) -> tuple[int, int]:
+    """The smallest and largest r = j - i - offset of a call.
+
+    The smallest is at the last row of the first key, the largest at the first row of the last key. With
+    offset = len_k - len_q they are 1 - len_k and len_q - 1, and longest where the lengths are.
+    """
+    lo, hi = (1 - seqlen_k, seqlen_q - 1) if bottom_right else (1 - seqlen_q, seqlen_k - 1)
+    return lo, max(lo, hi)  # without queries and keys there is no position, but one does no harm

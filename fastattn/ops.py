@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.autograd import DOUBLE_BACKWARD
 from fastattn.backends import cpu, triton
 from fastattn.backends.common import lse_like
+from fastattn.graph_checks import check
 from fastattn.joined import CUDA
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 from fastattn.strides import output_like
@@ -98,7 +99,9 @@ def _params(flat: Sequence[Any]) -> Params:
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _KERNELS[backend].forward(q, k, v, Operands(*rest[:_COUNT]), _params(rest[_COUNT:]), True)
+    operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:])
+    check(backend, q, k, v, operands, params)
+    out, lse = _KERNELS[backend].forward(q, k, v, operands, params, True)
     return out, lse
 
 
@@ -113,7 +116,9 @@ def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
 
 
 def _hard_index(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-    return _KERNELS[backend].hard_index(q, k, Operands(*rest[:_COUNT]), _params(rest[_COUNT:]))
+    operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:])
+    check(backend, q, k, k, operands, params)
+    return _KERNELS[backend].hard_index(q, k, operands, params)
 
 
 def _hard_index_fake(backend: str, q: Tensor, k: Tensor, *rest: Any) -> Tensor:

@@ -113,7 +113,7 @@ def _masked_scores(
     if score != "dot":
         s = _pair_scores(q, k, visible, score, score_weights)
         visible = visible & (s != -math.inf)
-    elif torch.compiler.is_compiling():  # which takes no function with a forward-mode derivative
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing():  # neither writes down functions of Python
         s = scale * torch.where(visible, q @ k.mT, 0.0)
     else:
         s = scale * _Scores.apply(q, k, visible)

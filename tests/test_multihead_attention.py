@@ -292,6 +292,7 @@ BAD_CALLS = {
     "mask": ({"attn_mask": torch.zeros(3, 3) > 0}, ValueError, r"attn_mask must be \[5, 5\], \[8, 5, 5\] or"),
     "ints": ({"attn_mask": torch.zeros(5, 5).int()}, TypeError, "attn_mask must be bool .* got int32"),
     "lens": ({"valid_lens": torch.tensor([1, 2, 3])}, ValueError, r"valid_lens must be \[B\] or"),
+    "average": ({"average_attn_weights": None}, TypeError, "average_attn_weights must be a bool"),
     "key": ({"key": torch.zeros(2, 5, 3)}, ValueError, "key must have 16 features"),
     "rank": ({"key": torch.zeros(5, 16)}, ValueError, r"key must be \[B, L, E\]"),
 }
@@ -392,6 +393,23 @@ def test_unbatched_valid_lens() -> None:
     torch.testing.assert_close(ours(x, valid_lens=3)[1][:, 3:], torch.zeros(5, 2).double(), **EXACT)
     with pytest.raises(ValueError, match=r"key must be 2-D like the query, .* got shape \[1, 5, 16\]"):
         ours(x, x[None])
+
+
+def test_second_derivatives_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module takes no `backend`: the error says how else to ask for the reference, and that holds."""
+    ours = MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    stock = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+
+    def penalty(layer: nn.MultiheadAttention) -> Tensor:
+        (grad,) = torch.autograd.grad(layer(x, x, x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), layer.in_proj_weight)[0]
+
+    with pytest.raises(NotImplementedError, match="FASTATTN_BACKEND=reference"):
+        penalty(ours)
+    monkeypatch.setenv("FASTATTN_BACKEND", "reference")
+    torch.testing.assert_close(penalty(ours), penalty(stock))
 
 
 def test_an_expanded_mask_is_not_made_dense() -> None:

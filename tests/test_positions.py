@@ -73,6 +73,8 @@ def test_sinusoids_are_no_state_and_survive_the_meta_device():
     with torch.device("meta"):
         hollow = SinusoidalPositionalEncoding(6, max_len=9)
     filled = hollow.to_empty(device="cpu")
+    assert torch.equal(filled.table, encode.table)
+    filled.table.zero_()
     filled.reset_parameters()
     assert torch.equal(filled.table, encode.table)
 

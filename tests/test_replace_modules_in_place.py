@@ -168,7 +168,7 @@ def test_what_is_left_and_why():
         "parametrized": "its in_proj_weight is parametrized",
         "scripted": "it is compiled by TorchScript",
         "patched": "its forward was replaced",
-        "wrapped": "its out_proj is a Sequential, not a Linear",
+        "wrapped": "its out_proj is a Sequential, which has no weight to read",
         "complex": "its in_proj_weight has dtype complex64",
     }
     assert str(report).splitlines()[0] == "replaced 2, left 8 as they were"
@@ -209,6 +209,27 @@ def test_parametrized_out_proj_is_taken():
     want = model(x, x, x)
     assert replace_modules(model).replaced == ("",)
     torch.testing.assert_close(model(x, x, x), want)
+
+
+def test_an_adapter_over_the_output_layer_is_taken():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 2, 16, 0.0, batch_first=True), 1)
+    encoder.enable_nested_tensor = False
+    model = peft.get_peft_model(encoder, config)
+    x = rand(B, L, E)
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        return [out] + [p.grad for p in model.parameters() if p.requires_grad]
+
+    want = run()
+    assert len(replace_modules(model).replaced) == 1
+    torch.testing.assert_close(run(), want)
+    torch.testing.assert_close(model.merge_and_unload()(x), want[0])
 
 
 def test_bad_argument():

@@ -83,6 +83,8 @@ def test_rotary_gradient_and_dtypes(layout):
     with torch.device("meta"):
         hollow = RotaryEmbedding(6, rotary_dim=4, layout=layout)
     filled = hollow.to_empty(device="cpu")
+    assert torch.equal(filled.table, rotary.table)
+    filled.table.zero_()
     filled.reset_parameters()
     assert torch.equal(filled.table, rotary.table)
     compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")

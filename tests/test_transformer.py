@@ -103,6 +103,14 @@ def test_one_seed_gives_both_kinds_the_same_weights_and_state_dicts_load_both_wa
         close(other(*batch()), a(*batch()))
 
 
+def test_a_model_made_on_meta_is_whole_once_its_state_is_loaded():
+    """Its positions are in no state dict: nothing but the model can bring them."""
+    model = new()
+    hollow = Transformer(20, 23, **DOUBLE, padding_idx=0, device="meta").to_empty(device="cpu")
+    hollow.load_state_dict(model.state_dict())
+    close(hollow(*batch()), model(*batch()))
+
+
 def test_attention_dropout_is_apart_from_dropout():
     src, tgt = batch()
     for attention in ("fastattn", "torch"):

@@ -52,7 +52,7 @@ def run(call: Call) -> tuple[Tensor, None]:
     options: dict[str, Any] = {
         "is_causal": is_causal,
         "scale": call.scale_value(),
-        "enable_gqa": call.num_heads() != call.num_heads_kv(),
+        "enable_gqa": bool(call.num_heads() != call.num_heads_kv()),  # torch.jit.trace compares tensors here
     }
     if attn_mask is not None and attn_mask.dtype != torch.bool and needs_grad(call):
         # The flash path's backward takes exp(s - lse), which loses log(n) beside a lse of, say, finfo.min.

@@ -17,6 +17,7 @@ from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, wants_gradie
 from fastattn.backends import cpu_summary
 from fastattn.backends.cpu_summary import results_like
 from fastattn.backends.triton import summary as triton_summary
+from fastattn.graph_checks import check
 from fastattn.lowering import Operands, Params
 from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _no_gradient, _params
 from fastattn.strides import output_like
@@ -155,6 +156,7 @@ def _settings(flat: Sequence[Any]) -> Wanted:
 
 def _forward(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:-4])
+    check(backend, q, k, k, operands, params)
     return tuple(_KERNELS[backend].forward(q, k, lse, operands, params, _settings(rest[-4:])))
 
 

@@ -74,7 +74,7 @@ class GlobalTokens(Mask):
         # One more entry takes the positions that do not exist.
         flags = torch.zeros(1, count + 1, dtype=torch.bool, device=device)
         index = torch.where((index >= 0) & (index < count), index, count)
-        return flags.index_fill(1, index, True)[:, :count]
+        return flags.index_fill(1, index, 1)[:, :count]  # torch.jit.trace cannot write True down here
 
     def _visible(self, at: Pairs) -> Tensor:
         flags = self._flags(at.shape, at.j.device)

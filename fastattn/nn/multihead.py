@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.init import constant_, xavier_normal_, xavier_uniform_
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.autocast import autocast_dtype, cast
 from fastattn.biases import Bias
 from fastattn.call import Call
-from fastattn.checks import check_int
+from fastattn.checks import check_bool, check_int
 from fastattn.dispatch import seed
 from fastattn.masks import Mask
 from fastattn.multi_head import multi_head_attention
@@ -175,13 +175,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
+        check_bool("average_attn_weights", average_attn_weights)
         key = query if key is None else key
         value = key if value is None else value
         masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
         if is_nested_self_attention(query, key, value, masks, is_causal) and self.batch_first:
             return attend_to_nested(self, query, need_weights, average_attn_weights)
-        if isinstance(query, Tensor) and query.dim() == 2:
-            return self._unbatched(
+        is_recorded = isinstance(query, fx.Proxy)
+        if is_recorded or (isinstance(query, Tensor) and query.dim() == 2):
+            run = self._fx_node if is_recorded else self._unbatched
+            return run(
                 query,
                 key,
                 value,
@@ -271,6 +274,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         query, key, value = (batched[id(x)] for x in (query, key, value))
         out, weights = self.forward(query, key, value, padded, **options)
         return out.squeeze(at), None if weights is None else weights.squeeze(0)
+
+    def _fx_node(self, query: Any, *inputs: Any, **options: Any) -> Any:
+        """The call as one node of a torch.fx graph, whose tracers do not enter torch's own modules either."""
+        given = {name: value for name, value in options.items() if value is not None}
+        name = query.tracer.path_of_module(self)
+        return query.tracer.create_proxy("call_module", name, (query, *inputs), given)
 
     def _step_by_step(
         self,

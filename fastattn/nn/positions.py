@@ -200,14 +200,15 @@ class SinusoidalPositionalEncoding(_PositionalEncoding):
         self.register_buffer("table", table, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Compute the table again, as is needed after `to_empty`."""
+        """Compute the table again, as is needed where `to_empty` takes memory; from meta it is filled."""
         if not self.table.is_meta:
             self.table.copy_(sinusoids(self.max_len, self.d_model))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SinusoidalPositionalEncoding:
-        dtype = self.table.dtype
+        before = self.table
         super()._apply(fn, recurse)
-        if self.table.dtype != dtype:  # values cast from another dtype would be rounded for that one
+        # Values cast from another dtype would be rounded for that one; meta has none, nor has a state dict.
+        if self.table.dtype != before.dtype or before.is_meta:
             self.reset_parameters()
         return self
 

@@ -69,15 +69,16 @@ class RotaryEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Compute the table again, as is needed after `to_empty`."""
+        """Compute the table again, as is needed where `to_empty` takes memory; from meta it is filled."""
         if not self.table.is_meta:
             waves = sinusoids(self.max_len, self.rotary_dim, self.base)
             self.table.copy_(torch.stack([waves[:, 1::2], waves[:, 0::2]], 1))  # cos, sin
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RotaryEmbedding:
-        before = self.table.dtype
+        before = self.table
         super()._apply(fn, recurse)
-        if self.table.dtype != before:  # narrow angles would lose far positions
+        # Narrow angles would lose far positions; meta has no values, and no state dict brings them.
+        if self.table.dtype != before.dtype or before.is_meta:
             wide = torch.promote_types(self.table.dtype, torch.float32)
             self.table = torch.empty_like(self.table, dtype=wide)
             self.reset_parameters()

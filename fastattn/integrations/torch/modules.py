@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastattn.integrations.torch.stand_ins import has_own_behaviour, missing_kernels
@@ -141,8 +141,9 @@ def _why_not(module: Any) -> str | None:
         return f"it is a {kind.__module__}.{kind.__qualname__}, which may do more than its base class"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if not isinstance(module.out_proj, nn.Linear):
-        return f"its out_proj is a {type(module.out_proj).__qualname__}, not a Linear"
+    # As PyTorch's module does, ours reads what its output layer holds, an adapter's too, and never calls it.
+    if not isinstance(getattr(module.out_proj, "weight", None), Tensor):
+        return f"its out_proj is a {type(module.out_proj).__qualname__}, which has no weight to read"
     for name, parameter in module.named_parameters():
         if has_own_behaviour(type(parameter)):
             return f"its {name} is a {type(parameter).__qualname__}, which has a behaviour of its own"
