@@ -1,6 +1,6 @@
-// Runs the CPU kernels without Python and compares them with loops: under emulators of other processors, under
-// the address, undefined-behaviour and thread sanitizers (scripts/test_native.sh, scripts/sanitize.sh). The
-// instruction sets that it is given are tried, without arguments every one of the build that runs here.
+// Runs the CPU kernels without Python and compares them with loops: under emulators of other processors,
+// under the address, undefined-behaviour and thread sanitizers (scripts/test_native.sh, scripts/sanitize.sh).
+// The instruction sets that it is given are tried, without arguments every one of the build that runs here.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
