@@ -5,9 +5,9 @@
 
 namespace fastattn {
 
-// Asks Linux for pages of 2 MB, not 4 KB, behind memory that is about to be written, where it is large enough
-// (32 MB) for the C library to have taken it from the kernel just now and to give it back when it is freed:
-// each of its pages is cleared as it is first written, which costs four times as much page by small page.
+// Asks Linux for pages of 2 MB, not 4 KB, behind memory that is about to be written, where it is so large
+// (32 MB) that the C library, as a rule, has taken it from the kernel just now and gives it back when it is
+// freed: each page is cleared as it is first written, which costs four times as much by small pages.
 void prefer_huge_pages(const void* data, int64_t bytes);
 
 // The rate at which num_threads copy `bytes` bytes, in bytes moved (read and written) per second. Throws
