@@ -38,22 +38,25 @@ bool are_plain(py::handle q, py::handle k, py::handle v) {
          tq.shape[3] == tk.shape[3] && tq.shape[1] % tk.shape[1] == 0;
 }
 
-int64_t bytes_of(int dtype) {
-  constexpr int64_t kBytes[] = {4, 2, 2, 8};
-  return kBytes[dtype];
+int64_t bytes_of(DType dtype) {
+  if (dtype == DType::kFloat64) return 8;
+  return dtype == DType::kFloat32 ? 4 : 2;
 }
+
+// Of what is added up: double of double, else float.
+int64_t sum_bytes_of(DType dtype) { return std::max(bytes_of(dtype), int64_t{4}); }
 
 bool read_forward_option(const std::string& key, py::handle value, AttentionParams& p) {
   if (key != "weights") return false;
   const py::tuple weights = tuple_of(value, 2);
-  p.weights = result_of(weights[0], sizeof(float)).tensor();
+  p.weights = result_of(weights[0], sum_bytes_of(p.dtype)).tensor();
   p.average_weights = weights[1].cast<bool>();
   return true;
 }
 
 bool read_backward_option(const std::string& key, py::handle value, AttentionBackwardParams& p) {
   if (key == "dbias") {
-    p.dbias = result_of(value, sizeof(float)).tensor();
+    p.dbias = result_of(value, sum_bytes_of(p.dtype)).tensor();
   } else if (key == "ddiag") {
     const View v = view_of(value);
     p.ddiag = v.rows();
@@ -82,8 +85,8 @@ bool read_backward_option(const std::string& key, py::handle value, AttentionBac
 void attention_fwd(int dtype, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                    double scale, int num_threads, const std::optional<py::dict>& options) {
   AttentionParams p;
-  read_call(p, dtype, view_of(q), view_of(k), view_of(v), result_of(out, bytes_of(dtype)), view_of(lse),
-            scale, num_threads);
+  read_call(p, dtype, view_of(q), view_of(k), view_of(v), result_of(out, bytes_of(static_cast<DType>(dtype))),
+            view_of(lse), scale, num_threads);
   read_options(options, p, read_forward_option);
   const py::gil_scoped_release release;
   cpu_kernels().attention_fwd(p);
@@ -96,9 +99,9 @@ void attention_bwd(int dtype, py::handle q, py::handle k, py::handle v, py::hand
   read_call(p, dtype, view_of(q), view_of(k), view_of(v), view_of(out), view_of(lse), scale, num_threads);
   p.dout = view_of(dout).tensor();
   if (!dlse.is_none()) p.dlse = view_of(dlse).rows();
-  p.dq = result_of(dq, bytes_of(dtype)).tensor();
-  p.dk = result_of(dk, bytes_of(dtype)).tensor();
-  p.dv = result_of(dv, bytes_of(dtype)).tensor();
+  p.dq = result_of(dq, bytes_of(p.dtype)).tensor();
+  p.dk = result_of(dk, bytes_of(p.dtype)).tensor();
+  p.dv = result_of(dv, bytes_of(p.dtype)).tensor();
   read_options(options, p, read_backward_option);
   const py::gil_scoped_release release;
   cpu_kernels().attention_bwd(p);

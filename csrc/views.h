@@ -104,11 +104,15 @@ inline View view_of(py::handle object) {
   return v;
 }
 
-// A tensor of at least `element_bytes` an element that the call is about to write, most often a fresh one.
+// A tensor that the call is about to write, most often a fresh one. Of a part of another tensor, what lies
+// between its rows counts too: it is of the same allocation.
 inline View result_of(py::handle object, int64_t element_bytes) {
   const View v = view_of(object);
   int64_t span = 1;
-  for (Py_ssize_t n = 0; n < v.rank; ++n) span += (v.shape[n] - 1) * v.strides[n];
+  for (Py_ssize_t n = 0; n < v.rank; ++n) {
+    if (v.shape[n] == 0) return v;
+    span += (v.shape[n] - 1) * v.strides[n];
+  }
   prefer_huge_pages(v.data, span * element_bytes);
   return v;
 }

@@ -116,7 +116,12 @@ def lower_mask(call: Call, mask: Mask | Tensor, tensors: dict[str, Tensor | None
     if type(mask) is Band:  # the form of most calls, and the same for every shape
         lo, hi = mask.lo, mask.hi
         return (None, None, lo, hi) if mask.align == "bottom_right" else (lo, hi, None, None)
-    if mask.needs_blocks and records_sizes() and call.op != "varlen":
+    if mask.needs_blocks and records_sizes():
+        if call.op == "varlen":
+            raise NotImplementedError(
+                "torch.jit.trace cannot record the lists of tiles of a mask on packed sequences: "
+                "trace the call on padded ones, or without this mask"
+            )
         tensors["mask"] = mask.to_dense(call.mask_shape(), call.q.device)
         return None
     lowered = _lowered(mask, call.mask_shape(), call.q.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.autograd import DOUBLE_BACKWARD
 from fastattn.backends import cpu, triton
 from fastattn.backends.common import lse_like
-from fastattn.graph_checks import check
+from fastattn.graph_checks import check, check_results
 from fastattn.joined import CUDA
 from fastattn.lowering import DIFFERENTIABLE, Operands, Params
 from fastattn.strides import output_like
@@ -108,6 +108,7 @@ def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple
 def _backward(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     out, lse, dout, dlse = rest[:4]
     operands, needs = Operands(*rest[4 : 4 + _COUNT]), rest[-1]
+    check_results(q, v, lse, dlse, [("out", out), ("dout", dout)])
     grads = _KERNELS[backend].backward(
         q, k, v, out, lse, dout, dlse, operands, _params(rest[4 + _COUNT : -1]), needs
     )

@@ -1,6 +1,6 @@
 """The first calls of the CUDA kernels on a device, each with one thing that those before it do without.
 
-    python scripts/cuda_first.py              # all, in less than a minute, until one is not right
+    python scripts/cuda_first.py              # all, until one is not right
     python scripts/cuda_first.py turns copies # some
 
 So the first step that fails names what is wrong. The steps run in another process, which is killed where a

@@ -16,6 +16,7 @@ KERNEL="${KERNEL:?names a Linux kernel, such as /boot/vmlinuz-6.1.0-50-cloud-amd
 LIMIT="${LIMIT:-7200}"  # seconds
 [ $# -gt 0 ] || set -- avx512
 folder="$PWD/build/bochs"
+mkdir -p "$folder"
 
 echo "== a program that needs no library"
 cmake -S . -B "$folder/program" -G Ninja -DFASTATTN_PYTHON=OFF -DFASTATTN_SMOKE=ON -DFASTATTN_WERROR=ON \
@@ -58,9 +59,9 @@ panic: action=fatal
 error: action=report
 info: action=ignore
 MACHINE
-timeout "$LIMIT" "$BOCHS" -q -f "$folder/machine" >"$folder/bochs.txt" 2>&1 </dev/null &
+timeout --kill-after=20 "$LIMIT" "$BOCHS" -q -f "$folder/machine" >"$folder/bochs.txt" 2>&1 </dev/null &
 machine=$!
-trap 'kill -9 $machine 2>/dev/null || true' EXIT
+trap 'kill $machine 2>/dev/null || true' EXIT
 until grep -q '^status ' "$folder/console.txt" 2>/dev/null; do
   kill -0 $machine 2>/dev/null || break
   sleep 5

@@ -155,6 +155,7 @@ def test_what_the_loop_holds(element: str, head_dim: int, variant: str, folder: 
     needed = CUDA_LOOP["needed"](head_dim, config["keys"])
     assert {kind: loop.always[kind] for kind in needed} == needed
     # A full tile, of 176 keys, has 19 products, one of 128 keys 16; each takes uniform registers of its own.
+    # It was 150 there too until k's stage was given back before the softmax, as it should: raised on purpose.
     assert loop.always.total() - sum(needed.values()) <= (153 if variant == "full" else 150)
     uniform = "uniform registers"
     assert loop.always.total() - sum(needed.values()) - loop.always[uniform] <= 64

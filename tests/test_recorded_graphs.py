@@ -114,7 +114,7 @@ MISFITS: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
     "key ranges": ({"mask": padding([3, 4])}, (*qkv(3, 4, 2, 8), padding([3, 4, 5])),
                    r"mask's key ranges must broadcast to \[3, 8\]"),
     "blocks": ({"mask": BLOCKS.build(8, 8)}, (*qkv(2, 4, 2, 65), BLOCKS.build(65, 65)),
-               "mask must be built for length 65, got lists for another"),
+               "mask must be built for 2 tiles of 64, which length 65 has, got lists of 1"),
 }  # fmt: skip
 
 
@@ -139,6 +139,45 @@ def test_recorded_summaries_check_what_they_are_given():
     with pytest.raises(ValueError, match="k must have q's batch size 2, got 3"):
         graph(Q, randn(3, 2, 8, 8))
 
+    with_lse = make_fx(lambda q, k, lse: fastattn.inspect.summarize(q, k, lse=lse).entropy)
+    lse = fastattn.attention(Q, K, V, return_lse=True)[1]
+    with pytest.raises(ValueError, match=r"lse must be float64 \[2, 4, 8\] on cpu, got float64 \[2, 4, 7\]"):
+        with_lse(Q, K, lse)(Q, K, lse[:, :, :7])
+
+
+def test_recorded_gradients_check_what_they_are_given():
+    leaves = [t.clone().requires_grad_() for t in (Q, K, V)]
+
+    def gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fastattn.attention(q, k, v, return_lse=True), (q, k, v), (dout, dlse))
+
+    def losses(q: Tensor, k: Tensor, entropy: Tensor, received: Tensor) -> tuple[Tensor, ...]:
+        found = fastattn.inspect.summarize(q, k)
+        return torch.autograd.grad((found.entropy, found.received), (q, k), (entropy, received))
+
+    dout, dlse, received = torch.ones_like(Q), torch.ones(2, 4, 8).double(), torch.ones(2, 4, 8).double()
+    graph, summary = make_fx(gradients)(*leaves, dout, dlse), make_fx(losses)(*leaves[:2], dlse, received)
+    torch.testing.assert_close(graph(*leaves, dout, dlse), gradients(*leaves, dout, dlse), **EXACT)
+    longer = [t.detach().requires_grad_() for t in qkv(2, 4, 2, 9)]
+    with pytest.raises(ValueError, match=r"dlse must be float64 \[2, 4, 9\] on cpu, got float64 \[2, 4, 8\]"):
+        graph(*longer, torch.ones(2, 4, 9, 8).double(), dlse)
+    with pytest.raises(ValueError, match=r"dout must be float64 \[2, 4, 9, 8\] on cpu, got"):
+        graph(*longer, dout, torch.ones(2, 4, 9).double())
+    with pytest.raises(ValueError, match=r"the gradient of received must be float64 \[2, 4, 9\] on cpu, got"):
+        summary(*longer[:2], torch.ones(2, 4, 9).double(), received)
+
+
+def test_a_trace_of_packed_sequences_refuses_lists_of_tiles():
+    offsets = torch.tensor([0, 3, 8], dtype=torch.int32)
+    packed = [t[0].transpose(0, 1) for t in (Q, K, V)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = causal() | prefix(2)
+        return fastattn.varlen_attention(q, k, v, offsets, offsets, max_seqlen_q=5, max_seqlen_k=5, mask=mask)
+
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record the lists of tiles"):
+        traced(attend, *packed)
+
 
 class Block(nn.Module):
     """A model of a library that attends by PyTorch's module."""
@@ -161,6 +200,9 @@ def test_symbolic_tracing_does_not_enter_a_replaced_module():
     assert nodes == ["norm", "attention"]
     x, padded = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
     torch.testing.assert_close(graph(x, padded), block(x, padded), rtol=0, atol=0)
+    block.attention.register_forward_hook(lambda module, given, got: None)
+    with pytest.raises(NotImplementedError, match="remove them to trace"):
+        torch.fx.symbolic_trace(block)
 
 
 def test_forward_mode_within_a_graph_says_what_to_do():

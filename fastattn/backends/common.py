@@ -39,9 +39,14 @@ def prepare(q: Tensor, k: Tensor, operands: Operands, params: Params) -> Operand
     return operands
 
 
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """[B, Hq, Lq], or [Hq, total_q] of a packed q."""
+    return (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+
+
 def lse_like(q: Tensor) -> Tensor:
-    """Uninitialised lse: [B, Hq, Lq], or [Hq, total_q] of a packed q."""
-    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+    """Uninitialised lse."""
+    shape = lse_shape(q)
     if q.dtype is torch.float32 or q.dtype is torch.float64:
         return q.new_empty(*shape)  # numbers of their own: a torch.Size takes twice as long
     return q.new_empty(*shape, dtype=torch.float32)

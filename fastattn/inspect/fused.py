@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fastattn.autograd import FORWARD_MODE, has_tangent, is_traced, wants_gradient, without_double_backward
 from fastattn.backends import cpu_summary
+from fastattn.backends.common import lse_shape
 from fastattn.backends.cpu_summary import results_like
 from fastattn.backends.triton import summary as triton_summary
-from fastattn.graph_checks import check
+from fastattn.graph_checks import check, check_results, check_size
 from fastattn.lowering import Operands, Params
 from fastattn.ops import _COUNT, _OPERANDS, _PARAMS, _flat, _no_gradient, _params
+from fastattn.spec import accumulate_dtype
 from fastattn.strides import output_like
 from fastattn.weight_statistics import LOSSES, Results, Wanted
 
@@ -157,6 +159,7 @@ def _settings(flat: Sequence[Any]) -> Wanted:
 def _forward(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:-4])
     check(backend, q, k, k, operands, params)
+    check_results(q, k, lse, None)
     return tuple(_KERNELS[backend].forward(q, k, lse, operands, params, _settings(rest[-4:])))
 
 
@@ -167,9 +170,24 @@ def _forward_fake(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, *rest:
 def _backward(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     grads, rest = rest[:LOSSES], rest[LOSSES:]
     operands, params = Operands(*rest[:_COUNT]), _params(rest[_COUNT:-2])
+    check_results(q, k, lse, None)
+    _check_losses(q, k, grads)
     found = _KERNELS[backend].backward(q, k, lse, grads, operands, params, *rest[-2:])
     # A schema's outputs cannot be absent, nor can they alias one another.
     return tuple(q.new_empty(0) if grad is None else grad for grad in found)
+
+
+def _check_losses(q: Tensor, k: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Raise ValueError unless the gradients of the statistics are of their sizes."""
+    for name, grad in zip(Results._fields[:LOSSES], grads, strict=True):
+        if grad is None:
+            continue
+        shape = lse_shape(q)
+        if name == "received":
+            shape = (*q.shape[:2], k.shape[2])
+        elif name == "pooled":
+            shape = (*q.shape[:2], *grad.shape[2:])
+        check_size(f"the gradient of {name}", grad, shape, accumulate_dtype(q.dtype), q)
 
 
 def _backward_fake(backend: str, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -175,7 +175,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
-        check_bool("average_attn_weights", average_attn_weights)
+        if not isinstance(query, fx.Proxy):
+            check_bool("average_attn_weights", average_attn_weights)
         key = query if key is None else key
         value = key if value is None else value
         masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
@@ -277,6 +278,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _fx_node(self, query: Any, *inputs: Any, **options: Any) -> Any:
         """The call as one node of a torch.fx graph, whose tracers do not enter torch's own modules either."""
+        if self._forward_pre_hooks or self._forward_hooks:
+            raise NotImplementedError(
+                "torch.fx would record what the hooks of a fastattn MultiheadAttention do, and its node "
+                "would do it again: remove them to trace"
+            )
         given = {name: value for name, value in options.items() if value is not None}
         name = query.tracer.path_of_module(self)
         return query.tracer.create_proxy("call_module", name, (query, *inputs), given)
