@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_support import emulated, on_emulated_device
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton_support import needs_triton
 
 import fastattn
@@ -201,6 +202,15 @@ def test_through_the_library_op(monkeypatch: pytest.MonkeyPatch):
             fullgraph=True,
         )
         assert torch.equal(compiled(q, k, v), direct)
+
+
+def test_a_graph_that_runs_in_another_dtype_is_refused(monkeypatch):
+    q = torch.randn(1, 2, 8, 64)
+    with on_emulated_device(monkeypatch):
+        graph = make_fx(lambda q: fastattn.attention(q, q, q, backend="cuda"))(q.half())
+        assert torch.equal(graph(q.half()), fastattn.attention(*[q.half()] * 3, backend="cuda"))
+        with pytest.raises(ValueError, match="dtype must be bfloat16 or float16"):
+            graph(q)
 
 
 def test_the_registers_of_a_block_fit():

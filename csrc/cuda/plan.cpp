@@ -122,6 +122,9 @@ void divide_keys(ForwardPlan& plan, int parts, float* room) {
 
 ForwardPlan plan_forward(const ForwardCall& call) {
   const AttentionParams& p = call.params;
+  // A graph may run on tensors of another dtype than those that it was recorded with.
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
+    throw std::invalid_argument("dtype must be bfloat16 or float16");
   ForwardPlan plan{};
   plan.head_dim = padded_head_dim(std::max(p.head_dim, p.head_dim_v));
   if (plan.head_dim == 0) throw std::invalid_argument("no kernel holds so many columns");
