@@ -145,12 +145,12 @@ class Consumer {
       pass_turn();
       products_wait<1>();
       hold(s);
-      release(shared_.k_empty(next.stage()));  // now, so that the next copy has the softmax's time too
       if (!key.whole) rows.hide_outside(key.j0, s);
       softmax.template add<false>(s, a_.scale_log2, factor);
-      // ptxas moves the wait below up across arithmetic, to where nothing is left to do beside v's product.
-      // It does not move it across an arrival whose condition is known when the softmax is.
-      barrier_arrive_if_negative(shared_.q_empty(), softmax.sum[0] + softmax.sum[1]);
+      // k was done with before; but ptxas moves the wait below up across arithmetic, to where nothing is left
+      // to do beside v's product. It does not move it across this arrival, whose address is known when the
+      // softmax is.
+      release(shared_.k_empty(next.stage()) + zero_behind(softmax.sum[0] + softmax.sum[1]));
       products_wait<0>();
       hold(o);
       release(shared_.v_empty(use_.stage()));

@@ -22,6 +22,15 @@ FASTATTN_DEVICE uint32_t shared_memory() {
   return uniform(static_cast<int>(__cvta_generic_to_shared(memory)));
 }
 
+// 0, but known only when x is; x is not negative.
+FASTATTN_DEVICE uint32_t zero_behind(float x) {
+  uint32_t zero;
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\nselp.u32 %0, 8, 0, p;\n}"
+               : "=r"(zero)
+               : "f"(x));
+  return zero;
+}
+
 // The same value, of which the compiler knows nothing: what was derived from x before is derived again, and
 // takes no registers until then.
 FASTATTN_DEVICE int forgotten(int x) {
@@ -79,14 +88,6 @@ FASTATTN_DEVICE void fence_barrier_init() {
 }
 FASTATTN_DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Does not arrive, as x is not negative; but that is known only when x is.
-FASTATTN_DEVICE void barrier_arrive_if_negative(uint32_t barrier, float x) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::
-          "r"(barrier),
-      "f"(x)
-      : "memory");
 }
 // Arrives, and lets the phase wait for so many bytes of copies.
 FASTATTN_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {

@@ -175,14 +175,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value got.
         """
-        if not isinstance(query, fx.Proxy):
+        is_recorded = isinstance(query, fx.Proxy)
+        if not is_recorded:
             check_bool("average_attn_weights", average_attn_weights)
         key = query if key is None else key
         value = key if value is None else value
         masks = (key_padding_mask, attn_mask, mask, valid_lens, cache, bias)
         if is_nested_self_attention(query, key, value, masks, is_causal) and self.batch_first:
             return attend_to_nested(self, query, need_weights, average_attn_weights)
-        is_recorded = isinstance(query, fx.Proxy)
         if is_recorded or (isinstance(query, Tensor) and query.dim() == 2):
             run = self._fx_node if is_recorded else self._unbatched
             return run(

@@ -69,6 +69,7 @@ inline int block_count() { return emulated::block_count(); }
 inline uint32_t shared_memory() { return emulated::kSharedBase; }
 inline int uniform(int x) { return emulated::uniform(x); }
 inline int forgotten(int x) { return x; }
+inline uint32_t zero_behind(float x) { return x < 0 ? 8 : 0; }
 
 template <class T>
 T exchanged(T x, int lane, bool is_xor) {
@@ -103,9 +104,6 @@ void more_registers() {}
 inline void barrier_init(uint32_t barrier, int arrivals) { emulated::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
 inline void barrier_arrive(uint32_t barrier) { emulated::barrier_arrive(barrier, 0); }
-inline void barrier_arrive_if_negative(uint32_t barrier, float x) {
-  if (x < 0) emulated::barrier_arrive(barrier, 0);
-}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulated::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulated::barrier_wait(barrier, parity); }
 
